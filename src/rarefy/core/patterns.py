@@ -1,0 +1,97 @@
+"""Zero patterns: which entries of a weight matrix are stored. Shape suffixes: O out, I in, G groups."""
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.core.errors import PatternError
+
+MAX_GROUP = 64
+
+
+@final
+@dataclass(frozen=True)
+class Unstructured:
+    """Any entry may be zero.
+
+    Args:
+        sparsity: fraction of zeros, in [0, 1].
+
+    Raises:
+        PatternError: sparsity is outside [0, 1].
+    """
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
+        if not number or not 0.0 <= self.sparsity <= 1.0:
+            raise PatternError("pattern", f"sparsity {self.sparsity!r}", allowed="a number in [0, 1]")
+
+
+@final
+@dataclass(frozen=True)
+class NM:
+    """Exactly `keep` entries are stored in every run of `group` columns of a row (along the input axis).
+
+    A shorter last group of r columns keeps ceil(keep * r / group) entries. A kept entry may be zero: kept means stored.
+
+    Args:
+        keep: entries stored per group, 1 <= keep <= group.
+        group: columns per group, 1 <= group <= 64.
+
+    Raises:
+        PatternError: keep or group is out of range.
+    """
+
+    keep: int
+    group: int
+
+    def __post_init__(self) -> None:
+        ok = type(self.keep) is int and type(self.group) is int and 1 <= self.keep <= self.group <= MAX_GROUP
+        if not ok:
+            raise PatternError(
+                "pattern",
+                f"keep {self.keep!r}, group {self.group!r}",
+                allowed=f"integers with 1 <= keep <= group <= {MAX_GROUP}",
+            )
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in a full group."""
+        return 1.0 - self.keep / self.group
+
+    def num_groups(self, in_features: int) -> int:
+        """Number of groups that cover a row, the shorter last one included."""
+        return -(-in_features // self.group)
+
+    def keep_counts_G(self, in_features: int) -> npt.NDArray[np.int64]:  # noqa: N802 (shape suffix)
+        """Entries stored in each group of a row, shape (G,)."""
+        counts = np.full(self.num_groups(in_features), self.keep, dtype=np.int64)
+        rest = in_features % self.group
+        if rest:
+            counts[-1] = -(-self.keep * rest // self.group)
+        return counts
+
+    def num_kept_per_row(self, in_features: int) -> int:
+        """Entries stored in one row."""
+        full, rest = divmod(in_features, self.group)
+        return full * self.keep + -(-self.keep * rest // self.group)
+
+    def check_fits(self, in_features: int, layer: str) -> None:
+        """Refuse a layer that is narrower than one group.
+
+        Raises:
+            PatternError: in_features < group.
+        """
+        if in_features < self.group:
+            raise PatternError(
+                f"layer {layer}",
+                f"input axis {in_features} is smaller than the group of {self.group}",
+                hint="exclude it in the step's targets, or choose a smaller group",
+            )
+
+
+Pattern = Unstructured | NM

@@ -1,0 +1,35 @@
+"""Storage layouts: how a weight matrix lies in memory and on disk. Pure data, one final class and one file each.
+
+Disk and memory form are the same: canonical, row-major, without alignment games. Kernels repack at load. docs/format.md
+specifies the bytes.
+"""
+
+from rarefy.layouts.base import Array, ArraySpec, Layout, Meta, MetaValue
+from rarefy.layouts.bitmask_float import BitmaskFloat
+from rarefy.layouts.bitmask_int import BitmaskInt
+from rarefy.layouts.dense_float import DenseFloat
+from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.nm_float import NMFloat
+from rarefy.layouts.nm_int import NMInt
+from rarefy.layouts.packing import FORMATS, AnyLayout, FloatFormat, choose_format, pack, packed_nbytes, unpack
+
+__all__ = [
+    "FORMATS",
+    "AnyLayout",
+    "Array",
+    "ArraySpec",
+    "BitmaskFloat",
+    "BitmaskInt",
+    "DenseFloat",
+    "DenseInt",
+    "FloatFormat",
+    "Layout",
+    "Meta",
+    "MetaValue",
+    "NMFloat",
+    "NMInt",
+    "choose_format",
+    "pack",
+    "packed_nbytes",
+    "unpack",
+]

@@ -1,0 +1,235 @@
+"""What every storage layout offers, and the checks that hostile metadata and arrays must pass.
+
+Shape suffixes: O out, I in, G groups, B bytes of a row.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.core.errors import LayoutError, PatternError
+from rarefy.core.grids import MAX_SCALE, MIN_SCALE, Float32Array, IntGrid, chunks, to_bf16_bits
+from rarefy.core.patterns import NM
+
+Array = npt.NDArray[np.generic]
+MetaValue = int | bool | None | list[int]
+Meta = Mapping[str, object]
+ArraySpec = dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
+
+MAX_DIMENSION = 2**31 - 1
+
+UINT8: np.dtype[np.generic] = np.dtype(np.uint8)
+UINT16: np.dtype[np.generic] = np.dtype(np.uint16)
+FLOAT32: np.dtype[np.generic] = np.dtype(np.float32)
+
+_BF16_EXPONENT = np.uint16(0x7F80)
+_MIN_SCALE_BITS, _MAX_SCALE_BITS = (int(b) for b in to_bf16_bits(np.array([MIN_SCALE, MAX_SCALE], dtype=np.float32)))
+_POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
+
+class Layout(Protocol):
+    """A weight matrix (O, I) as it lies in memory and on disk: pure data. One final class per packing."""
+
+    @property
+    def format(self) -> str:
+        """Key of FORMATS, e.g. "bitmask-int4-v1": written to disk, never reused for other bytes."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+
+    def to_dense(self) -> Float32Array:
+        """The matrix as float32 (O, I)."""
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays to store, by name."""
+
+    def meta(self) -> dict[str, MetaValue]:
+        """What the arrays do not say, as JSON values; always contains "shape"."""
+
+    @classmethod
+    def array_spec(cls, format: str, meta: Meta) -> ArraySpec:
+        """Dtype and shape of each array of a layout with this format and metadata.
+
+        Raises:
+            LayoutError: format or metadata are not valid.
+        """
+
+    @classmethod
+    def from_arrays(cls, format: str, meta: Meta, arrays: Mapping[str, Array]) -> Self:
+        """Build a layout from stored arrays, trusting nothing.
+
+        Raises:
+            LayoutError: anything contradicts the format's specification.
+        """
+
+
+def bits_of(format: str, prefix: str) -> int:
+    """Read num_bits from the name of an integer format, e.g. 4 from "dense-int4-v1"."""
+    for num_bits in (4, 8):
+        if format == f"{prefix}-int{num_bits}-v1":
+            return num_bits
+    raise LayoutError("format", repr(format), allowed=f"{prefix}-int4-v1, {prefix}-int8-v1")
+
+
+def check_float_format(format: str, *allowed: str) -> None:
+    """Refuse a format name that the class does not read."""
+    if format not in allowed:
+        raise LayoutError("format", repr(format), allowed=", ".join(allowed))
+
+
+def read_shape(format: str, meta: Meta, *other_keys: str) -> tuple[int, int]:
+    """Check that the metadata has exactly `shape` and the other keys, and return the shape."""
+    expected = {"shape", *other_keys}
+    if set(meta) != expected:
+        raise LayoutError(format, f"metadata fields {sorted(map(str, meta))}", allowed=f"exactly {sorted(expected)}")
+    shape = meta["shape"]
+    if not isinstance(shape, list | tuple) or len(shape) != 2:
+        raise LayoutError(format, f"shape {shape!r:.60}", allowed="two integers [O, I]")
+    rows, width = (_integer(format, "shape", size, 0, MAX_DIMENSION) for size in shape)
+    return rows, width
+
+
+def read_grid(format: str, num_bits: int, meta: Meta) -> IntGrid:
+    """Read group_size and symmetric."""
+    try:
+        return IntGrid(num_bits, meta["group_size"], meta["symmetric"])  # type: ignore[arg-type]  # IntGrid checks them
+    except PatternError as error:
+        raise LayoutError(format, error.found, allowed=error.allowed) from error
+
+
+def read_pattern(format: str, meta: Meta) -> NM:
+    """Read keep and group."""
+    try:
+        return NM(meta["keep"], meta["group"])  # type: ignore[arg-type]  # NM checks them
+    except PatternError as error:
+        raise LayoutError(format, error.found, allowed=error.allowed) from error
+
+
+def read_num_values(format: str, meta: Meta, shape: tuple[int, int]) -> int:
+    """Read num_values."""
+    return _integer(format, "num_values", meta["num_values"], 0, shape[0] * shape[1])
+
+
+def grid_spec(grid: IntGrid, shape: tuple[int, int]) -> ArraySpec:
+    """Scales, and zero points of an asymmetric grid."""
+    groups = (shape[0], grid.num_groups(shape[1]))
+    spec: ArraySpec = {"scales": (UINT16, groups)}
+    if not grid.symmetric:
+        spec["zero_points"] = (UINT8, groups)
+    return spec
+
+
+def mask_spec(shape: tuple[int, int]) -> ArraySpec:
+    """One bit per entry, rows padded to whole bytes."""
+    return {"mask": (UINT8, (shape[0], -(-shape[1] // 8)))}
+
+
+def check_arrays(format: str, spec: ArraySpec, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Check names, dtypes and shapes; return the arrays, C-contiguous and aligned."""
+    if set(arrays) != set(spec):
+        raise LayoutError(format, f"arrays {sorted(map(str, arrays))}", allowed=f"exactly {sorted(spec)}")
+    for name, (dtype, shape) in spec.items():
+        array = arrays[name]
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+            found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise LayoutError(f"{format} {name}", found, allowed=f"{dtype} {shape}")
+    return {name: np.require(arrays[name], requirements=["C", "A"]) for name in spec}
+
+
+def check_finite_bf16(format: str, values: npt.NDArray[np.uint16]) -> None:
+    """Refuse bfloat16 bits of NaN or infinity."""
+    if not all_finite_bf16(values):
+        raise LayoutError(f"{format} values", "NaN or infinity", allowed="finite numbers")
+
+
+def all_finite_bf16(values: npt.NDArray[np.uint16]) -> bool:
+    """Whether no bfloat16 (given as bits, C-contiguous) is NaN or infinite."""
+    flat = values.reshape(-1)
+    return not any(np.any((flat[c] & _BF16_EXPONENT) == _BF16_EXPONENT) for c in chunks(flat.shape[0], 1))
+
+
+def check_grid_arrays(format: str, grid: IntGrid, arrays: Mapping[str, Array]) -> None:
+    """Scales are positive, normal and at most 2**119; zero points are codes."""
+    scales = arrays["scales"]
+    if np.any((scales < _MIN_SCALE_BITS) | (scales > _MAX_SCALE_BITS)):  # type: ignore[operator]  # uint16 by its spec
+        raise LayoutError(f"{format} scales", "a scale out of range", allowed="bfloat16 in [2**-126, 2**119]")
+    if not grid.symmetric and np.any(arrays["zero_points"] > grid.max_code):  # type: ignore[operator]  # uint8 by its spec
+        raise LayoutError(f"{format} zero_points", "a zero point out of range", allowed=f"[0, {grid.max_code}]")
+
+
+def check_mask(format: str, mask_OB: npt.NDArray[np.uint8], width: int) -> None:
+    """Padding bits of every row are zero."""
+    if width % 8 and np.any(mask_OB[:, -1] >> np.uint8(width % 8)):
+        raise LayoutError(f"{format} mask", "a padding bit that is 1", allowed="0 in the bits beyond the last column")
+
+
+def check_popcount(format: str, mask_OB: npt.NDArray[np.uint8], num_values: int) -> None:
+    """As many bits are set as values are stored."""
+    found = int(_POPCOUNT[mask_OB].sum(dtype=np.int64))
+    if found != num_values:
+        raise LayoutError(f"{format} mask", f"{found} bits set", allowed=f"{num_values}, the number of values")
+
+
+def check_group_counts(format: str, mask_OB: npt.NDArray[np.uint8], width: int, pattern: NM) -> None:
+    """Every group of every row has exactly the bits that the pattern keeps."""
+    kept_OG = count_groups(unpack_mask(mask_OB, width), pattern)
+    if np.any(kept_OG != pattern.keep_counts_G(width)):
+        raise LayoutError(f"{format} mask", "a group with a wrong number of bits set", allowed=str(pattern))
+
+
+def count_groups(mask_OI: npt.NDArray[np.bool_], pattern: NM) -> npt.NDArray[np.uint8]:
+    """Entries kept in each group, (O, G); at most 64 each."""
+    rows, width = mask_OI.shape
+    full = width // pattern.group
+    kept_OG = np.zeros((rows, pattern.num_groups(width)), dtype=np.uint8)
+    body = mask_OI[:, : full * pattern.group].reshape(rows, full, pattern.group)
+    kept_OG[:, :full] = body.sum(axis=2, dtype=np.uint8)
+    if width % pattern.group:
+        kept_OG[:, full] = mask_OI[:, full * pattern.group :].sum(axis=1, dtype=np.uint8)
+    return kept_OG
+
+
+def pack_mask(mask_OI: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Column i of a row becomes bit i % 8 (least significant first) of byte i // 8."""
+    return np.packbits(mask_OI, axis=1, bitorder="little")
+
+
+def unpack_mask(mask_OB: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.bool_]:
+    """Inverse of pack_mask: bool (O, width)."""
+    return np.unpackbits(mask_OB, axis=1, count=width, bitorder="little").view(np.bool_)
+
+
+def pack_nibbles(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Two codes per byte along the last axis, the first in the low nibble; an odd end is padded with 0."""
+    length = codes.shape[-1]
+    packed = np.zeros((*codes.shape[:-1], -(-length // 2)), dtype=np.uint8)
+    packed |= codes[..., 0::2]
+    packed[..., : length // 2] |= codes[..., 1::2] << np.uint8(4)
+    return packed
+
+
+def unpack_nibbles(packed: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
+    """Inverse of pack_nibbles: uint8 (..., length)."""
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
+    np.bitwise_and(packed, np.uint8(15), out=codes[..., 0::2])
+    np.right_shift(packed, np.uint8(4), out=codes[..., 1::2])
+    return codes[..., :length]
+
+
+def check_pad_nibble(format: str, packed: npt.NDArray[np.uint8], length: int) -> None:
+    """The high nibble of the last byte of an odd stream (along the last axis) is zero."""
+    if length % 2 and np.any(packed[..., -1] >> np.uint8(4)):
+        raise LayoutError(f"{format} codes", "a padding nibble that is not 0", allowed="0")
+
+
+def _integer(format: str, name: str, value: object, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise LayoutError(format, f"{name} {value!r:.60}", allowed=f"an integer in [{low}, {high}]")
+    return value

@@ -1,0 +1,93 @@
+"""nm-bf16-v1: `keep` of every `group` columns are stored as bfloat16, and a mask says which."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self, cast, final
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.core.grids import Float32Array, Uint8Array, Uint16Array, from_bf16_bits
+from rarefy.core.patterns import NM
+from rarefy.layouts import base
+from rarefy.layouts.base import Array, ArraySpec, Meta, MetaValue
+
+FORMAT = "nm-bf16-v1"
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NMFloat:
+    """An N:M sparse matrix of bfloat16.
+
+    Bytes (version 1), all little-endian:
+        mask: uint8 (O, ceil(I / 8)); column i of a row is bit i % 8 (least significant first) of byte i // 8; 1 means
+            stored; bits beyond the last column are 0. Exactly `keep` bits are set in every `group` columns, and
+            ceil(keep * r / group) in a shorter last group of r columns.
+        values: uint16 (O * per_row,), the stored entries in row-major order, each the upper 16 bits of a float32;
+            finite. A stored entry may be zero.
+
+    Args:
+        shape: (O, I).
+        pattern: keep and group.
+        mask: as above.
+        values: as above.
+    """
+
+    shape: tuple[int, int]
+    pattern: NM
+    mask: Uint8Array
+    values: Uint16Array
+
+    @property
+    def format(self) -> str:
+        """nm-bf16-v1."""
+        return FORMAT
+
+    @property
+    def num_values(self) -> int:
+        """Number of stored entries."""
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.mask.nbytes + self.values.nbytes
+
+    def mask_OI(self) -> npt.NDArray[np.bool_]:  # noqa: N802 (shape suffix)
+        """True where an entry is stored, bool (O, I)."""
+        return base.unpack_mask(self.mask, self.shape[1])
+
+    def to_dense(self) -> Float32Array:
+        """The matrix as float32 (O, I)."""
+        dense = np.zeros(self.shape, dtype=np.float32)
+        dense[self.mask_OI()] = from_bf16_bits(self.values)
+        return dense
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays to store, by name."""
+        return {"mask": self.mask, "values": self.values}
+
+    def meta(self) -> dict[str, MetaValue]:
+        """Shape and pattern."""
+        return {"shape": list(self.shape), "keep": self.pattern.keep, "group": self.pattern.group}
+
+    @classmethod
+    def array_spec(cls, format: str, meta: Meta) -> ArraySpec:
+        """See Layout.array_spec."""
+        base.check_float_format(format, FORMAT)
+        shape = base.read_shape(format, meta, "keep", "group")
+        num_values = shape[0] * base.read_pattern(format, meta).num_kept_per_row(shape[1])
+        return {**base.mask_spec(shape), "values": (base.UINT16, (num_values,))}
+
+    @classmethod
+    def from_arrays(cls, format: str, meta: Meta, arrays: Mapping[str, Array]) -> Self:
+        """See Layout.from_arrays."""
+        arrays = base.check_arrays(format, cls.array_spec(format, meta), arrays)
+        shape = base.read_shape(format, meta, "keep", "group")
+        pattern = base.read_pattern(format, meta)
+        mask, values = cast(Uint8Array, arrays["mask"]), cast(Uint16Array, arrays["values"])
+        base.check_mask(format, mask, shape[1])
+        base.check_group_counts(format, mask, shape[1], pattern)
+        base.check_finite_bf16(format, values)
+        return cls(shape, pattern, mask, values)

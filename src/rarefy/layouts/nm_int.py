@@ -1,0 +1,126 @@
+"""nm-int8-v1 and nm-int4-v1: `keep` of every `group` columns are stored as codes, and a mask says which."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self, cast, final
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.core.grids import FittedGrid, Float32Array, IntGrid, Uint8Array, Uint16Array
+from rarefy.core.patterns import NM
+from rarefy.layouts import base
+from rarefy.layouts.base import Array, ArraySpec, Meta, MetaValue
+from rarefy.layouts.scales import dequantize_stream, fitted_grid
+
+_KEYS = ("keep", "group", "group_size", "symmetric")
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NMInt:
+    """An N:M sparse matrix of codes; value = scale * (code - zero_point) where stored, else 0.
+
+    Bytes (version 1), all little-endian:
+        mask: uint8 (O, ceil(I / 8)); column i of a row is bit i % 8 (least significant first) of byte i // 8; 1 means
+            stored; bits beyond the last column are 0. Exactly `keep` bits are set in every `group` columns, and
+            ceil(keep * r / group) in a shorter last group of r columns.
+        codes: uint8, the stored entries in row-major order without row padding. int8: (num_values,). int4:
+            (ceil(num_values / 2),), entry 2k in the low nibble of byte k and entry 2k + 1 in the high one; a last odd
+            high nibble is 0. A stored code may equal the zero point. num_values is O times the entries of a row.
+        scales: uint16 (O, G), bfloat16 bits in [2**-126, 2**119], one per group of `group_size` columns (the last
+            may be shorter) or one per row. Groups count all columns, stored or not.
+        zero_points: uint8 (O, G) in [0, 2**num_bits - 1]; absent if symmetric, then 2**(num_bits - 1).
+
+    Args:
+        shape: (O, I).
+        grid: the integer grid.
+        pattern: keep and group.
+        mask: as above.
+        codes: as above.
+        scales: as above.
+        zero_points: as above; None if symmetric.
+    """
+
+    shape: tuple[int, int]
+    grid: IntGrid
+    pattern: NM
+    mask: Uint8Array
+    codes: Uint8Array
+    scales: Uint16Array
+    zero_points: Uint8Array | None
+
+    @property
+    def format(self) -> str:
+        """nm-int8-v1 or nm-int4-v1."""
+        return f"nm-int{self.grid.num_bits}-v1"
+
+    @property
+    def num_values(self) -> int:
+        """Number of stored entries."""
+        return self.shape[0] * self.pattern.num_kept_per_row(self.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays().values())
+
+    @property
+    def fitted(self) -> FittedGrid:
+        """The grid with its scales and zero points."""
+        return fitted_grid(self.grid, self.scales, self.zero_points)
+
+    def mask_OI(self) -> npt.NDArray[np.bool_]:  # noqa: N802 (shape suffix)
+        """True where an entry is stored, bool (O, I)."""
+        return base.unpack_mask(self.mask, self.shape[1])
+
+    def stream(self) -> Uint8Array:
+        """One code per byte, uint8 (num_values,), in row-major order."""
+        return base.unpack_nibbles(self.codes, self.num_values) if self.grid.num_bits == 4 else self.codes
+
+    def to_dense(self) -> Float32Array:
+        """The matrix as float32 (O, I)."""
+        return dequantize_stream(self.stream(), self.mask_OI(), self.fitted)
+
+    def arrays(self) -> dict[str, Array]:
+        """The arrays to store, by name."""
+        arrays: dict[str, Array] = {"mask": self.mask, "codes": self.codes, "scales": self.scales}
+        if self.zero_points is not None:
+            arrays["zero_points"] = self.zero_points
+        return arrays
+
+    def meta(self) -> dict[str, MetaValue]:
+        """Shape, pattern and grid; num_bits is in the format's name."""
+        return {
+            "shape": list(self.shape),
+            "keep": self.pattern.keep,
+            "group": self.pattern.group,
+            "group_size": self.grid.group_size,
+            "symmetric": self.grid.symmetric,
+        }
+
+    @classmethod
+    def array_spec(cls, format: str, meta: Meta) -> ArraySpec:
+        """See Layout.array_spec."""
+        num_bits = base.bits_of(format, "nm")
+        shape = base.read_shape(format, meta, *_KEYS)
+        num_values = shape[0] * base.read_pattern(format, meta).num_kept_per_row(shape[1])
+        num_code_bytes = -(-num_values // 2) if num_bits == 4 else num_values
+        grid = base.read_grid(format, num_bits, meta)
+        return {**base.mask_spec(shape), "codes": (base.UINT8, (num_code_bytes,)), **base.grid_spec(grid, shape)}
+
+    @classmethod
+    def from_arrays(cls, format: str, meta: Meta, arrays: Mapping[str, Array]) -> Self:
+        """See Layout.from_arrays."""
+        arrays = base.check_arrays(format, cls.array_spec(format, meta), arrays)
+        shape = base.read_shape(format, meta, *_KEYS)
+        pattern = base.read_pattern(format, meta)
+        grid = base.read_grid(format, base.bits_of(format, "nm"), meta)
+        mask, codes = cast(Uint8Array, arrays["mask"]), cast(Uint8Array, arrays["codes"])
+        base.check_mask(format, mask, shape[1])
+        base.check_group_counts(format, mask, shape[1], pattern)
+        if grid.num_bits == 4:
+            base.check_pad_nibble(format, codes, shape[0] * pattern.num_kept_per_row(shape[1]))
+        base.check_grid_arrays(format, grid, arrays)
+        zero_points = cast("Uint8Array | None", arrays.get("zero_points"))
+        return cls(shape, grid, pattern, mask, codes, cast(Uint16Array, arrays["scales"]), zero_points)

@@ -1,0 +1,187 @@
+"""From a Solution to the layout that stores it, and back."""
+
+from typing import Literal, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.core.errors import NonFiniteError
+from rarefy.core.grids import Float32Array, IntGrid, Uint16Array, quantize, to_bf16_bits
+from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.solution import Solution
+from rarefy.layouts import base
+from rarefy.layouts.base import Meta
+from rarefy.layouts.bitmask_float import BitmaskFloat
+from rarefy.layouts.bitmask_int import BitmaskInt
+from rarefy.layouts.dense_float import DenseFloat
+from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.nm_float import NMFloat
+from rarefy.layouts.nm_int import NMInt
+from rarefy.layouts.scales import stored_grid
+
+FloatFormat = Literal["bf16", "f32"]
+AnyLayout = DenseFloat | DenseInt | BitmaskFloat | BitmaskInt | NMFloat | NMInt
+
+# the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
+FORMATS: dict[str, type[AnyLayout]] = {
+    "dense-f32-v1": DenseFloat,
+    "dense-bf16-v1": DenseFloat,
+    "dense-int8-v1": DenseInt,
+    "dense-int4-v1": DenseInt,
+    "bitmask-bf16-v1": BitmaskFloat,
+    "bitmask-int8-v1": BitmaskInt,
+    "bitmask-int4-v1": BitmaskInt,
+    "nm-bf16-v1": NMFloat,
+    "nm-int8-v1": NMInt,
+    "nm-int4-v1": NMInt,
+}
+
+
+def packed_nbytes(format: str, meta: Meta) -> int:
+    """Bytes of all arrays of a layout, from its metadata alone."""
+    spec = FORMATS[format].array_spec(format, meta)
+    return sum(dtype.itemsize * int(np.prod(shape, dtype=object)) for dtype, shape in spec.values())
+
+
+def choose_format(
+    shape: tuple[int, int],
+    pattern: Pattern | None,
+    grid: IntGrid | None,
+    *,
+    num_values: int | None = None,
+    float_format: FloatFormat = "bf16",
+) -> tuple[str, int]:
+    """Which format `pack` stores a matrix in, and how many bytes that takes.
+
+    A sparse layout that would be larger than the dense one (its mask costs more than the zeros save) gives way to it.
+
+    Args:
+        shape: (O, I).
+        pattern: zero pattern, None for dense.
+        grid: value grid, None for floats.
+        num_values: entries kept by an unstructured pattern; None: what its sparsity says.
+        float_format: dtype of dense floats. Sparse floats are always bfloat16.
+
+    Returns:
+        Format name and bytes of all arrays.
+    """
+    rows, width = shape
+    values = float_format if grid is None else f"int{grid.num_bits}"
+    grid_meta = {} if grid is None else {"group_size": grid.group_size, "symmetric": grid.symmetric}
+    dense = f"dense-{values}-v1"
+    dense_bytes = packed_nbytes(dense, {"shape": [rows, width], **grid_meta})
+    match pattern:
+        case None:
+            return dense, dense_bytes
+        case NM():
+            sparse = f"nm-{'bf16' if grid is None else values}-v1"
+            meta = {"shape": [rows, width], "keep": pattern.keep, "group": pattern.group, **grid_meta}
+        case Unstructured():
+            if num_values is None:
+                num_values = rows * width - round(rows * width * pattern.sparsity)
+            sparse = f"bitmask-{'bf16' if grid is None else values}-v1"
+            meta = {"shape": [rows, width], "num_values": num_values, **grid_meta}
+        case _:
+            assert_never(pattern)
+    sparse_bytes = packed_nbytes(sparse, meta)
+    return (dense, dense_bytes) if sparse_bytes > dense_bytes else (sparse, sparse_bytes)
+
+
+def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout:
+    """Store a solution in the layout that its pattern and grid ask for.
+
+    Args:
+        solution: V with its mask, pattern and grid.
+        float_format: "bf16" (weights without a grid are rounded to nearest even) or "f32" (dense layouts only).
+
+    Returns:
+        nm-* for an N:M pattern, bitmask-* for an unstructured one, dense-* without a mask or where the sparse one would
+        be larger. An N:M group that keeps fewer entries than its pattern is filled up with stored zeros.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite, or too large for bfloat16.
+        LayoutError: the solution breaks its own invariants (see Solution.check).
+    """
+    solution.check()
+    grid = None if solution.grid is None else solution.grid.grid
+    mask_OI = solution.mask_OI
+    num_values = None if mask_OI is None else int(np.count_nonzero(mask_OI))
+    format, _ = choose_format(solution.shape, solution.pattern, grid, num_values=num_values, float_format=float_format)
+    if mask_OI is None or format.startswith("dense-"):
+        return _pack_dense(solution, float_format)
+    if isinstance(solution.pattern, NM):
+        return _pack_nm(solution, solution.pattern, _fill_groups(mask_OI, solution.pattern))
+    return _pack_bitmask(solution, mask_OI)
+
+
+def unpack(layout: AnyLayout) -> Solution:
+    """The solution that a layout stores; its weights are the stored ones (after rounding)."""
+    match layout:
+        case DenseFloat():
+            return Solution.dense(layout.to_dense())
+        case DenseInt():
+            return Solution(layout.to_dense(), None, None, layout.fitted)
+        case BitmaskFloat() | BitmaskInt():
+            size = layout.shape[0] * layout.shape[1]
+            pattern = Unstructured(1.0 - layout.num_values / size if size else 0.0)
+            grid = layout.fitted if isinstance(layout, BitmaskInt) else None
+            return Solution(layout.to_dense(), layout.mask_OI(), pattern, grid)
+        case NMFloat():
+            return Solution(layout.to_dense(), layout.mask_OI(), layout.pattern, None)
+        case NMInt():
+            return Solution(layout.to_dense(), layout.mask_OI(), layout.pattern, layout.fitted)
+        case _:
+            assert_never(layout)
+
+
+def _pack_dense(solution: Solution, float_format: FloatFormat) -> AnyLayout:
+    if solution.grid is None:
+        weight = np.ascontiguousarray(solution.weight_OI)
+        return DenseFloat(weight if float_format == "f32" else _bf16(weight))
+    codes = quantize(solution.weight_OI, solution.grid)
+    if solution.grid.grid.num_bits == 4:
+        codes = base.pack_nibbles(codes)
+    return DenseInt(solution.shape, solution.grid.grid, codes, *stored_grid(solution.grid))
+
+
+def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
+    mask = base.pack_mask(mask_OI)
+    if solution.grid is None:
+        return BitmaskFloat(solution.shape, mask, _bf16(solution.weight_OI[mask_OI]))
+    codes, num_values = _stream(solution, mask_OI)
+    return BitmaskInt(solution.shape, solution.grid.grid, num_values, mask, codes, *stored_grid(solution.grid))
+
+
+def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
+    mask = base.pack_mask(mask_OI)
+    if solution.grid is None:
+        return NMFloat(solution.shape, pattern, mask, _bf16(solution.weight_OI[mask_OI]))
+    codes, _ = _stream(solution, mask_OI)
+    return NMInt(solution.shape, solution.grid.grid, pattern, mask, codes, *stored_grid(solution.grid))
+
+
+def _stream(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], int]:
+    assert solution.grid is not None
+    codes = quantize(solution.weight_OI, solution.grid)[mask_OI]
+    num_values = codes.shape[0]
+    return (base.pack_nibbles(codes) if solution.grid.grid.num_bits == 4 else codes), num_values
+
+
+def _bf16(values: Float32Array) -> Uint16Array:
+    bits = to_bf16_bits(values)
+    if not base.all_finite_bf16(bits):
+        raise NonFiniteError("weight", "a value too large for bfloat16", hint="the input model is likely damaged")
+    return bits
+
+
+def _fill_groups(mask_OI: npt.NDArray[np.bool_], pattern: NM) -> npt.NDArray[np.bool_]:
+    """Mark pruned entries as stored, lowest columns first, in groups that keep too few."""
+    rows, width = mask_OI.shape
+    missing_OG = pattern.keep_counts_G(width) - base.count_groups(mask_OI, pattern)
+    if not np.any(missing_OG):
+        return mask_OI
+    padded = np.ones((rows, missing_OG.shape[1] * pattern.group), dtype=np.bool_)
+    padded[:, :width] = mask_OI
+    pruned = ~padded.reshape(rows, -1, pattern.group)
+    fill = pruned & (np.cumsum(pruned, axis=2) <= missing_OG[:, :, None])
+    return mask_OI | fill.reshape(rows, -1)[:, :width]

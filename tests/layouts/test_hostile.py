@@ -1,0 +1,245 @@
+"""Arrays and metadata from a hostile file: each defect alone must give a LayoutError."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rarefy.core.errors import LayoutError
+from rarefy.layouts import FORMATS
+
+# 2 rows of 5 columns; five entries stored in bitmasks, 2 of 4 and 1 of 1 in N:M
+MASK = np.array([[0b00010101], [0b00001010]], dtype=np.uint8)
+NM_MASK = np.array([[0b00010101], [0b00011010]], dtype=np.uint8)
+KEYS = ("shape", "num_values", "keep", "group", "group_size", "symmetric")
+SCALES = np.array([[0x3F80], [0x4000]], dtype=np.uint16)
+ZERO_POINTS = np.array([[0], [15]], dtype=np.uint8)
+VALUES = np.array([0x3F80, 0xBF80, 0, 0x4000, 0x3F00], dtype=np.uint16)
+GRID = {"group_size": 32, "symmetric": True}
+ASYMMETRIC = {"group_size": None, "symmetric": False}
+
+
+def example(format):
+    packing, values, _ = format.split("-")
+    meta = {"shape": [2, 5]}
+    arrays = {}
+    if packing == "bitmask":
+        meta["num_values"] = 5
+        arrays["mask"] = MASK
+    elif packing == "nm":
+        meta |= {"keep": 2, "group": 4}
+        arrays["mask"] = NM_MASK
+    count = {"dense": 10, "bitmask": 5, "nm": 6}[packing]
+    if values == "f32":
+        arrays["values"] = np.arange(10, dtype=np.float32).reshape(2, 5)
+    elif values == "bf16":
+        stream = np.resize(VALUES, count)
+        arrays["values"] = stream.reshape(2, 5) if packing == "dense" else stream
+    else:
+        meta |= GRID if values == "int4" else ASYMMETRIC
+        arrays["scales"] = SCALES
+        if values == "int8":
+            arrays["zero_points"] = ZERO_POINTS
+            arrays["codes"] = np.arange(count, dtype=np.uint8)
+        elif packing == "dense":
+            arrays["codes"] = np.array([0x21, 0x43, 0x05, 0x21, 0x43, 0x05], dtype=np.uint8)
+        else:
+            arrays["codes"] = np.array([0x21, 0x43, 0x05 if count % 2 else 0x65], dtype=np.uint8)
+        if packing == "dense":
+            arrays["codes"] = arrays["codes"].reshape(2, -1)
+    return meta, arrays
+
+
+def refuse(format, meta, arrays, match=None):
+    with pytest.raises(LayoutError, match=match):
+        FORMATS[format].from_arrays(format, meta, arrays)
+
+
+def changed(array, index, value):
+    result = array.copy()
+    result[index] = value
+    return result
+
+
+@pytest.fixture(params=sorted(FORMATS))
+def format(request):
+    return request.param
+
+
+def test_the_example_itself_is_valid(format):
+    meta, arrays = example(format)
+    layout = FORMATS[format].from_arrays(format, meta, arrays)
+    assert layout.format == format
+    assert layout.meta() == meta
+
+
+def test_a_class_does_not_read_formats_of_another(format):
+    meta, arrays = example(format)
+    for other, cls in FORMATS.items():
+        if cls is not FORMATS[format]:
+            with pytest.raises(LayoutError, match="format"):
+                cls.from_arrays(format, meta, arrays)
+            with pytest.raises(LayoutError, match="format"):
+                cls.array_spec(format, example(other)[0])
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [None, 5, [5], [2, 5, 1], [2, -5], [2.0, 5], [True, 5], ["2", 5], [2, 2**31], [2, 2**70], [3, 5], [2, 9], [5, 2]],
+)
+def test_shape(format, shape):
+    meta, arrays = example(format)
+    refuse(format, {**meta, "shape": shape}, arrays)
+
+
+@pytest.mark.parametrize("value", [-1, 4, 6, 11, 2**70, 5.0, "5", None, True, []])
+def test_num_values(format, value):
+    meta, arrays = example(format)
+    if "num_values" in meta:
+        refuse(format, {**meta, "num_values": value}, arrays)
+
+
+@pytest.mark.parametrize(
+    ("keep", "group"), [(0, 4), (1, 4), (3, 4), (5, 4), (2, 0), (2, 65), (2, 5), (2.0, 4), (None, 4)]
+)
+def test_keep_and_group(format, keep, group):
+    meta, arrays = example(format)
+    if "keep" in meta:
+        refuse(format, {**meta, "keep": keep, "group": group}, arrays)
+
+
+@pytest.mark.parametrize("value", [0, 16, -32, 2**40, 64.0, "64", True, []])
+def test_group_size(format, value):
+    meta, arrays = example(format)
+    if "group_size" in meta:
+        refuse(format, {**meta, "group_size": value}, arrays, "group_size")
+
+
+@pytest.mark.parametrize("value", [0, 1, None, "true"])
+def test_symmetric(format, value):
+    meta, arrays = example(format)
+    if "symmetric" in meta:
+        refuse(format, {**meta, "symmetric": value}, arrays, "symmetric")
+
+
+def test_symmetry_and_zero_points_must_agree(format):
+    meta, arrays = example(format)
+    if "symmetric" in meta:
+        refuse(format, {**meta, "symmetric": not meta["symmetric"]}, arrays, "exactly")
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0x7F81, 0xFFFF])
+def test_non_finite_values(format, bits):
+    meta, arrays = example(format)
+    if format.endswith("bf16-v1"):
+        refuse(format, meta, {**arrays, "values": changed(arrays["values"], (-1,), bits)}, "NaN")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_non_finite_float32(value):
+    meta, arrays = example("dense-f32-v1")
+    refuse("dense-f32-v1", meta, {"values": changed(arrays["values"], (1, 4), value)}, "NaN")
+
+
+@pytest.mark.parametrize("bits", [0, 0x0001, 0x007F, 0x7B01, 0x7F80, 0x7FC0, 0x8000, 0xBF80, 0xFFFF])
+def test_scales(format, bits):
+    meta, arrays = example(format)
+    if "scales" in arrays:
+        refuse(format, meta, {**arrays, "scales": changed(SCALES, (1, 0), bits)}, "scale out of range")
+
+
+@pytest.mark.parametrize("format", ["dense-int4-v1", "bitmask-int4-v1", "nm-int4-v1"])
+def test_zero_point_beyond_the_codes(format):
+    meta, arrays = example(format)
+    meta = {**meta, **ASYMMETRIC}
+    FORMATS[format].from_arrays(format, meta, {**arrays, "zero_points": ZERO_POINTS})
+    refuse(format, meta, {**arrays, "zero_points": changed(ZERO_POINTS, (0, 0), 16)}, "zero point")
+
+
+def test_mask_padding_bits(format):
+    meta, arrays = example(format)
+    if "mask" in arrays:
+        for bit in (5, 6, 7):
+            damaged = arrays["mask"].copy()
+            damaged[1, 0] = damaged[1, 0] & ~np.uint8(2) | np.uint8(1 << bit)  # the number of bits stays
+            refuse(format, meta, {**arrays, "mask": damaged}, "padding bit")
+
+
+def test_number_of_mask_bits(format):
+    meta, arrays = example(format)
+    if "mask" in arrays:
+        refuse(format, meta, {**arrays, "mask": changed(arrays["mask"], (0, 0), 0b10101 ^ 0b10)}, "bits set")
+        refuse(format, meta, {**arrays, "mask": changed(arrays["mask"], (0, 0), 0b10100)}, "bits set")
+
+
+def test_nm_counts_hold_in_every_group_not_only_in_sum(format):
+    meta, arrays = example(format)
+    if "keep" in meta:
+        refuse(format, meta, {**arrays, "mask": changed(NM_MASK, (0, 0), 0b00001101)}, "group with a wrong number")
+
+
+@pytest.mark.parametrize("format", ["dense-int4-v1", "bitmask-int4-v1"])
+def test_padding_nibble(format):
+    meta, arrays = example(format)
+    refuse(format, meta, {**arrays, "codes": changed(arrays["codes"], (..., -1), 0x15)}, "padding nibble")
+
+
+def test_foreign_byte_order(format):
+    meta, arrays = example(format)
+    for name, array in arrays.items():
+        if array.dtype.itemsize > 1:
+            swapped = {**arrays, name: array.astype(array.dtype.newbyteorder())}
+            refuse(format, meta, swapped)
+
+
+def test_strided_and_read_only_arrays_are_read(format):
+    meta, arrays = example(format)
+    wanted = FORMATS[format].from_arrays(format, meta, arrays).to_dense()
+    strided = {name: np.stack([a, a], axis=-1)[..., 0] for name, a in arrays.items()}
+    for array in strided.values():
+        array.flags.writeable = False
+    layout = FORMATS[format].from_arrays(format, meta, strided)
+    assert all(array.flags.c_contiguous for array in layout.arrays().values())
+    assert np.array_equal(layout.to_dense(), wanted)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.sampled_from(sorted(FORMATS)),
+    st.dictionaries(
+        st.sampled_from(["shape", "num_values", "keep", "group", "group_size", "symmetric", "x"]),
+        json_values,
+        max_size=3,
+    ),
+)
+def test_any_json_as_metadata(format, changes):
+    meta, arrays = example(format)
+    try:
+        layout = FORMATS[format].from_arrays(format, {**meta, **changes}, arrays)
+    except LayoutError:
+        return
+    assert layout.to_dense().shape == (2, 5)
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(sorted(FORMATS)), st.data())
+def test_any_bytes_as_arrays(format, data):
+    meta, arrays = example(format)
+    name = data.draw(st.sampled_from(sorted(arrays)))
+    raw = bytearray(arrays[name].tobytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    damaged = np.frombuffer(bytes(raw), dtype=arrays[name].dtype).reshape(arrays[name].shape)
+    try:
+        layout = FORMATS[format].from_arrays(format, meta, {**arrays, name: damaged})
+    except LayoutError:
+        return
+    assert np.all(np.isfinite(layout.to_dense()))
+    assert np.array_equal(layout.arrays()[name], damaged)

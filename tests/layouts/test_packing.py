@@ -1,0 +1,183 @@
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from rarefy.core.errors import LayoutError, NonFiniteError
+from rarefy.core.grids import IntGrid, dequantize, fit_minmax, from_bf16_bits, quantize, to_bf16_bits
+from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.solution import Solution
+from rarefy.layouts import FORMATS, choose_format, pack, packed_nbytes, unpack
+from rarefy.testing import check_layout
+
+SIZES = [0, 1, 2, 7, 8, 9, 31, 32, 33, 61, 64, 67, 97, 130]
+GRIDS = [None, *(IntGrid(b, size, sym) for b in (4, 8) for size in (None, 32, 64) for sym in (True, False))]
+PATTERNS = [None, Unstructured(0.5), Unstructured(0.95), NM(2, 4), NM(1, 1), NM(3, 7), NM(16, 32), NM(5, 64)]
+
+
+def make_solution(rows, width, pattern, grid, seed) -> Solution:
+    rng = np.random.default_rng(seed)
+    weight = from_bf16_bits(to_bf16_bits(rng.standard_normal((rows, width)).astype(np.float32)))
+    mask = None
+    if isinstance(pattern, Unstructured):
+        mask = rng.random((rows, width)) >= pattern.sparsity
+    elif pattern is not None:
+        mask = np.zeros((rows, width), dtype=bool)
+        for o in range(rows):
+            for start in range(0, width, pattern.group):
+                columns = min(pattern.group, width - start)
+                kept = rng.permutation(columns)[: math.ceil(Fraction(pattern.keep * columns, pattern.group))]
+                mask[o, start + kept] = True
+    if mask is not None:
+        weight = weight * mask
+    if grid is None:
+        return Solution(weight, mask, pattern, None)
+    fitted = fit_minmax(weight, grid)
+    return Solution(dequantize(quantize(weight, fitted), fitted), mask, pattern, fitted)
+
+
+solutions = st.builds(
+    make_solution,
+    st.sampled_from(SIZES),
+    st.sampled_from(SIZES),
+    st.sampled_from(PATTERNS),
+    st.sampled_from(GRIDS),
+    st.integers(0, 2**32),
+)
+
+
+@settings(max_examples=300)
+@given(solutions, st.sampled_from(["bf16", "f32"]))
+@example(make_solution(3, 67, NM(2, 4), IntGrid(4, 64, True), 0), "bf16")
+@example(make_solution(5, 61, Unstructured(0.5), IntGrid(4, 32, False), 0), "bf16")
+def test_round_trip(read_by_the_specification, solution, float_format):
+    layout = pack(solution, float_format=float_format)
+    assert FORMATS[layout.format] is type(layout)
+    assert layout.shape == solution.shape
+    assert np.array_equal(layout.to_dense(), solution.weight_OI)
+    raw = {name: array.tobytes() for name, array in layout.arrays().items()}
+    assert np.array_equal(read_by_the_specification(layout.format, layout.meta(), raw), solution.weight_OI)
+    assert layout.nbytes == sum(map(len, raw.values())) == packed_nbytes(layout.format, layout.meta())
+
+    back = unpack(layout)
+    back.check()
+    assert np.array_equal(back.weight_OI, solution.weight_OI)
+    if solution.grid is not None:
+        assert back.grid is not None
+        assert back.grid.grid == solution.grid.grid
+        assert np.array_equal(back.grid.scale_OG, solution.grid.scale_OG)
+        assert np.array_equal(back.grid.zero_point_OG, solution.grid.zero_point_OG)
+    if not layout.format.startswith("dense"):
+        assert np.array_equal(back.mask_OI, solution.mask_OI)
+        if isinstance(solution.pattern, NM):
+            assert back.pattern == solution.pattern
+    again = pack(back, float_format=float_format)
+    assert {name: array.tobytes() for name, array in again.arrays().items()} == raw
+    assert again.meta() == layout.meta()
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_conformance(format):
+    packing, values, _ = format.split("-")
+    pattern = {"dense": None, "bitmask": Unstructured(0.6), "nm": NM(2, 5)}[packing]
+    num_bits = {"int4": 4, "int8": 8}.get(values)
+    seen = 0
+    for rows, width in ((3, 67), (4, 64), (1, 33), (2, 8), (1, 1), (0, 5), (5, 0)):
+        for size, symmetric in ((32, True), (None, False)):
+            grid = None if num_bits is None else IntGrid(num_bits, size, symmetric)
+            solution = make_solution(rows, width, pattern, grid, seed=1)
+            layout = pack(solution, float_format="f32" if values == "f32" else "bf16")
+            check_layout(layout)
+            seen += layout.format == format
+    assert seen >= 4
+
+
+def test_a_kept_zero_is_stored():
+    weight = np.zeros((2, 64), dtype=np.float32)
+    weight[:, 0] = 7
+    mask = np.zeros((2, 64), dtype=bool)
+    mask[:, :2] = True
+    for grid in (None, fit_minmax(weight, IntGrid(4, 32, True)), fit_minmax(weight, IntGrid(8, None, False))):
+        stored = weight if grid is None else dequantize(quantize(weight, grid), grid)
+        layout = pack(Solution(stored, mask, Unstructured(0.96), grid))
+        assert layout.format.startswith("bitmask")
+        assert layout.num_values == 4
+        assert np.array_equal(unpack(layout).mask_OI, mask)
+
+
+def test_floats_are_rounded_to_nearest_even():
+    weight = np.array([[1.00390625, 1.01171875, -1.00390625]], dtype=np.float32)
+    assert pack(Solution.dense(weight)).to_dense().tolist() == [[1.0, 1.015625, -1.0]]
+    assert np.array_equal(pack(Solution.dense(weight), float_format="f32").to_dense(), weight)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "grid", "expected"),
+    [
+        (Unstructured(0.05), None, "dense-bf16-v1"),
+        (Unstructured(0.07), None, "bitmask-bf16-v1"),
+        (Unstructured(0.10), IntGrid(8, None, True), "dense-int8-v1"),
+        (Unstructured(0.15), IntGrid(8, None, True), "bitmask-int8-v1"),
+        (Unstructured(0.20), IntGrid(4, None, True), "dense-int4-v1"),
+        (Unstructured(0.30), IntGrid(4, None, True), "bitmask-int4-v1"),
+        (NM(7, 8), IntGrid(4, None, True), "dense-int4-v1"),
+        (NM(2, 4), IntGrid(4, None, True), "nm-int4-v1"),
+    ],
+)
+def test_a_mask_that_does_not_pay_is_not_stored(pattern, grid, expected):
+    solution = make_solution(128, 256, pattern, grid, seed=0)
+    layout = pack(solution)
+    assert layout.format == expected
+    assert np.array_equal(layout.to_dense(), solution.weight_OI)
+    if isinstance(pattern, NM) or expected.startswith("dense"):
+        assert choose_format((128, 256), pattern, grid) == (layout.format, layout.nbytes)
+    kept = int(np.count_nonzero(solution.mask_OI))
+    assert choose_format((128, 256), pattern, grid, num_values=kept) == (layout.format, layout.nbytes)
+
+
+def test_the_size_can_be_predicted_from_the_sparsity():
+    _, predicted = choose_format((100, 200), Unstructured(0.5), IntGrid(4, 64, True))
+    assert predicted == 100 * 25 + 5000 + 100 * 4 * 2
+    assert choose_format((10, 10), None, None) == ("dense-bf16-v1", 200)
+    assert choose_format((10, 10), None, None, float_format="f32") == ("dense-f32-v1", 400)
+
+
+def test_an_nm_group_that_keeps_too_few_is_filled():
+    weight = np.array([[1, 0, 0, 0, 0, 2, 3, 0, 4, 0]], dtype=np.float32)
+    solution = Solution(weight, weight != 0, NM(2, 4), None)
+    layout = pack(solution)
+    assert layout.format == "nm-bf16-v1"
+    assert np.array_equal(layout.to_dense(), weight)
+    assert layout.mask_OI().tolist() == [[True, True, False, False, False, True, True, False, True, False]]
+
+
+def test_solutions_that_break_their_invariants_are_refused():
+    weight = np.ones((2, 8), dtype=np.float32)
+    with pytest.raises(LayoutError, match="pruned"):
+        pack(Solution(weight, np.zeros((2, 8), bool), Unstructured(1.0), None))
+    with pytest.raises(NonFiniteError):
+        pack(Solution.dense(np.full((2, 2), np.inf, dtype=np.float32)))
+    with pytest.raises(NonFiniteError, match="bfloat16"):
+        pack(Solution.dense(np.full((2, 2), np.finfo(np.float32).max, dtype=np.float32)))
+
+
+def test_a_view_is_packed_like_its_copy():
+    weight = np.random.default_rng(0).standard_normal((64, 40)).astype(np.float32)
+    for float_format in ("bf16", "f32"):
+        view = pack(Solution.dense(weight.T), float_format=float_format)
+        assert np.array_equal(
+            view.arrays()["values"], pack(Solution.dense(weight.T.copy()), float_format=float_format).values
+        )
+        assert view.arrays()["values"].flags.c_contiguous
+
+
+def test_rows_of_an_embedding():
+    for grid in (None, IntGrid(8, None, True), IntGrid(4, 32, False)):
+        layout = pack(make_solution(9, 33, None, grid, seed=2))
+        indices = np.array([[8, 0, 3], [3, 3, 1]])
+        assert np.array_equal(layout.rows(indices), layout.to_dense()[indices])
+        with pytest.raises(IndexError):
+            layout.rows(np.array([9]))
