@@ -1,0 +1,43 @@
+// Python bindings of the CPU flags and the thread pool.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "common/bandwidth.h"
+#include "common/cpu.h"
+#include "common/pool.h"
+
+namespace nb = nanobind;
+
+namespace rarefy {
+
+void bind_common(nb::module_& module) {
+    module.def("cpu_flags", [] {
+        const common::CpuFlags cpu = common::detect_cpu();
+        return std::map<std::string, bool>{
+            {"avx2", cpu.avx2},
+            {"fma", cpu.fma},
+            {"f16c", cpu.f16c},
+            {"bmi2", cpu.bmi2},
+            {"avx_vnni", cpu.avx_vnni},
+            {"avx512f", cpu.avx512f},
+            {"avx512bw", cpu.avx512bw},
+            {"avx512vl", cpu.avx512vl},
+            {"avx512dq", cpu.avx512dq},
+            {"avx512_vnni", cpu.avx512_vnni},
+            {"avx512vbmi", cpu.avx512vbmi},
+            {"avx512_vbmi2", cpu.avx512_vbmi2},
+            {"avx512_bf16", cpu.avx512_bf16},
+            {"amx_tile", cpu.amx_tile},
+            {"amx_int8", cpu.amx_int8},
+            {"amx_bf16", cpu.amx_bf16},
+        };
+    });
+    module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
+    module.def("num_threads", &common::num_threads);
+    module.def("read_seconds", &common::read_seconds, nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("repeats"),
+               nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace rarefy

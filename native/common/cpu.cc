@@ -1,0 +1,45 @@
+#include "common/cpu.h"
+
+#if RAREFY_X86
+#include <cpuid.h>
+#endif
+
+namespace rarefy::common {
+
+CpuFlags detect_cpu() {
+    CpuFlags flags{};
+#if RAREFY_X86
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return flags;
+    const bool osxsave = c >> 27 & 1;
+    const bool fma = c >> 12 & 1, f16c = c >> 29 & 1;
+    if (!osxsave) return flags;
+    unsigned xcr0 = 0, xcr0_high = 0;
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+    const bool ymm = (xcr0 & 0x6) == 0x6;
+    const bool zmm = ymm && (xcr0 & 0xe0) == 0xe0;
+    const bool tiles = (xcr0 & 0x60000) == 0x60000;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return flags;
+    flags.fma = ymm && fma;
+    flags.f16c = ymm && f16c;
+    flags.avx2 = ymm && (b >> 5 & 1);
+    flags.bmi2 = b >> 8 & 1;
+    flags.avx512f = zmm && (b >> 16 & 1);
+    flags.avx512dq = zmm && (b >> 17 & 1);
+    flags.avx512bw = zmm && (b >> 30 & 1);
+    flags.avx512vl = zmm && (b >> 31 & 1);
+    flags.avx512vbmi = zmm && (c >> 1 & 1);
+    flags.avx512_vbmi2 = zmm && (c >> 6 & 1);
+    flags.avx512_vnni = zmm && (c >> 11 & 1);
+    flags.amx_bf16 = tiles && (d >> 22 & 1);
+    flags.amx_tile = tiles && (d >> 24 & 1);
+    flags.amx_int8 = tiles && (d >> 25 & 1);
+    if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+        flags.avx_vnni = ymm && (a >> 4 & 1);
+        flags.avx512_bf16 = zmm && (a >> 5 & 1);
+    }
+#endif
+    return flags;
+}
+
+}  // namespace rarefy::common

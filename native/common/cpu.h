@@ -1,0 +1,22 @@
+// What the CPU and the operating system can execute.
+#pragma once
+
+namespace rarefy::common {
+
+struct CpuFlags {
+    bool avx2, fma, f16c, bmi2, avx_vnni;
+    bool avx512f, avx512bw, avx512vl, avx512dq, avx512_vnni, avx512vbmi, avx512_vbmi2, avx512_bf16;
+    bool amx_tile, amx_int8, amx_bf16;
+};
+
+// A flag is set only when the operating system saves the registers that go with it.
+CpuFlags detect_cpu();
+
+// The flags that files named *avx2.cc and *avx512.cc are compiled for.
+inline bool can_run_avx2(const CpuFlags& cpu) { return cpu.avx2 && cpu.fma && cpu.f16c && cpu.bmi2; }
+inline bool can_run_avx512(const CpuFlags& cpu) {
+    return can_run_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512_vnni &&
+           cpu.avx512vbmi && cpu.avx512_vbmi2;
+}
+
+}  // namespace rarefy::common

@@ -1,0 +1,151 @@
+#include "common/pool.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+
+namespace rarefy::common {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kMaxChunks = 0xffff;
+constexpr auto kSpinTime = std::chrono::microseconds(60);
+
+inline void pause_cpu() {
+#if RAREFY_X86
+    __builtin_ia32_pause();
+#else
+    std::atomic_signal_fence(std::memory_order_seq_cst);
+#endif
+}
+
+// A job is published in one word: number of the job (32 bits), its chunks (16), the next chunk (16). A worker claims a
+// chunk by a compare-and-swap on the whole word, so it can never take a chunk of a job other than the one whose
+// function it has just read: the function changes only after every chunk of the job before is done.
+class Pool {
+public:
+    void run(int num_chunks, int num_threads, ChunkFunction function, void* context) {
+        grow(std::min(num_threads, num_chunks) - 1);
+        function_.store(function, std::memory_order_relaxed);
+        context_.store(context, std::memory_order_relaxed);
+        num_helpers_.store(num_threads - 1, std::memory_order_relaxed);
+        num_done_.store(0, std::memory_order_relaxed);
+        const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
+        ticket_.store(job << 32 | static_cast<uint64_t>(num_chunks) << 16);  // seq_cst, pairs with sleep()
+        if (num_asleep_.load() > 0) {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            awake_.notify_all();
+        }
+        work();
+        for (int spins = 0; num_done_.load(std::memory_order_acquire) != num_chunks; ++spins) {
+            if (spins < 4096) {
+                pause_cpu();
+            } else {
+                std::this_thread::yield();  // the helper that holds the last chunk may wait for this very core
+            }
+        }
+    }
+
+private:
+    void grow(int num_workers) {
+        for (; num_workers_ < std::min(num_workers, kMaxThreads - 1); ++num_workers_) {
+            std::thread([this, index = num_workers_] { serve(index); }).detach();
+        }
+    }
+
+    // Claims and runs chunks of the current job until none is left.
+    void work() {
+        uint64_t ticket = ticket_.load(std::memory_order_acquire);
+        while ((ticket & 0xffff) < (ticket >> 16 & 0xffff)) {
+            const ChunkFunction function = function_.load(std::memory_order_relaxed);
+            void* context = context_.load(std::memory_order_relaxed);
+            if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
+                                              std::memory_order_acquire)) {
+                function(context, static_cast<int>(ticket & 0xffff));
+                num_done_.fetch_add(1, std::memory_order_release);
+                ticket = ticket_.load(std::memory_order_acquire);
+            }
+        }
+    }
+
+    [[noreturn]] void serve(int index) {
+        for (uint64_t seen = 0;;) {
+            seen = wait_for_job(seen);
+            if (index < num_helpers_.load(std::memory_order_relaxed)) work();
+        }
+    }
+
+    uint64_t wait_for_job(uint64_t seen) {
+        const auto deadline = std::chrono::steady_clock::now() + kSpinTime;
+        for (;;) {
+            for (int i = 0; i < 64; ++i) {
+                const uint64_t job = ticket_.load(std::memory_order_acquire) >> 32;
+                if (job != seen) return job;
+                pause_cpu();
+            }
+            if (std::chrono::steady_clock::now() > deadline) break;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        num_asleep_.fetch_add(1);
+        awake_.wait(lock, [&] { return ticket_.load() >> 32 != seen; });
+        num_asleep_.fetch_sub(1);
+        return ticket_.load() >> 32;
+    }
+
+    alignas(64) std::atomic<uint64_t> ticket_{0};
+    alignas(64) std::atomic<int> num_done_{0};
+    alignas(64) std::atomic<ChunkFunction> function_{nullptr};
+    std::atomic<void*> context_{nullptr};
+    std::atomic<int> num_helpers_{0};
+    std::atomic<int> num_asleep_{0};
+    int num_workers_ = 0;  // touched only by the thread that holds the pool
+    std::mutex mutex_;
+    std::condition_variable awake_;
+};
+
+std::atomic<int> wanted_threads{1};
+std::atomic<bool> in_use{false};
+// Never destroyed: workers may still look at it while the process ends. A forked child leaks its parent's.
+std::atomic<Pool*> pool{nullptr};
+
+void forget_pool_in_child() {
+    pool.store(nullptr);
+    in_use.store(false);
+}
+
+Pool& acquire_pool() {
+    Pool* current = pool.load();
+    if (current == nullptr) {
+        static std::atomic<bool> registered{false};
+        if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+        current = new Pool;
+        pool.store(current);
+    }
+    return *current;
+}
+
+}  // namespace
+
+void set_num_threads(int num_threads) { wanted_threads.store(std::clamp(num_threads, 1, kMaxThreads)); }
+
+int num_threads() { return wanted_threads.load(); }
+
+void parallel_run(int num_chunks, ChunkFunction function, void* context) {
+    const int num_threads = wanted_threads.load(std::memory_order_relaxed);
+    if (num_chunks > 1 && num_chunks <= kMaxChunks && num_threads > 1 &&
+        !in_use.exchange(true, std::memory_order_acquire)) {
+        acquire_pool().run(num_chunks, num_threads, function, context);
+        in_use.store(false, std::memory_order_release);
+        return;
+    }
+    for (int chunk = 0; chunk < num_chunks; ++chunk) function(context, chunk);
+}
+
+}  // namespace rarefy::common

@@ -1,0 +1,27 @@
+// The one thread pool of the process: fork-join with the caller taking part.
+//
+// parallel_for(num_chunks, body) calls body(chunk) once for every chunk in [0, num_chunks) and returns when all are
+// done. Chunks are claimed one by one, so a worker that wakes late costs nothing but its help. Which thread runs a
+// chunk is not determined; a body must therefore write only to places that belong to its chunk, and results are then
+// the same for every number of threads. Bodies must not throw and must not call parallel_for.
+//
+// Workers spin for some tens of microseconds after a job and then sleep, so that they do not compete with another pool
+// (torch's, the BLAS's) for long. A call that finds the pool busy runs all its chunks itself. After fork() the
+// child starts a new pool with its first job.
+#pragma once
+
+namespace rarefy::common {
+
+// Threads of the next jobs, the caller included; at least 1.
+void set_num_threads(int num_threads);
+int num_threads();
+
+using ChunkFunction = void (*)(void* context, int chunk);
+void parallel_run(int num_chunks, ChunkFunction function, void* context);
+
+template <class Body>
+void parallel_for(int num_chunks, Body&& body) {
+    parallel_run(num_chunks, [](void* context, int chunk) { (*static_cast<Body*>(context))(chunk); }, &body);
+}
+
+}  // namespace rarefy::common

@@ -1,0 +1,98 @@
+// Times the products of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa NAME]
+// [--format PART] [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds.
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "common/bandwidth.h"
+#include "common/pool.h"
+#include "matmul/dispatch.h"
+#include "matmul/samples.h"
+
+namespace {
+
+using namespace rarefy;
+
+struct Options {
+    int threads = 1;
+    long rows = 1, outputs = 4096, inputs = 4096;
+    std::string isa, format;
+    bool warm = false;
+};
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void bench(const matmul::ListedKernel& kernel, const Options& options, double bandwidth) {
+    const matmul::Sample sample = matmul::make_sample(kernel.format, options.outputs, options.inputs, 64, true, 0.5, 1);
+    std::vector<std::unique_ptr<matmul::Weights>> copies;
+    copies.push_back(std::make_unique<matmul::Weights>(sample.arrays(), kernel.isa));
+    const long num_bytes = copies[0]->num_bytes();
+    const long num_copies = options.warm || options.rows > 8 ? 1 : std::max(2L, (128L << 20) / num_bytes);
+    while (static_cast<long>(copies.size()) < num_copies)
+        copies.push_back(std::make_unique<matmul::Weights>(sample.arrays(), kernel.isa));
+    std::vector<float> x(static_cast<size_t>(options.rows * options.inputs)),
+        y(static_cast<size_t>(options.rows * options.outputs));
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(static_cast<int>(i * 7919 % 201) - 100) / 50.0f;
+    std::vector<double> times;
+    size_t next = 0;
+    const double work = static_cast<double>(options.rows) * options.outputs * options.inputs;
+    const int calls = std::max(1, static_cast<int>(2e7 / work));
+    for (int repeat = 0; repeat < 60; ++repeat) {
+        const auto start = std::chrono::steady_clock::now();
+        for (int call = 0; call < calls; ++call)
+            matmul::multiply(x.data(), options.rows, options.inputs,
+                             {{copies[next++ % copies.size()].get(), y.data()}});
+        times.push_back(seconds_since(start) / calls);
+    }
+    std::sort(times.begin(), times.end());
+    const double best = times[2], median = times[times.size() / 2];
+    std::printf(
+        "%-18s %-9s %9.1f us, median %9.1f; %6.1f GB/s (%3.0f %%), %5.2f ns per 64 weights and row, %6.0f GOPS\n",
+        kernel.format.c_str(), matmul::name(kernel.isa), best * 1e6, median * 1e6, num_bytes / best / 1e9,
+        100 * num_bytes / best / bandwidth, best * 1e9 * 64 / work, 2 * work / best / 1e9);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    Options options;
+    for (int i = 1; i < argc; ++i) {
+        const std::string name = argv[i];
+        const char* value = i + 1 < argc ? argv[i + 1] : "";
+        if (name == "--warm") {
+            options.warm = true;
+            continue;
+        }
+        ++i;
+        if (name == "--threads") {
+            options.threads = std::atoi(value);
+        } else if (name == "--rows") {
+            options.rows = std::atol(value);
+        } else if (name == "--isa") {
+            options.isa = value;
+        } else if (name == "--format") {
+            options.format = value;
+        } else if (name != "--shape" || std::sscanf(value, "%ldx%ld", &options.outputs, &options.inputs) != 2) {
+            std::fprintf(stderr, "unknown argument %s\n", name.c_str());
+            return 2;
+        }
+    }
+    common::set_num_threads(options.threads);
+    const std::vector<double> reads = common::read_seconds(int64_t{256} << 20, 8, 5);
+    const double bandwidth = static_cast<double>(256 << 20) / *std::min_element(reads.begin(), reads.end());
+    std::printf("%ldx%ld, rows %ld, threads %d, read bandwidth %.1f GB/s\n", options.outputs, options.inputs,
+                options.rows, options.threads, bandwidth / 1e9);
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (kernel.format.find(options.format) == std::string::npos) continue;
+        if (!options.isa.empty() && options.isa != matmul::name(kernel.isa)) continue;
+        bench(kernel, options, bandwidth);
+    }
+    return 0;
+}

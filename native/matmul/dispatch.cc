@@ -1,0 +1,241 @@
+#include "matmul/dispatch.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "common/cpu.h"
+#include "common/pool.h"
+#include "matmul/kernels.h"
+
+namespace rarefy::matmul {
+namespace {
+
+struct Row {
+    Encoding encoding;
+    Isa isa;
+    KernelFunction function;
+};
+
+constexpr Row kKernels[] = {
+#define RAREFY_KERNEL(encoding, isa) {Encoding::encoding, Isa::isa, encoding##_##isa},
+#include "matmul/kernels.inc"
+};
+
+constexpr Isa kIsas[] = {Isa::reference, Isa::avx2, Isa::avx512};
+
+// Rows of activations that one task multiplies with one expanded panel: enough to pay for the expansion.
+constexpr int64_t kTaskRows = 96;
+constexpr int64_t kTaskPanels = 4;
+constexpr int64_t kRowMultiple = 12;  // whole register tiles of every instruction set
+
+KernelFunction find_kernel(Encoding encoding, Isa isa) {
+    for (const Row& row : kKernels)
+        if (row.encoding == encoding && row.isa == isa) return row.function;
+    throw std::invalid_argument(std::string("no kernel for this format on ") + name(isa));
+}
+
+QuantizeFunction find_quantizer(Isa isa) {
+    switch (isa) {
+#if RAREFY_X86
+        case Isa::avx2: return quantize_row_avx2;
+        case Isa::avx512: return quantize_row_avx512;
+#endif
+        default: return quantize_row_reference;
+    }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory that a thread keeps from call to call, so that small products allocate nothing.
+class Scratch {
+public:
+    uint8_t* reserve(int64_t num_bytes) {
+        if (num_bytes > size_) {
+            bytes_ = nullptr;  // first, so that both never exist together
+            bytes_ = allocate_aligned(num_bytes);
+            size_ = num_bytes;
+        }
+        return bytes_.get();
+    }
+    // Gives large memory back, so that one long prompt does not hold it for ever.
+    void trim() {
+        constexpr int64_t kKeep = int64_t{4} << 20;
+        if (size_ <= kKeep) return;
+        bytes_ = nullptr;
+        size_ = 0;
+    }
+
+private:
+    AlignedBytes bytes_;
+    int64_t size_ = 0;
+};
+
+// What the kernels read, made once per call from x.
+struct Activations {
+    Rows floats{};
+    Rows integers{};
+};
+
+Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
+                         Scratch& scratch) {
+    bool floats = false, integers = false, wide = false;
+    Isa isa = Isa::reference;
+    for (const Product& product : products) {
+        const Weights& weights = *product.weights;
+        (weights.is_integer() ? integers : floats) = true;
+        const bool int8 = weights.encoding() == Encoding::dense_int8 || weights.encoding() == Encoding::mask_int8;
+        wide |= int8 && weights.isa() == Isa::avx2;
+        isa = std::max(isa, weights.isa());
+    }
+    const int64_t num_blocks = ceil_div(num_inputs, kBlockInputs);
+    const int64_t stride = num_blocks * kBlockInputs;
+    const bool copy = floats && stride != num_inputs;
+    const int64_t row_count = num_rows * stride;
+    const int64_t float_bytes = copy ? row_count * 4 : 0;
+    const int64_t q_bytes = integers ? row_count : 0;
+    const int64_t wide_bytes = wide ? row_count * 2 : 0;
+    const int64_t block_bytes = integers ? ceil_div(num_rows * num_blocks * 4, 64) * 64 : 0;
+    uint8_t* memory = scratch.reserve(float_bytes + q_bytes + wide_bytes + 3 * block_bytes);
+    float* padded = reinterpret_cast<float*>(memory);
+    auto* q = reinterpret_cast<int8_t*>(memory + float_bytes);
+    auto* wide_q = wide ? reinterpret_cast<int16_t*>(memory + float_bytes + q_bytes) : nullptr;
+    auto* scales = reinterpret_cast<float*>(memory + float_bytes + q_bytes + wide_bytes);
+    auto* sums = reinterpret_cast<int32_t*>(memory + float_bytes + q_bytes + wide_bytes + block_bytes);
+    const QuantizeFunction quantize = find_quantizer(wide ? Isa::avx2 : isa);  // all give the same bits
+    const auto prepare_row = [&](int64_t row) {
+        const float* from = x + row * num_inputs;
+        if (copy) {
+            std::memcpy(padded + row * stride, from, static_cast<size_t>(num_inputs) * 4);
+            std::memset(padded + row * stride + num_inputs, 0, static_cast<size_t>(stride - num_inputs) * 4);
+        }
+        if (integers)
+            quantize(from, num_inputs, q + row * stride, wide ? wide_q + row * stride : nullptr,
+                     scales + row * num_blocks, sums + row * num_blocks * 2);
+    };
+    constexpr int64_t kChunkElements = 16384;
+    const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, stride));
+    if (copy || integers) {
+        if (num_rows <= rows_per_chunk) {
+            for (int64_t row = 0; row < num_rows; ++row) prepare_row(row);
+        } else {
+            const int64_t size = std::max(rows_per_chunk, ceil_div(num_rows, 4096));
+            common::parallel_for(static_cast<int>(ceil_div(num_rows, size)), [&](int chunk) {
+                for (int64_t row = chunk * size; row < std::min(num_rows, (chunk + 1) * size); ++row) prepare_row(row);
+            });
+        }
+    }
+    Activations activations;
+    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks};
+    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks};
+    return activations;
+}
+
+// A product cut into tasks: a grid of stretches of panels and of rows.
+struct Grid {
+    const PanelWeights* weights;
+    const Rows* rows;
+    KernelFunction function;
+    float* y;
+    int64_t panels_per_task, rows_per_task, row_tasks;
+    int64_t first_task, num_tasks;
+};
+
+Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
+    const PanelWeights& weights = product.weights->view();
+    const int64_t num_threads = common::num_threads();
+    const int64_t row_tasks = ceil_div(rows.num_rows, kTaskRows);
+    const int64_t rows_per_task =
+        row_tasks == 0 ? 0 : ceil_div(ceil_div(rows.num_rows, row_tasks), kRowMultiple) * kRowMultiple;
+    // Enough tasks that a late thread costs little, few enough that claiming them costs nothing.
+    const int64_t wanted =
+        std::max<int64_t>(1, num_threads * (num_threads == 1 ? 1 : 8) / std::max<int64_t>(1, row_tasks));
+    int64_t panels_per_task = ceil_div(weights.num_panels, wanted);
+    if (rows.num_rows > 1 || panels_per_task > kTaskPanels / 2)
+        panels_per_task = ceil_div(std::max<int64_t>(panels_per_task, 1), kTaskPanels) * kTaskPanels;
+    else
+        panels_per_task = kTaskPanels / 2;
+    const int64_t panel_tasks = ceil_div(weights.num_panels, panels_per_task);
+    return {&weights,  &rows,           find_kernel(product.weights->encoding(), product.weights->isa()),
+            product.y, panels_per_task, rows_per_task,
+            row_tasks, first_task,      panel_tasks * row_tasks};
+}
+
+void run_task(const Grid& grid, int64_t task) {
+    const int64_t panel_begin = task / grid.row_tasks * grid.panels_per_task;
+    const int64_t row_begin = task % grid.row_tasks * grid.rows_per_task;
+    const Part part{panel_begin, std::min(panel_begin + grid.panels_per_task, grid.weights->num_panels),
+                    row_begin,   std::min(row_begin + grid.rows_per_task, grid.rows->num_rows),
+                    grid.y,      grid.weights->num_outputs};
+    if (part.row_begin >= part.row_end) return;
+    if (grid.weights->num_blocks > 0) {
+        grid.function(*grid.weights, *grid.rows, part);
+        return;
+    }
+    // No inputs: every output is an empty sum.
+    const int64_t first = part.panel_begin * kPanelOutputs;
+    const int64_t last = std::min(part.panel_end * kPanelOutputs, grid.weights->num_outputs);
+    for (int64_t row = part.row_begin; row < part.row_end; ++row)
+        std::fill(part.y + row * part.y_stride + first, part.y + row * part.y_stride + last, 0.0f);
+}
+
+}  // namespace
+
+const char* name(Isa isa) {
+    switch (isa) {
+        case Isa::reference: return "reference";
+        case Isa::avx2: return "avx2";
+        case Isa::avx512: return "avx512";
+    }
+    return "";
+}
+
+Isa runnable_isa(const std::string& wanted) {
+    const common::CpuFlags cpu = common::detect_cpu();
+    for (const Isa isa : kIsas) {
+        if (wanted != name(isa)) continue;
+        const bool compiled =
+            std::any_of(std::begin(kKernels), std::end(kKernels), [&](const Row& row) { return row.isa == isa; });
+        const bool runs = isa == Isa::reference || (isa == Isa::avx2 ? can_run_avx2(cpu) : can_run_avx512(cpu));
+        if (compiled && runs) return isa;
+        throw std::invalid_argument("this machine cannot run " + wanted);
+    }
+    throw std::invalid_argument("unknown instruction set " + wanted);
+}
+
+std::vector<ListedKernel> list_kernels() {
+    std::vector<ListedKernel> list;
+    for (const Row& row : kKernels) {
+#define RAREFY_FORMAT(format, encoding_name) \
+    if (row.encoding == Encoding::encoding_name) list.push_back({format, row.isa});
+#include "matmul/kernels.inc"
+    }
+    return list;
+}
+
+void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products) {
+    thread_local Scratch scratch;
+    const Activations activations = prepare_rows(x, num_rows, num_inputs, products, scratch);
+    std::vector<Grid> grids;
+    grids.reserve(products.size());
+    int64_t num_tasks = 0;
+    for (const Product& product : products) {
+        const bool integer = product.weights->is_integer();
+        grids.push_back(make_grid(product, integer ? activations.integers : activations.floats, num_tasks));
+        num_tasks += grids.back().num_tasks;
+    }
+    constexpr int64_t kMaxChunks = 32768;
+    const int64_t tasks_per_chunk = std::max<int64_t>(1, ceil_div(num_tasks, kMaxChunks));
+    common::parallel_for(static_cast<int>(ceil_div(num_tasks, tasks_per_chunk)), [&](int chunk) {
+        const int64_t end = std::min(num_tasks, (chunk + 1) * tasks_per_chunk);
+        for (int64_t task = chunk * tasks_per_chunk; task < end; ++task) {
+            const auto grid = std::find_if(grids.begin(), grids.end(), [&](const Grid& candidate) {
+                return task < candidate.first_task + candidate.num_tasks;
+            });
+            run_task(*grid, task - grid->first_task);
+        }
+    });
+    scratch.trim();
+}
+
+}  // namespace rarefy::matmul

@@ -1,0 +1,32 @@
+// Chooses the kernel of a repacked weight and runs products on the thread pool.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "matmul/weights.h"
+
+namespace rarefy::matmul {
+
+const char* name(Isa isa);
+// Throws std::invalid_argument for an unknown name, or where this build or CPU cannot run it.
+Isa runnable_isa(const std::string& name);
+
+struct ListedKernel {
+    std::string format;
+    Isa isa;
+};
+// Every compiled kernel, by the formats it serves.
+std::vector<ListedKernel> list_kernels();
+
+// One product of `multiply`: y (T, O), contiguous.
+struct Product {
+    const Weights* weights;
+    float* y;
+};
+
+// y = x W^T for every product, x (T, I) contiguous. Quantizes x once, forks and joins once. All weights have I inputs.
+void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products);
+
+}  // namespace rarefy::matmul

@@ -1,0 +1,24 @@
+// Declares every kernel and every quantizer of the list.
+#pragma once
+
+#include "matmul/contract.h"
+
+namespace rarefy::matmul {
+
+#define RAREFY_KERNEL(encoding, isa) void encoding##_##isa(const PanelWeights&, const Rows&, const Part&);
+#include "matmul/kernels.inc"
+
+// Quantizes one row of `num_inputs` numbers in blocks of 64 columns: amax = max |x|, inv = 127 / amax,
+// q = rint(x * inv) half to even, scale = amax / 127. A block whose amax is 0 or makes inv overflow becomes zeros with
+// scale 0; one with a NaN or an infinity becomes zeros with scale NaN, which makes all outputs of the row NaN.
+// Writes whole blocks of q, the sums of q of each half block and, unless null, wide_q, which quantize_row_avx512
+// ignores.
+using QuantizeFunction = void (*)(const float* x, int64_t num_inputs, int8_t* q, int16_t* wide_q, float* scales,
+                                  int32_t* sums);
+void quantize_row_reference(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
+#if RAREFY_X86
+void quantize_row_avx2(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
+void quantize_row_avx512(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
+#endif
+
+}  // namespace rarefy::matmul

@@ -1,0 +1,239 @@
+// Every listed kernel against loops in double precision, made to run under sanitizers; prints the failures and counts.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "common/cpu.h"
+#include "common/pool.h"
+#include "matmul/dispatch.h"
+#include "matmul/samples.h"
+
+namespace {
+
+using namespace rarefy;
+using matmul::Isa;
+using matmul::PackedArrays;
+using matmul::Sample;
+using matmul::Weights;
+
+int num_checks = 0;
+int num_failures = 0;
+
+void check(bool passed, const std::string& what) {
+    ++num_checks;
+    if (passed) return;
+    ++num_failures;
+    std::printf("FAILED: %s\n", what.c_str());
+}
+
+bool runs(Isa isa) {
+    const common::CpuFlags cpu = common::detect_cpu();
+    return isa == Isa::reference || (isa == Isa::avx2 ? common::can_run_avx2(cpu) : common::can_run_avx512(cpu));
+}
+
+std::vector<float> random_rows(int64_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(static_cast<size_t>(count));
+    for (float& value : x) value = normal(random);
+    return x;
+}
+
+std::vector<float> product(const Weights& weights, const std::vector<float>& x, int64_t num_rows, int64_t num_inputs) {
+    // One element more than needed, to see that nothing is written behind the last output.
+    const auto size = static_cast<size_t>(num_rows * weights.view().num_outputs);
+    std::vector<float> y(size + 1, 12345.0f);
+    matmul::multiply(x.data(), num_rows, num_inputs, {{&weights, y.data()}});
+    check(y.back() == 12345.0f, "nothing is written behind the outputs");
+    y.pop_back();
+    return y;
+}
+
+// What the product should be, and how far float32 sums may stray from it.
+struct Expected {
+    std::vector<double> y, bound;
+};
+
+Expected expect(const Sample& sample, const std::vector<float>& x, int64_t num_rows) {
+    Expected expected;
+    const int64_t num_inputs = sample.num_inputs;
+    const double epsilon = std::ldexp(1.0, -24);
+    for (int64_t row = 0; row < num_rows; ++row) {
+        std::vector<double> activations;
+        for (int64_t begin = 0; begin < num_inputs; begin += 64) {
+            const int64_t end = std::min(begin + 64, num_inputs);
+            float amax = 0.0f;
+            for (int64_t i = begin; i < end; ++i)
+                amax = std::max(amax, std::fabs(x[static_cast<size_t>(row * num_inputs + i)]));
+            const float inverse = 127.0f / amax;
+            for (int64_t i = begin; i < end; ++i) {
+                const float value = x[static_cast<size_t>(row * num_inputs + i)];
+                const double rounded = amax == 0.0f ? 0.0 : std::nearbyint(value * inverse);
+                activations.push_back(sample.is_integer() ? rounded * static_cast<double>(amax / 127.0f) : value);
+            }
+        }
+        const double steps = sample.is_integer() ? num_inputs / 32 + 5 : num_inputs + 3;
+        for (int64_t output = 0; output < sample.num_outputs; ++output) {
+            double sum = 0, magnitude = 0;
+            for (int64_t i = 0; i < num_inputs; ++i) {
+                const auto at = static_cast<size_t>(output * num_inputs + i);
+                const double weight = sample.is_integer()
+                                          ? sample.levels[at] * static_cast<double>(sample.level_scales[at])
+                                          : sample.floats[at];
+                sum += activations[static_cast<size_t>(i)] * weight;
+                magnitude += std::fabs(activations[static_cast<size_t>(i)] * weight);
+            }
+            expected.y.push_back(sum);
+            expected.bound.push_back(1.01 * steps * epsilon * magnitude);
+        }
+    }
+    return expected;
+}
+
+void test_products() {
+    constexpr struct {
+        int64_t outputs, inputs, group_size;
+        bool symmetric;
+        double density;
+    } kCases[] = {{1, 1, 0, true, 1.0},       {15, 63, 32, false, 0.5},  {16, 64, 64, true, 0.5},
+                  {17, 65, 64, false, 0.1},   {66, 129, 96, false, 0.9}, {97, 601, 0, false, 0.5},
+                  {131, 1100, 32, true, 0.3}, {40, 100, 128, true, 0.0}, {0, 64, 64, true, 0.5},
+                  {5, 0, 0, true, 0.5}};
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (!runs(kernel.isa)) continue;
+        for (const auto& c : kCases) {
+            const Sample sample =
+                matmul::make_sample(kernel.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 3);
+            const Weights weights(sample.arrays(), kernel.isa);
+            for (const int64_t num_rows : {0, 1, 2, 7, 13, 100}) {
+                const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
+                const Expected expected = expect(sample, x, num_rows);
+                std::vector<float> first;
+                for (const int num_threads : {1, 3}) {
+                    common::set_num_threads(num_threads);
+                    const std::vector<float> y = product(weights, x, num_rows, c.inputs);
+                    bool close = true;
+                    for (size_t i = 0; i < y.size(); ++i)
+                        close = close && std::fabs(static_cast<double>(y[i]) - expected.y[i]) <= expected.bound[i];
+                    check(close, kernel.format + " on " + matmul::name(kernel.isa) + ", " + std::to_string(c.outputs) +
+                                     " x " + std::to_string(c.inputs) + ", rows " + std::to_string(num_rows));
+                    if (num_threads == 1) first = y;
+                    check(y == first, "the same bits for every number of threads");
+                }
+            }
+        }
+    }
+}
+
+bool refused(const PackedArrays& arrays) {
+    try {
+        const Weights weights(arrays, Isa::reference);
+        return false;
+    } catch (const std::invalid_argument&) {
+        return true;
+    }
+}
+
+void test_damaged_arrays() {
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (kernel.isa != Isa::reference) continue;
+        const Sample sample = matmul::make_sample(kernel.format, 20, 70, 32, false, 0.5, 7);
+        const PackedArrays good = sample.arrays();
+        check(!refused(good), kernel.format + " undamaged");
+        std::vector<PackedArrays> damaged(12, good);
+        damaged[0].num_outputs = 21;
+        damaged[1].num_inputs = 90;
+        damaged[2].num_outputs = -1;
+        damaged[3].num_inputs = int64_t{1} << 60;
+        damaged[4].values_bytes -= 1;
+        damaged[5].values_bytes += 1;
+        damaged[6].values = nullptr;
+        damaged[7].format = "dense-int3-v1";
+        damaged[8].group_size = 48;
+        damaged[9].mask_bytes += 1;
+        damaged[9].mask = good.mask == nullptr ? good.values : good.mask;
+        damaged[10].scales_bytes += 2;
+        damaged[10].scales = good.scales == nullptr ? good.values : good.scales;
+        damaged[11].zero_points_bytes += 1;
+        damaged[11].zero_points = good.zero_points == nullptr ? good.values : good.zero_points;
+        for (size_t i = 0; i < damaged.size(); ++i)
+            check(refused(damaged[i]), kernel.format + " damaged " + std::to_string(i));
+        // Copies of exactly the right size, so that the sanitizer sees a read behind an array.
+        std::mt19937 random(11);
+        for (int round = 0; round < 60; ++round) {
+            Sample changed = sample;
+            std::vector<uint8_t>* arrays[] = {&changed.values, &changed.mask, &changed.scales, &changed.zero_points};
+            std::vector<uint8_t>& array = *arrays[random() % 4];
+            if (array.empty()) continue;
+            array[random() % array.size()] = static_cast<uint8_t>(random());
+            if (random() % 4 == 0) array.resize(random() % array.size());
+            array.shrink_to_fit();
+            for (const Isa isa : {Isa::reference, Isa::avx2, Isa::avx512}) {
+                if (!runs(isa)) continue;
+                try {
+                    const Weights weights(changed.arrays(), isa);
+                    product(weights, random_rows(70 * 5, 1), 5, 70);
+                    product(weights, random_rows(70, 1), 1, 70);
+                } catch (const std::invalid_argument&) {
+                    continue;
+                }
+            }
+        }
+    }
+}
+
+void test_non_finite_rows() {
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (!runs(kernel.isa)) continue;
+        const Sample sample = matmul::make_sample(kernel.format, 20, 130, 64, true, 0.5, 9);
+        const Weights weights(sample.arrays(), kernel.isa);
+        std::vector<float> x = random_rows(3 * 130, 2);
+        x[130 + 129] = std::numeric_limits<float>::quiet_NaN();
+        x[2 * 130] = 1e-42f;
+        const std::vector<float> y = product(weights, x, 3, 130);
+        for (size_t i = 0; i < 20; ++i)
+            check(std::isfinite(y[i]) && std::isnan(y[20 + i]) && std::isfinite(y[40 + i]), "NaN stays in its row");
+    }
+}
+
+void test_pool() {
+    for (const int num_threads : {1, 2, 5, 2}) {
+        common::set_num_threads(num_threads);
+        for (int round = 0; round < 2000; ++round) {
+            const int num_chunks = round % 40;
+            std::vector<int> runs_of_chunk(static_cast<size_t>(num_chunks), 0);
+            common::parallel_for(num_chunks, [&](int chunk) { ++runs_of_chunk[static_cast<size_t>(chunk)]; });
+            check(runs_of_chunk == std::vector<int>(static_cast<size_t>(num_chunks), 1), "every chunk runs once");
+            if (round % 500 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));  // let the workers sleep
+        }
+    }
+    std::vector<std::thread> callers;
+    std::atomic<int> total{0};
+    for (int i = 0; i < 3; ++i) {
+        callers.emplace_back([&] {
+            for (int round = 0; round < 500; ++round) common::parallel_for(7, [&](int) { ++total; });
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    check(total == 3 * 500 * 7, "callers that meet each other");
+}
+
+}  // namespace
+
+int main() {
+    test_pool();
+    test_products();
+    test_damaged_arrays();
+    test_non_finite_rows();
+    std::printf("%d checks, %d failures\n", num_checks, num_failures);
+    return num_failures == 0 ? 0 : 1;
+}

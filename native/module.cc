@@ -1,0 +1,19 @@
+// The extension module rarefy._native. Every op binds itself in its own folder.
+#include <nanobind/nanobind.h>
+
+namespace nb = nanobind;
+
+namespace rarefy {
+void bind_common(nb::module_& module);
+void bind_gram(nb::module_& module);
+void bind_matmul(nb::module_& module);
+void bind_ops(nb::module_& module);
+}  // namespace rarefy
+
+NB_MODULE(_native, module) {
+    module.doc() = "Kernels of rarefy; use them through rarefy.kernels.";
+    rarefy::bind_common(module);
+    rarefy::bind_gram(module);
+    rarefy::bind_matmul(module);
+    rarefy::bind_ops(module);
+}

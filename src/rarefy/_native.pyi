@@ -1,0 +1,88 @@
+"""The compiled kernels. Internal: use `rarefy.kernels`, which chooses among them and runs numpy where they are missing.
+
+Every function checks shapes, dtypes and bounds and raises ValueError or TypeError; none holds the GIL while it works.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float32Array = NDArray[np.float32]
+
+def cpu_flags() -> dict[str, bool]: ...
+def set_num_threads(num_threads: int) -> None: ...
+def num_threads() -> int: ...
+def read_seconds(num_bytes: int, num_streams: int, repeats: int) -> list[float]: ...
+def kernel_list() -> list[tuple[str, str, str]]: ...
+
+@final
+class Weights:
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+def prepare(
+    format: str, isa: str, num_outputs: int, num_inputs: int, group_size: int, arrays: Mapping[str, NDArray[np.generic]]
+) -> Weights: ...
+def matmul(x: Float32Array, weights: Sequence[Weights], outputs: Sequence[Float32Array]) -> None: ...
+
+@final
+class Ops:
+    """The methods of `rarefy.kernels.ops.Ops`."""
+
+    def __init__(self, isa: str) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    def rms_norm(self, x_TE: Float32Array, weight_E: Float32Array, eps: float, /) -> Float32Array: ...
+    def add_rms_norm(
+        self, sum_TE: Float32Array, x_TE: Float32Array, weight_E: Float32Array, eps: float, /
+    ) -> Float32Array: ...
+    def add_layer_norm(
+        self,
+        x_TE: Float32Array,
+        residual_TE: Float32Array,
+        weight_E: Float32Array,
+        bias_E: Float32Array,
+        eps: float,
+        /,
+    ) -> Float32Array: ...
+    def add_bias(self, x_TF: Float32Array, bias_F: Float32Array, /) -> None: ...
+    def activate(self, x_TF: Float32Array, activation: int, /) -> None: ...
+    def gate(self, gate_TF: Float32Array, up_TF: Float32Array, activation: int, /) -> None: ...
+    def rope_store(
+        self,
+        q_TQ: Float32Array,
+        k_TC: Float32Array,
+        v_TC: Float32Array,
+        cos_PD: Float32Array,
+        sin_PD: Float32Array,
+        k_cache: Float32Array,
+        v_cache: Float32Array,
+        start: int,
+        /,
+    ) -> None: ...
+    def attention(
+        self,
+        q_TQ: Float32Array,
+        k_cache: Float32Array,
+        v_cache: Float32Array,
+        start: int,
+        window: int,
+        scale: float,
+        /,
+    ) -> Float32Array: ...
+    def attention_segments(
+        self,
+        q_TE: Float32Array,
+        k_TE: Float32Array,
+        v_TE: Float32Array,
+        offsets_S: NDArray[np.int64],
+        num_heads: int,
+        scale: float,
+        /,
+    ) -> Float32Array: ...

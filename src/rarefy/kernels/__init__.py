@@ -1,0 +1,33 @@
+"""Kernels: products of activations with packed weights, chosen at run time for the CPU."""
+
+from rarefy.kernels.cpu import CpuFlags
+from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
+from rarefy.kernels.extension import (
+    SlowReferenceWarning,
+    detect_cpu,
+    extension_status,
+    get_num_threads,
+    set_num_threads,
+)
+from rarefy.kernels.machine import Bandwidth, describe_cpu, measure_bandwidth
+from rarefy.kernels.products import Prepared, matmul, matmul_many, prepare
+
+__all__ = [
+    "Bandwidth",
+    "CpuFlags",
+    "Kernel",
+    "Prepared",
+    "SlowReferenceWarning",
+    "compiled_kernels",
+    "describe_cpu",
+    "detect_cpu",
+    "extension_status",
+    "get_num_threads",
+    "matmul",
+    "matmul_many",
+    "measure_bandwidth",
+    "prepare",
+    "runnable_isas",
+    "select",
+    "set_num_threads",
+]

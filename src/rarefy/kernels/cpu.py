@@ -1,0 +1,113 @@
+"""What the CPU can execute, and how many threads to use."""
+
+import os
+import platform
+from dataclasses import dataclass, fields
+from math import ceil
+from pathlib import Path
+from typing import final
+
+from rarefy.core.errors import UsageError
+
+NUM_THREADS_VARIABLE = "RAREFY_NUM_THREADS"
+MAX_THREADS = 256
+
+
+@final
+@dataclass(frozen=True)
+class CpuFlags:
+    """Instruction sets that both the CPU and the operating system support."""
+
+    avx2: bool = False
+    fma: bool = False
+    f16c: bool = False
+    bmi2: bool = False
+    avx_vnni: bool = False
+    avx512f: bool = False
+    avx512bw: bool = False
+    avx512vl: bool = False
+    avx512dq: bool = False
+    avx512_vnni: bool = False
+    avx512vbmi: bool = False
+    avx512_vbmi2: bool = False
+    avx512_bf16: bool = False
+    amx_tile: bool = False
+    amx_int8: bool = False
+    amx_bf16: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """Names of the flags that are set."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+
+def parse_cpuinfo(text: str) -> CpuFlags:
+    """Flags from the text of Linux's /proc/cpuinfo; a flag that it does not name is not set."""
+    words: set[str] = set()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "flags":
+            words = set(value.split())
+            break
+    return CpuFlags(**{field.name: field.name in words for field in fields(CpuFlags)})
+
+
+def read_cpuinfo() -> str:
+    """Text of /proc/cpuinfo, empty where there is none."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def cpu_model() -> str:
+    """The CPU's marketing name, or the best the platform tells."""
+    for line in read_cpuinfo().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cgroup_cpus() -> float:
+    """CPUs that the container may use, from cgroup v2 or v1; infinite without a limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text(encoding="ascii").strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        except OSError:
+            return float("inf")
+    try:
+        limit = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):
+        return float("inf")
+    return limit if limit > 0 else float("inf")
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on: its affinity mask, and the container's quota if that is smaller."""
+    try:
+        affinity = len(os.sched_getaffinity(0))
+    except AttributeError:
+        affinity = os.cpu_count() or 1
+    return max(1, min(affinity, ceil(min(_cgroup_cpus(), MAX_THREADS))))
+
+
+def default_num_threads() -> int:
+    """RAREFY_NUM_THREADS if set, else `available_cpus()`.
+
+    Raises:
+        UsageError: the variable is not an integer between 1 and 256.
+    """
+    text = os.environ.get(NUM_THREADS_VARIABLE, "").strip()
+    if not text:
+        return available_cpus()
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_THREADS:
+        raise UsageError(
+            f"environment variable {NUM_THREADS_VARIABLE}",
+            f"{text!r} is not a number of threads",
+            allowed=f"an integer from 1 to {MAX_THREADS}",
+            hint="unset it to use every CPU of this process",
+        )
+    return int(text)

@@ -1,0 +1,143 @@
+"""The choice of kernels: a pure function, tested with CPUs that this machine is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rarefy import kernels
+from rarefy.core.errors import UsageError
+from rarefy.kernels import CpuFlags, Kernel, select
+from rarefy.kernels.cpu import available_cpus, default_num_threads, parse_cpuinfo
+from rarefy.layouts import FORMATS
+
+AVX2 = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True)
+AVX512 = CpuFlags(**{name: True for name in CpuFlags.__dataclass_fields__ if not name.startswith("amx")})
+COMPILED = frozenset(Kernel("matmul", name, isa) for name in FORMATS for isa in ("reference", "avx2", "avx512"))
+
+
+@pytest.mark.parametrize("layout_format", sorted(FORMATS))
+def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
+    def chosen(cpu: CpuFlags, cap: str | None = None) -> str:
+        return select("matmul", layout_format, (8, 8), cpu, cap=cap, compiled=COMPILED).isa
+
+    assert chosen(AVX512) == "avx512"
+    assert chosen(AVX2) == "avx2"
+    assert chosen(CpuFlags()) == "reference"
+    assert chosen(AVX512, "avx2") == "avx2"
+    assert chosen(AVX2, "avx512") == "avx2"
+    assert chosen(AVX512, "reference") == "reference"
+    assert chosen(AVX512, "numpy") == "numpy"
+
+
+@pytest.mark.parametrize("missing", ["avx512_vbmi2", "avx512_vnni", "avx512vl", "fma"])
+def test_one_missing_flag_disables_the_instruction_set(missing: str) -> None:
+    flags = {name: getattr(AVX512, name) for name in CpuFlags.__dataclass_fields__}
+    cpu = CpuFlags(**{**flags, missing: False})
+    expected = "reference" if missing == "fma" else "avx2"
+    assert select("matmul", "dense-int8-v1", (8, 8), cpu, compiled=COMPILED).isa == expected
+
+
+def test_without_compiled_kernels_numpy_runs() -> None:
+    assert select("matmul", "dense-int8-v1", (8, 8), AVX512, compiled=frozenset()).isa == "numpy"
+
+
+def test_impossible_requests() -> None:
+    with pytest.raises(UsageError, match="allowed: matmul"):
+        select("conv", "dense-int8-v1", (8, 8), AVX2, compiled=COMPILED)
+    with pytest.raises(UsageError, match="allowed: numpy, reference, avx2, avx512"):
+        select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="amx", compiled=COMPILED)
+    with pytest.raises(UsageError):
+        select("matmul", "dense-int8-v1", (-1, 8), AVX2, compiled=COMPILED)
+
+
+def test_every_format_has_a_kernel_of_every_compiled_instruction_set() -> None:
+    if not kernels.compiled_kernels():
+        pytest.skip("the extension is not built")
+    isas = {kernel.isa for kernel in kernels.compiled_kernels()}
+    assert "reference" in isas
+    assert kernels.compiled_kernels() == {Kernel("matmul", name, isa) for name in FORMATS for isa in isas}
+
+
+def test_isa_variable(monkeypatch: pytest.MonkeyPatch, weight) -> None:
+    layout = weight("dense-int8-v1", 3, 5).layout
+    monkeypatch.setenv("RAREFY_ISA", "numpy")
+    assert kernels.prepare(layout).isa == "numpy"
+    assert kernels.describe_cpu()["isa_cap"] == "numpy"
+    monkeypatch.setenv("RAREFY_ISA", "sse9")
+    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, avx2, avx512"):
+        kernels.prepare(layout)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "257", "٣"])
+def test_wrong_number_of_threads(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("RAREFY_NUM_THREADS", text)
+    with pytest.raises(UsageError, match=r"RAREFY_NUM_THREADS.*1 to 256"):
+        default_num_threads()
+
+
+def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAREFY_NUM_THREADS", "3")
+    assert default_num_threads() == 3
+    monkeypatch.delenv("RAREFY_NUM_THREADS")
+    assert default_num_threads() == available_cpus() >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity masks")
+def test_affinity_is_honoured() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert available_cpus() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_flags_from_cpuinfo() -> None:
+    text = "processor\t: 0\nmodel name\t: some CPU\nflags\t\t: fpu avx2 fma f16c bmi2 avx512f avx512_vnni\n"
+    assert parse_cpuinfo(text).names() == ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512_vnni")
+    assert parse_cpuinfo("Features : fp asimd\n") == CpuFlags()
+    cpuinfo = Path("/proc/cpuinfo")
+    if kernels.extension_status()[0] and cpuinfo.exists() and "flags" in cpuinfo.read_text(encoding="utf-8"):
+        assert parse_cpuinfo(cpuinfo.read_text(encoding="utf-8")) == kernels.detect_cpu()
+
+
+def test_missing_extension_gives_one_warning() -> None:
+    """In a fresh interpreter in which the extension cannot be imported."""
+    program = """
+import sys, warnings
+sys.modules["rarefy._native"] = None
+import numpy as np
+from rarefy import kernels
+from rarefy.core.solution import Solution
+from rarefy.layouts import pack
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    weight = np.eye(3, 4, dtype=np.float32)
+    for _ in range(3):
+        y = kernels.matmul(np.arange(4.0), pack(Solution.dense(weight)))
+        kernels.set_num_threads(2)
+    assert kernels.describe_cpu()["extension"] is False
+    assert kernels.measure_bandwidth(num_bytes=1 << 20, repeats=1).how == "numpy"
+assert y.tolist() == [0.0, 1.0, 2.0], y
+assert len(caught) == 1 and caught[0].category is kernels.SlowReferenceWarning, caught
+print(caught[0].message)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "numpy reference" in run.stdout
+
+
+def test_describe_cpu_is_complete() -> None:
+    facts = kernels.describe_cpu()
+    assert set(facts["chosen"]) == set(FORMATS)
+    assert facts["num_threads"] >= 1
+    assert facts["extension"] is (facts["extension_error"] == "")
+
+
+def test_bandwidth_is_positive() -> None:
+    bandwidth = kernels.measure_bandwidth(num_bytes=8 << 20, repeats=2)
+    assert bandwidth.low > 0
+    assert bandwidth.low <= bandwidth.bytes_per_s <= bandwidth.high

@@ -1,0 +1,180 @@
+"""Damaged arrays straight into the extension: an exception, never an access out of bounds."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rarefy import kernels
+
+native = pytest.importorskip("rarefy._native")
+
+
+def arguments(w, isa: str = "reference") -> dict[str, object]:
+    meta = w.layout.meta()
+    return {
+        "format": w.layout.format,
+        "isa": isa,
+        "num_outputs": w.layout.shape[0],
+        "num_inputs": w.layout.shape[1],
+        "group_size": int(meta.get("group_size") or 0),
+        "arrays": {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()},
+    }
+
+
+def test_the_undamaged_arrays_are_accepted(weight, layout_format) -> None:
+    assert native.prepare(**arguments(weight(layout_format, 5, 70))).shape == (5, 70)
+
+
+def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format) -> None:
+    good = arguments(weight(layout_format, 5, 70, symmetric=False))
+    for name, array in good["arrays"].items():
+        flat = array.reshape(-1)
+        damaged = [flat[:-1], np.append(flat, flat[:1]), flat.astype(np.int64), flat.astype(np.float64), flat[:0]]
+        for other in damaged:
+            with pytest.raises(ValueError):  # noqa: PT011 (the message differs from array to array)
+                native.prepare(**{**good, "arrays": {**good["arrays"], name: other}})
+        if name == "zero_points":
+            continue  # without them the grid is symmetric
+        with pytest.raises(ValueError):  # noqa: PT011
+            native.prepare(**{**good, "arrays": {k: v for k, v in good["arrays"].items() if k != name}})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"num_outputs": 6},
+        {"num_outputs": 4},
+        {"num_outputs": -5},
+        {"num_outputs": 2**62},
+        {"num_inputs": 79},
+        {"num_inputs": 67},
+        {"num_inputs": -1},
+        {"num_inputs": 2**40},
+        {"num_outputs": 2**31, "num_inputs": 2**33},
+        {"format": "dense-int4-v2"},
+        {"format": ""},
+        {"isa": "sse"},
+        {"group_size": 33},
+        {"group_size": -64},
+        {"group_size": 2**62},
+    ],
+)
+def test_wrong_numbers(weight, layout_format, wrong) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        native.prepare(**{**arguments(weight(layout_format, 5, 70)), **wrong})
+
+
+def test_masks_that_do_not_fit(weight, layout_format) -> None:
+    good = arguments(weight(layout_format, 5, 70, density=0.4))
+    if "mask" not in good["arrays"]:
+        good["arrays"]["mask"] = np.zeros((5, 9), np.uint8)
+        with pytest.raises(ValueError, match="unexpected mask"):
+            native.prepare(**good)
+        return
+    full = good["arrays"]["mask"].copy()
+    full[:, :8] = 255
+    with pytest.raises(ValueError, match="mask does not fit"):
+        native.prepare(**{**good, "arrays": {**good["arrays"], "mask": full}})
+    padding = good["arrays"]["mask"].copy()
+    padding[4, 8] |= 128
+    with pytest.raises(ValueError, match="beyond the last column"):
+        native.prepare(**{**good, "arrays": {**good["arrays"], "mask": padding}})
+
+
+def test_zero_points_out_of_range(weight) -> None:
+    good = arguments(weight("bitmask-int4-v1", 5, 70, symmetric=False))
+    good["arrays"]["zero_points"] = np.full_like(good["arrays"]["zero_points"], 16)
+    with pytest.raises(ValueError, match="zero point"):
+        native.prepare(**good)
+
+
+def test_random_damage_is_refused_or_harmless(weight, layout_format, isa) -> None:
+    """Bytes changed, cut or added anywhere: what is accepted must also multiply without a fault."""
+    if isa == "numpy":
+        pytest.skip("the extension has no numpy kernels")
+    rng = np.random.default_rng(12)
+    good = arguments(weight(layout_format, 19, 150, symmetric=False), isa)
+    accepted = 0
+    for _ in range(150):
+        arrays = {name: array.copy().reshape(-1) for name, array in good["arrays"].items()}
+        name = str(rng.choice(sorted(arrays)))
+        array = arrays[name].view(np.uint8)
+        for _ in range(int(rng.integers(1, 4))):
+            array[rng.integers(0, array.size)] = rng.integers(0, 256)
+        if rng.random() < 0.2:
+            arrays[name] = arrays[name][: rng.integers(0, arrays[name].size)]
+        shape = {}
+        if rng.random() < 0.2:
+            shape = {"num_inputs": int(rng.integers(0, 300)), "num_outputs": int(rng.integers(0, 40))}
+        try:
+            weights = native.prepare(**{**good, "arrays": arrays, **shape})
+        except ValueError:
+            continue
+        accepted += 1
+        num_outputs, num_inputs = weights.shape
+        for num_rows in (1, 5):
+            y = np.empty((num_rows, num_outputs), np.float32)
+            native.matmul(np.ones((num_rows, num_inputs), np.float32), [weights], [y])
+    assert accepted > 0
+
+
+def test_products_with_wrong_arguments(weight) -> None:
+    weights = native.prepare(**arguments(weight("dense-int8-v1", 5, 70)))
+    x = np.zeros((2, 70), np.float32)
+    y = np.zeros((2, 5), np.float32)
+    native.matmul(x, [weights], [y])
+    for bad_x, bad_weights, bad_outputs in (
+        (x[:, :69].copy(), [weights], [y]),
+        (x, [weights], [np.zeros((3, 5), np.float32)]),
+        (x, [weights], [np.zeros((2, 6), np.float32)]),
+        (x, [weights], []),
+        (x, [], [y]),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            native.matmul(bad_x, bad_weights, bad_outputs)
+    read_only = y.copy()
+    read_only.flags.writeable = False
+    for bad_x, bad_weights, bad_outputs in (
+        (x, [None], [y]),
+        (x, [x], [y]),
+        (x, [weights], [y.astype(np.float64)]),
+        (x, [weights], [np.asfortranarray(np.zeros((2, 5), np.float32))]),
+        (x, [weights], [read_only]),
+        (x.astype(np.float64), [weights], [y]),
+        (x[0], [weights], [y]),
+    ):
+        with pytest.raises((TypeError, ValueError, RuntimeError)):
+            native.matmul(bad_x, bad_weights, bad_outputs)
+
+
+def test_weights_outlive_their_arrays(weight) -> None:
+    w = weight("bitmask-int8-v1", 40, 90)
+    prepared = kernels.prepare(w.layout)
+    x = np.ones((1, 90), np.float32)
+    expected = prepared.matmul(x)
+    for array in w.layout.arrays().values():
+        array.setflags(write=True)
+        array[...] = 0
+    np.testing.assert_array_equal(prepared.matmul(x), expected)
+
+
+@pytest.mark.slow
+def test_cpp_tests_under_sanitizers(tmp_path: Path) -> None:
+    """Builds native/*/test.cc with address and undefined-behaviour sanitizers and runs them."""
+    root = Path(__file__).resolve().parents[2]
+    cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
+    if cmake is None or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        pytest.skip("no C++ compiler or no cmake")
+    sanitizers = "-DRAREFY_SANITIZE=address,undefined"
+    configure = [cmake, "-S", str(root), "-B", str(tmp_path), "-DRAREFY_BUILD_TESTS=ON", sanitizers]
+    subprocess.run(configure, check=True, capture_output=True)
+    subprocess.run([cmake, "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
+    programs = sorted(tmp_path.glob("*_test"))
+    assert programs
+    for program in programs:
+        run = subprocess.run([str(program)], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{program.name}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"

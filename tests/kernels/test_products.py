@@ -1,0 +1,286 @@
+"""Products against oracles that share no code with the kernels: exact for integers, derived bounds for floats."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from rarefy import kernels
+from rarefy.core.errors import UsageError
+
+SHAPES = [
+    (1, 1),
+    (2, 31),
+    (15, 32),
+    (16, 63),
+    (17, 64),
+    (31, 65),
+    (33, 97),
+    (63, 127),
+    (65, 128),
+    (67, 131),
+    (5, 577),
+    (97, 1100),
+]
+ROWS = (0, 1, 2, 3, 5, 7, 16, 17, 128)
+GRIDS = [(None, True), (32, False), (64, True), (96, True), (128, False)]
+
+
+def quantize_exactly(x_TI: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Loops over blocks of 64 in scalar float32: integers, and the scale of each column."""
+    q = np.zeros(x_TI.shape, np.int64)
+    scale = np.zeros(x_TI.shape, np.float64)
+    for t in range(x_TI.shape[0]):
+        for start in range(0, x_TI.shape[1], 64):
+            block = x_TI[t, start : start + 64]
+            amax = np.float32(max(abs(float(v)) for v in block))
+            if amax == 0:
+                continue
+            inverse = np.float32(127) / amax
+            if not np.isfinite(inverse):
+                continue
+            for i, v in enumerate(block):
+                q[t, start + i] = round(float(np.float32(v * inverse)))  # Python rounds half to even
+            scale[t, start : start + 64] = float(amax / np.float32(127))
+    return q, scale
+
+
+def segment_bound(x_TI: np.ndarray, scale_TI: np.ndarray, q: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """What float32 may lose: one rounding per factor and per addition, at most one segment per 32 columns."""
+    num_segments = -(-x_TI.shape[1] // 32)
+    return (num_segments + 4) * 2.0**-24 * (np.abs(scale_TI * q) @ np.abs(w).T) * 1.01
+
+
+@pytest.mark.parametrize(("group_size", "symmetric"), GRIDS)
+def test_integers_are_exact_where_every_sum_is(weight, layout_format, isa, group_size, symmetric) -> None:
+    if "int" not in layout_format:
+        pytest.skip("a float layout")
+    rng = np.random.default_rng(1)
+    for num_outputs, num_inputs in SHAPES:
+        w = weight(
+            layout_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric, scales=(0.5, 1.0, 2.0)
+        )
+        prepared = kernels.prepare(w.layout, isa=isa)
+        for num_rows in ROWS:
+            # A block that holds 127 has scale 1 and stays as it is.
+            x = rng.integers(-127, 128, (num_rows, num_inputs)).astype(np.float32)
+            x[:, ::64] = 127.0
+            expected = x.astype(np.float64) @ w.dense_OI.T
+            assert np.abs(2 * x).astype(np.float64).max(initial=0) * np.abs(w.level_OI).max() * num_inputs < 2**53
+            assert np.all(np.abs(2 * expected) < 2**24)
+            np.testing.assert_array_equal(prepared.matmul(x), expected.astype(np.float32))
+
+
+def test_integers_of_any_activations(weight, layout_format, isa) -> None:
+    if "int" not in layout_format:
+        pytest.skip("a float layout")
+    rng = np.random.default_rng(2)
+    for index, (num_outputs, num_inputs) in enumerate(SHAPES):
+        group_size, symmetric = GRIDS[index % len(GRIDS)]
+        w = weight(layout_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric)
+        prepared = kernels.prepare(w.layout, isa=isa)
+        for num_rows in (1, 7):
+            x = (rng.standard_normal((num_rows, num_inputs)) * 10.0 ** rng.integers(-6, 6)).astype(np.float32)
+            q, scale = quantize_exactly(x)
+            expected = (q * scale) @ w.dense_OI.T
+            error = np.abs(prepared.matmul(x).astype(np.float64) - expected)
+            assert np.all(error <= segment_bound(x, scale, q, w.dense_OI))
+
+
+def test_floats(weight, layout_format, isa) -> None:
+    if "int" in layout_format:
+        pytest.skip("an integer layout")
+    rng = np.random.default_rng(3)
+    for num_outputs, num_inputs in SHAPES:
+        w = weight(layout_format, num_outputs, num_inputs)
+        prepared = kernels.prepare(w.layout, isa=isa)
+        for num_rows in ROWS:
+            x = rng.standard_normal((num_rows, num_inputs)).astype(np.float32)
+            y = prepared.matmul(x)
+            assert y.shape == (num_rows, num_outputs)
+            assert y.dtype == np.float32
+            expected = x.astype(np.float64) @ w.dense_OI.T
+            # One rounding per product and per addition.
+            bound = (num_inputs + 2) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w.dense_OI).T) * 1.01
+            assert np.all(np.abs(y - expected) <= bound)
+
+
+def test_the_comparison_sees_one_wrong_bit(weight) -> None:
+    w = weight("dense-int4-v1", 3, 70)
+    x = np.random.default_rng(4).standard_normal((1, 70)).astype(np.float32)
+    q, scale = quantize_exactly(x)
+    expected = (q * scale) @ w.dense_OI.T
+    level_OI = w.level_OI.copy()
+    level_OI[1, 69] += 1
+    wrong = (q * scale) @ (level_OI * w.scale_OI).T
+    assert not np.all(np.abs(wrong - expected) <= segment_bound(x, scale, q, w.dense_OI))
+    assert not np.all(np.full_like(expected, np.nan) <= 1)
+
+
+@pytest.mark.parametrize("value", [127.0, -127.0])
+def test_extreme_codes_do_not_saturate(weight, layout_format, isa, value) -> None:
+    if "int" not in layout_format:
+        pytest.skip("a float layout")
+    w = weight(layout_format, 33, 192, scales=(1.0,), density=1.0, keep=12)
+    arrays = {name: array.copy() for name, array in w.layout.arrays().items()}
+    for fill, code in ((0xFF, 15 if "int4" in layout_format else 255), (0, 0)):
+        arrays["codes"][...] = fill
+        layout = type(w.layout).from_arrays(layout_format, w.layout.meta(), arrays)
+        level = code - (8 if "int4" in layout_format else 128)
+        x = np.full((3, 192), value, np.float32)
+        for num_rows in (1, 3):
+            y = kernels.prepare(layout, isa=isa).matmul(x[:num_rows])
+            np.testing.assert_array_equal(y, np.full((num_rows, 33), value * level * 192, np.float32))
+
+
+def test_extreme_activations(weight, layout_format, isa) -> None:
+    w = weight(layout_format, 18, 200)
+    prepared = kernels.prepare(w.layout, isa=isa)
+    integer = "int" in layout_format
+    for magnitude in (3e38, 1e30, 1e-30, 1e-37, 1e-40, 1e-45, 0.0):
+        x = np.zeros((2, 200), np.float32)
+        x[0, 70] = magnitude
+        x[1, 131] = -magnitude
+        with np.errstate(over="ignore"):
+            expected = (x.astype(np.float64) @ w.dense_OI.T).astype(np.float32)
+        y = prepared.matmul(x)
+        if integer and 0 < magnitude < 127 / np.finfo(np.float32).max:
+            np.testing.assert_array_equal(y, np.zeros_like(y))  # below what a block can hold
+        elif magnitude < 1e38:
+            np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-44)
+        else:
+            finite = np.isfinite(expected)
+            np.testing.assert_allclose(y[finite], expected[finite], rtol=1e-6)
+            assert not np.any(np.isnan(y))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_activation_spoils_its_row_only(weight, layout_format, isa, bad) -> None:
+    w = weight(layout_format, 20, 130)
+    x = np.random.default_rng(5).standard_normal((4, 130)).astype(np.float32)
+    prepared = kernels.prepare(w.layout, isa=isa)
+    clean = prepared.matmul(x)
+    x[2, 129] = bad
+    y = prepared.matmul(x)
+    np.testing.assert_array_equal(y[[0, 1, 3]], clean[[0, 1, 3]])
+    if "int" in layout_format:
+        assert np.all(np.isnan(y[2]))
+        assert np.all(np.isnan(prepared.matmul(x[2:3])))
+    else:
+        assert not np.any(np.isfinite(y[2]))
+
+
+def test_same_bits_for_every_thread_count_row_count_and_instruction_set(weight, layout_format, num_threads) -> None:
+    isas = [name for name in kernels.runnable_isas(kernels.detect_cpu()) if name != "numpy"]
+    if not kernels.compiled_kernels():
+        pytest.skip("the extension is not built")
+    rng = np.random.default_rng(6)
+    for (num_outputs, num_inputs), (group_size, symmetric) in zip(SHAPES[-5:], GRIDS, strict=True):
+        w = weight(layout_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric)
+        x = rng.standard_normal((131, num_inputs)).astype(np.float32)
+        results = []
+        for name in isas:
+            prepared = kernels.prepare(w.layout, isa=name)
+            for threads in (1, 2, 3, 7):
+                num_threads(threads)
+                results += [prepared.matmul(x), np.concatenate([prepared.matmul(x[i : i + 1]) for i in range(131)])]
+                results.append(np.concatenate([prepared.matmul(x[:5]), prepared.matmul(x[5:])]))
+        for result in results:
+            np.testing.assert_array_equal(result, results[0])
+
+
+def test_numpy_and_native_agree(weight, layout_format, isa) -> None:
+    w = weight(layout_format, 50, 333, group_size=32, symmetric=False)
+    x = np.random.default_rng(7).standard_normal((9, 333)).astype(np.float32)
+    expected = kernels.prepare(w.layout, isa="numpy").matmul(x)
+    y = kernels.prepare(w.layout, isa=isa).matmul(x)
+    if "int" in layout_format:
+        q, scale = quantize_exactly(x)
+        bound = 2 * segment_bound(x, scale, q, w.dense_OI)
+    else:
+        bound = 2 * 335 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w.dense_OI).T)
+    assert np.all(np.abs(y.astype(np.float64) - expected) <= bound)
+
+
+def test_products_of_several_weights(weight, isa) -> None:
+    x = np.random.default_rng(8).standard_normal((3, 2, 100)).astype(np.float32)
+    formats = ("dense-f32-v1", "bitmask-int8-v1", "dense-int4-v1", "nm-bf16-v1", "dense-int8-v1")
+    prepared = [
+        kernels.prepare(weight(name, 10 + 20 * i, 100).layout, isa=isa if i != 1 else None)
+        for i, name in enumerate(formats)
+    ]
+    together = kernels.matmul_many(x, prepared)
+    for w, y in zip(prepared, together, strict=True):
+        assert y.shape == (3, 2, w.shape[0])
+        np.testing.assert_array_equal(y, w.matmul(x))
+        np.testing.assert_allclose(w.matmul(x[0, 0]), y[0, 0], rtol=1e-4, atol=1e-4)  # numpy sums in another order
+    assert kernels.matmul_many(x, []) == []
+
+
+def test_a_layout_can_be_given_unprepared(weight) -> None:
+    w = weight("bitmask-int4-v1", 6, 40)
+    x = np.linspace(-1, 1, 40)
+    np.testing.assert_array_equal(kernels.matmul(x, w.layout), kernels.prepare(w.layout).matmul(x))
+
+
+def test_empty_shapes(weight, layout_format, isa) -> None:
+    for num_outputs, num_inputs in ((0, 8), (8, 0), (0, 0)):
+        prepared = kernels.prepare(weight(layout_format, num_outputs, num_inputs).layout, isa=isa)
+        for num_rows in (0, 1, 3):
+            y = prepared.matmul(np.ones((num_rows, num_inputs), np.float32))
+            np.testing.assert_array_equal(y, np.zeros((num_rows, num_outputs), np.float32))
+
+
+def test_wrong_arguments(weight) -> None:
+    prepared = kernels.prepare(weight("dense-int8-v1", 4, 8).layout)
+    with pytest.raises(UsageError, match=r"last axis of 8"):
+        prepared.matmul(np.zeros((2, 9), np.float32))
+    with pytest.raises(UsageError, match="scalar"):
+        prepared.matmul(1.0)
+    with pytest.raises(UsageError, match=r"allowed: numpy"):
+        kernels.prepare(weight("dense-int8-v1", 4, 8).layout, isa="sse2")
+    with pytest.raises(UsageError, match="allowed: 1 to 256"):
+        kernels.set_num_threads(0)
+
+
+def test_strided_and_float64_activations(weight) -> None:
+    prepared = kernels.prepare(weight("dense-int4-v1", 7, 50).layout)
+    x = np.random.default_rng(9).standard_normal((6, 100))
+    np.testing.assert_array_equal(prepared.matmul(x[::2, ::2]), prepared.matmul(x[::2, ::2].astype(np.float32)))
+
+
+def test_several_python_threads_at_once(weight, num_threads) -> None:
+    num_threads(2)
+    prepared = kernels.prepare(weight("bitmask-int4-v1", 300, 200).layout)
+    x = np.random.default_rng(10).standard_normal((20, 200)).astype(np.float32)
+    expected = prepared.matmul(x)
+    wrong: list[int] = []
+
+    def work() -> None:
+        for i in range(200):
+            rows = x[: 1 + i % 20]
+            if not np.array_equal(prepared.matmul(rows), expected[: rows.shape[0]]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_can_multiply(weight, num_threads) -> None:
+    num_threads(2)
+    prepared = kernels.prepare(weight("dense-int8-v1", 200, 100).layout)
+    x = np.random.default_rng(11).standard_normal((30, 100)).astype(np.float32)
+    expected = prepared.matmul(x)
+    child = os.fork()
+    if child == 0:
+        same = all(np.array_equal(prepared.matmul(x), expected) for _ in range(20))
+        os._exit(0 if same else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    np.testing.assert_array_equal(prepared.matmul(x), expected)
