@@ -1,0 +1,190 @@
+"""Gemma 3 (text): sliding and global layers with a rotary base each, norms of q and k, four norms per block.
+
+T tokens, E embedding width, F features of the MLP, D head width, V vocabulary.
+
+References: arXiv:2503.19786.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from rarefy.engine.cache import KVCache
+from rarefy.engine.config import Config
+from rarefy.engine.layer_types import layer_windows
+from rarefy.engine.rope import RotaryTable, rotary_table
+from rarefy.engine.weights import Linears, Weights
+from rarefy.kernels.ops import Float32Array, Int64Array
+
+
+@final
+@dataclass(frozen=True)
+class Gemma3Config:
+    """What the arithmetic of a Gemma 3 text decoder depends on."""
+
+    vocab_size: int
+    width: int
+    num_features: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    norm_eps: float
+    activation: int
+    attention_scale: float
+    attention_bias: bool
+    tied_head: bool
+    windows: tuple[int, ...]
+
+
+@final
+@dataclass(frozen=True)
+class _Block:
+    before_attention: Float32Array
+    qkv: Linears
+    q_norm: Float32Array
+    k_norm: Float32Array
+    output: Linears
+    after_attention: Float32Array
+    before_mlp: Float32Array
+    gate_up: Linears
+    down: Linears
+    after_mlp: Float32Array
+
+
+def load_gemma3(config: Config, weights: Weights) -> Gemma3:
+    """Load Gemma3ForCausalLM."""
+    config.only("use_bidirectional_attention", False)
+    config.only("attn_logit_softcapping")
+    config.only("final_logit_softcapping")
+    num_layers = config.integer("num_hidden_layers", 26)
+    pattern = config.integer("sliding_window_pattern", 6)
+    window = config.integer("sliding_window", 4096)
+    num_heads, num_kv_heads = config.integer("num_attention_heads", 8), config.integer("num_key_value_heads", 4)
+    if num_heads % num_kv_heads:
+        raise config.unsupported("num_key_value_heads", num_kv_heads, f"divisors of num_attention_heads, {num_heads}")
+    shape = Gemma3Config(
+        vocab_size=config.integer("vocab_size", 262208),
+        width=config.integer("hidden_size", 2304),
+        num_features=config.integer("intermediate_size", 9216),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=config.integer("head_dim", 256),
+        context_length=config.integer("max_position_embeddings", 131072),
+        norm_eps=config.positive("rms_norm_eps", 1e-6),
+        activation=config.activation("hidden_activation", "gelu_pytorch_tanh"),
+        attention_scale=config.positive("query_pre_attn_scalar", 256) ** -0.5,
+        attention_bias=config.boolean("attention_bias", False),
+        tied_head=config.boolean("tie_word_embeddings", True),
+        windows=layer_windows(config, window, [(i + 1) % pattern != 0 for i in range(num_layers)]),
+    )
+    return Gemma3(shape, *_rotary_tables(config, shape.head_dim), weights)
+
+
+def _rotary_tables(config: Config, head_dim: int) -> tuple[RotaryTable, RotaryTable]:
+    """Return the tables of sliding and of global layers; only the latter is scaled in old-style configurations."""
+    nested = config.mapping("rope_parameters")
+    if nested is not None and not all(nested.mapping(kind) for kind in ("full_attention", "sliding_attention")):
+        raise config.unsupported("rope_parameters", nested.values, "one object each for full and sliding_attention")
+    local_values = {**config.values, "rope_theta": config.values.get("rope_local_base_freq")}
+    local_values.pop("rope_scaling", None)
+    local = Config(local_values, config.where)
+    return (
+        rotary_table(local, head_dim, default_theta=10_000.0, layer_type="sliding_attention"),
+        rotary_table(config, head_dim, default_theta=1_000_000.0, layer_type="full_attention"),
+    )
+
+
+@final
+class Gemma3:
+    """A Gemma 3 text decoder.
+
+    Args:
+        config: its shape.
+        local_rope: rotary positions of sliding layers.
+        global_rope: rotary positions of layers that see all tokens.
+        weights: where the layers are read from.
+    """
+
+    def __init__(
+        self, config: Gemma3Config, local_rope: RotaryTable, global_rope: RotaryTable, weights: Weights
+    ) -> None:
+        self.vocab_size = config.vocab_size
+        self.context_length = config.context_length
+        self._config = config
+        self._local_rope, self._global_rope = local_rope, global_rope
+        self._ops = weights.ops
+        self._embedding = weights.embedding("model.embed_tokens", (config.vocab_size, config.width))
+        self._embedding_scale = np.float32(config.width**0.5)
+        self._blocks = [_load_block(config, f"model.layers.{i}.", weights) for i in range(config.num_layers)]
+        self._final_norm = _norm(weights, "model.norm", config.width)
+        if config.tied_head:
+            self._head = weights.tied_head("model.embed_tokens", (config.vocab_size, config.width))
+        else:
+            self._head = weights.linears([("lm_head", config.vocab_size)], config.width, bias=False)
+
+    def new_cache(self, capacity: int) -> KVCache:
+        """Return an empty cache with room for `capacity` tokens; sliding layers keep all of them too."""
+        config = self._config
+        return KVCache(config.num_layers, config.num_kv_heads, config.head_dim, config.context_length, capacity)
+
+    def forward(self, tokens_T: Int64Array, cache: KVCache) -> Float32Array:
+        """Append tokens to the cache and return their hidden states (T, E) after the last norm."""
+        config, ops, start = self._config, self._ops, cache.length
+        end = start + len(tokens_T)
+        cache.reserve(end)
+        local_rope, global_rope = self._local_rope.upto(end), self._global_rope.upto(end)
+        eps, head_dim = config.norm_eps, config.head_dim
+        sum_TE = self._embedding.rows(tokens_T) * self._embedding_scale
+        next_norms = [block.before_attention for block in self._blocks[1:]] + [self._final_norm]
+        x_TE = ops.rms_norm(sum_TE, self._blocks[0].before_attention, eps)
+        for block, next_norm, window, keys, values in zip(
+            self._blocks, next_norms, config.windows, cache.keys, cache.values, strict=True
+        ):
+            q_TQ, k_TC, v_TC = block.qkv(x_TE)
+            q_TQ = ops.rms_norm(q_TQ.reshape(-1, head_dim), block.q_norm, eps).reshape(q_TQ.shape)
+            k_TC = ops.rms_norm(k_TC.reshape(-1, head_dim), block.k_norm, eps).reshape(k_TC.shape)
+            cos, sin = local_rope if window else global_rope
+            ops.rope_store(q_TQ, k_TC, v_TC, cos, sin, keys, values, start)
+            (attended_TE,) = block.output(ops.attention(q_TQ, keys, values, start, window, config.attention_scale))
+            attended_TE = ops.rms_norm(attended_TE, block.after_attention, eps)
+            x_TE = ops.add_rms_norm(sum_TE, attended_TE, block.before_mlp, eps)
+            gate_TF, up_TF = block.gate_up(x_TE)
+            ops.gate(gate_TF, up_TF, config.activation)
+            (down_TE,) = block.down(gate_TF)
+            x_TE = ops.add_rms_norm(sum_TE, ops.rms_norm(down_TE, block.after_mlp, eps), next_norm, eps)
+        cache.length = end
+        return x_TE
+
+    def head(self, hidden_TE: Float32Array) -> Float32Array:
+        """Return the logits (T, V) of hidden states that `forward` gave."""
+        return self._head(hidden_TE)[0]
+
+
+def _norm(weights: Weights, name: str, size: int) -> Float32Array:
+    # Gemma stores the weight of a norm as its distance from 1.
+    return weights.vector(f"{name}.weight", size) + np.float32(1)
+
+
+def _load_block(config: Gemma3Config, name: str, weights: Weights) -> _Block:
+    width, q_size, kv_size = config.width, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention, mlp = f"{name}self_attn.", f"{name}mlp."
+    qkv = [(f"{attention}q_proj", q_size), (f"{attention}k_proj", kv_size), (f"{attention}v_proj", kv_size)]
+    gate_up = [(f"{mlp}gate_proj", config.num_features), (f"{mlp}up_proj", config.num_features)]
+    return _Block(
+        before_attention=_norm(weights, f"{name}input_layernorm", width),
+        qkv=weights.linears(qkv, width, bias=config.attention_bias),
+        q_norm=_norm(weights, f"{attention}q_norm", config.head_dim),
+        k_norm=_norm(weights, f"{attention}k_norm", config.head_dim),
+        output=weights.linears([(f"{attention}o_proj", width)], q_size, bias=config.attention_bias),
+        after_attention=_norm(weights, f"{name}post_attention_layernorm", width),
+        before_mlp=_norm(weights, f"{name}pre_feedforward_layernorm", width),
+        gate_up=weights.linears(gate_up, width, bias=False),
+        down=weights.linears([(f"{mlp}down_proj", width)], config.num_features, bias=False),
+        after_mlp=_norm(weights, f"{name}post_feedforward_layernorm", width),
+    )
