@@ -1,0 +1,26 @@
+"""Calibration: the data, the statistics, and the walk over a model's blocks."""
+
+from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.inputs import cast_inputs, example_calls, text_calls, without_cache
+from rarefy.calibrate.statistics import Gram, SquaredNorm, Statistic, Sum
+from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_windows, read_text
+
+__all__ = [
+    "DEFAULT_SOURCE",
+    "BlockWalk",
+    "Call",
+    "Gram",
+    "SquaredNorm",
+    "Statistic",
+    "Sum",
+    "Windows",
+    "calibration_mode",
+    "cast_inputs",
+    "collect_statistics",
+    "default_text",
+    "example_calls",
+    "make_windows",
+    "read_text",
+    "text_calls",
+    "without_cache",
+]

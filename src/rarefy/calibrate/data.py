@@ -1,0 +1,145 @@
+"""The data of a run: batches to calibrate with, and others of the same kind to judge the result by.
+
+Shape suffixes: N windows, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import Tensor
+
+from rarefy.calibrate.collect import Call
+from rarefy.calibrate.inputs import example_calls, text_calls
+from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_windows, read_text
+from rarefy.core.errors import CalibrationError
+from rarefy.core.results import CalibrationInfo
+from rarefy.models.loaded import LoadedModel
+
+Examples = Iterable[Any]
+
+# Tokens of one batch of calibration: activations then stay in the caches, and calls are still few.
+_TOKENS_PER_BATCH = 1024
+_HELD_OUT_WINDOWS = 8
+
+
+@final
+@dataclass(frozen=True)
+class CalibrationData:
+    """Calibration data, and the part of it that is kept for the verdict.
+
+    Args:
+        calls: the model's arguments for each batch; none where no method reads data.
+        held_out: the same for batches that calibration does not see.
+        windows_NL: the held-out windows as token ids, for a model that reads text.
+        info: what the report says about `calls`.
+        source: where the held-out data comes from, in words.
+        sequence_length: tokens of a window.
+    """
+
+    calls: list[Call]
+    held_out: list[Call]
+    windows_NL: Tensor | None
+    info: CalibrationInfo | None
+    source: str
+    sequence_length: int
+
+
+def gather(
+    loaded: LoadedModel,
+    calibration: str | os.PathLike[str] | Examples | None,
+    evaluation: str | os.PathLike[str] | None,
+    samples: int,
+    sequence_length: int,
+    seed: int,
+    needs_data: bool,
+    measure: bool,
+) -> CalibrationData:
+    """Calibration batches and held-out ones, from text or from examples."""
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        return _from_examples(example_calls(calibration, samples), sequence_length, needs_data)
+    if not (needs_data or measure):
+        return CalibrationData([], [], None, None, "", sequence_length)
+    reads_text = str(getattr(loaded.model, "main_input_name", "")) == "input_ids"
+    if loaded.tokenizer is None or not reads_text:
+        if needs_data or calibration is not None:
+            raise CalibrationError(
+                loaded.source,
+                "no tokenizer was found for it" if reads_text else f"{loaded.architecture} does not read text",
+                hint="call rarefy.compress in Python with an iterable of example inputs as `calibration`, "
+                "or use methods that need no data (magnitude, rtn)",
+            )
+        return CalibrationData([], [], None, None, "", sequence_length)
+    source = DEFAULT_SOURCE if calibration is None else os.fspath(calibration)
+    text = default_text() if calibration is None else read_text(calibration)
+    length, note = fitting_length(loaded, sequence_length)
+    windows = make_windows(
+        text,
+        loaded.tokenizer,
+        source=source,
+        num_samples=samples,
+        sequence_length=length,
+        num_held_out=0 if evaluation is not None else _HELD_OUT_WINDOWS,
+        seed=seed,
+    )
+    held_out_NL = windows.held_out_NL
+    if evaluation is not None:
+        held_out_NL, source = _evaluation_windows(loaded, evaluation, length), os.fspath(evaluation)
+    batch_size = max(1, _TOKENS_PER_BATCH // length)
+    info = CalibrationInfo(
+        windows.info.source,
+        windows.info.num_samples,
+        length,
+        windows.info.num_tokens,
+        "; ".join(filter(None, (windows.info.note, note))),
+    )
+    return CalibrationData(
+        calls=text_calls(loaded.model, windows.samples_NL, batch_size) if needs_data else [],
+        held_out=text_calls(loaded.model, held_out_NL, batch_size) if len(held_out_NL) else [],
+        windows_NL=held_out_NL if len(held_out_NL) else None,
+        info=info if needs_data else None,
+        source=source,
+        sequence_length=length,
+    )
+
+
+def _from_examples(calls: list[Call], sequence_length: int, needs_data: bool) -> CalibrationData:
+    num_held_out = min(_HELD_OUT_WINDOWS, len(calls) // 10 or int(len(calls) > 1))
+    kept = calls[: len(calls) - num_held_out]
+    held_out = calls[len(kept) :]
+    note = f"{len(kept)} batches for calibration, the last {num_held_out} kept for the verdict"
+    rows = sum(_rows(call) for call in kept)
+    info = CalibrationInfo("example inputs given by the caller", len(kept), 0, rows, note)
+    return CalibrationData(kept, held_out, None, info if needs_data else None, "the example inputs", sequence_length)
+
+
+def _rows(call: Call) -> int:
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    return tensors[0].shape[0] if tensors else 0
+
+
+def _evaluation_windows(loaded: LoadedModel, evaluation: str | os.PathLike[str], length: int) -> Tensor:
+    """The first windows of a text, in order."""
+    assert loaded.tokenizer is not None
+    windows: Windows = make_windows(
+        read_text(evaluation),
+        loaded.tokenizer,
+        source=os.fspath(evaluation),
+        num_samples=1 << 30,
+        sequence_length=length,
+        num_held_out=0,
+        seed=None,
+    )
+    return windows.samples_NL[:_HELD_OUT_WINDOWS]
+
+
+def fitting_length(loaded: LoadedModel, sequence_length: int) -> tuple[int, str]:
+    """The window length, cut to what the model has positions for."""
+    config = getattr(loaded.model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and 0 < limit < sequence_length:
+        return limit, f"windows were cut to {limit} tokens, the most that the model has positions for"
+    return sequence_length, ""

@@ -1,0 +1,132 @@
+"""Statistics of a layer's inputs: what a method may know about the data. Shape suffixes: T tokens, I inputs.
+
+A statistic is a frozen, hashable value, so that two methods that need the same one share one collection. Sums are kept
+in float32; products of bfloat16 activations are exact in float32, so that the fast path costs no accuracy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol, final
+
+import torch
+from torch import Tensor
+
+from rarefy.kernels.gram import add_gram, has_gram_kernel
+
+# Tokens per product: a slice of the activations in float32 then stays in the last-level cache.
+_TOKENS_PER_PRODUCT = 2048
+# Columns per row panel of the upper triangle of the Gram matrix: small ones skip more of the lower half.
+_GRAM_PANEL = 256
+
+
+@dataclass
+class Sum:
+    """A running sum over tokens, and how many tokens went into it."""
+
+    total: Tensor
+    num_tokens: int = 0
+
+
+class Statistic(Protocol):
+    """A quantity summed over the tokens that a layer sees; `merge` adds the sums of two machines."""
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        ...
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Add the tokens of x_TI (float32 or bfloat16) to the sum, in place."""
+        ...
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        ...
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean over tokens, float32; zeros where there was no token."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Gram:
+    """The second moment of the inputs: mean over tokens of x x^T, (I, I).
+
+    The Hessian of ||(W - V) X||^2 is twice this times the number of tokens.
+    """
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(in_features, in_features, dtype=torch.float32))
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Add x^T x. Only the upper triangle is computed; `finish` mirrors it."""
+        width = x_TI.shape[1]
+        if x_TI.dtype == torch.bfloat16 and has_gram_kernel():
+            add_gram(x_TI.contiguous().view(torch.uint16).numpy(), state.total.numpy())
+            state.num_tokens += x_TI.shape[0]
+            return state
+        with bfloat16_products(x_TI.dtype == torch.bfloat16):
+            for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
+                wide_TI = part_TI.to(torch.float32)
+                for start in range(0, width, _GRAM_PANEL):
+                    stop = min(width, start + _GRAM_PANEL)
+                    state.total[start:stop, start:].addmm_(wide_TI[:, start:stop].T, wide_TI[:, start:])
+        state.num_tokens += x_TI.shape[0]
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The symmetric mean, float32 (I, I)."""
+        upper = torch.triu(state.total).div_(max(1, state.num_tokens))
+        return upper + torch.triu(upper, 1).T
+
+
+@final
+@dataclass(frozen=True)
+class SquaredNorm:
+    """The second moment of each input: mean over tokens of x_i^2, (I,); the diagonal of the Gram matrix."""
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(in_features, dtype=torch.float32))
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Add the column sums of x^2."""
+        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
+            state.total += part_TI.to(torch.float32).square().sum(0)
+        state.num_tokens += x_TI.shape[0]
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean, float32 (I,)."""
+        return state.total / max(1, state.num_tokens)
+
+
+@contextmanager
+def bfloat16_products(enabled: bool) -> Iterator[None]:
+    """Let the CPU multiply float32 matrices through its bfloat16 unit, with sums in float32.
+
+    That is exact when the inputs *are* bfloat16 values: the product of two has at most 16 significant bits. The setting
+    must not leak: under it, rotary positions would be rounded to 8 bits.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch before 2.9 has no such switch
+    if not enabled or matmul is None:
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
