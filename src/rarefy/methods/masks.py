@@ -1,0 +1,108 @@
+"""Choosing which entries to keep, for every pattern, and combining the choice with the zeros that are there already.
+
+Shape suffixes: O out (rows), I in (columns), N entries that compete with each other.
+"""
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from rarefy.core.patterns import NM, Pattern
+
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.float32]
+
+
+def keep_highest(score_ON: FloatArray, num_keep: int) -> BoolArray:
+    """Keep exactly `num_keep` entries of every row: the highest scores, and of equal scores those further left.
+
+    Args:
+        score_ON: float32 (O, N), finite; +inf and -inf are allowed and compare as usual.
+        num_keep: in [0, N].
+
+    Returns:
+        bool (O, N), True where kept.
+    """
+    rows, width = score_ON.shape
+    if num_keep == width or score_ON.size == 0:
+        return np.ones((rows, width), dtype=np.bool_)
+    if num_keep == 0:
+        return np.zeros((rows, width), dtype=np.bool_)
+    threshold_O1 = np.partition(score_ON, width - num_keep, axis=1)[:, width - num_keep, None]
+    kept_ON: BoolArray = score_ON > threshold_O1
+    num_missing_O = num_keep - np.count_nonzero(kept_ON, axis=1)
+    tied_ON: BoolArray = score_ON == threshold_O1
+    # rows in which the threshold itself is unique need no look at the order of ties
+    easy_O = np.count_nonzero(tied_ON, axis=1) == num_missing_O
+    if easy_O.all():
+        return kept_ON | tied_ON
+    place_ON = np.cumsum(tied_ON, axis=1)
+    first_ON: BoolArray = tied_ON & (place_ON <= num_missing_O[:, None])
+    return kept_ON | first_ON
+
+
+def num_pruned(sparsity: float, start: int, stop: int) -> int:
+    """Zeros due in entries [start, stop) of a layer, so that the parts of any division of it sum to the total."""
+    return round(sparsity * stop) - round(sparsity * start)
+
+
+def select_unstructured(
+    score_ON: FloatArray, sparsity: float, present_ON: BoolArray | None, offset: int = 0
+) -> BoolArray:
+    """Prune a fraction of every row; zeros that are there already count towards it and always stay.
+
+    The rows follow one another in the layer, from entry `offset` on: of rows in which the fraction is no integer, some
+    lose one entry more than others, so that the whole layer has exactly round(sparsity * O * I) zeros.
+
+    Args:
+        score_ON: float32 (O, N), what pruning an entry would cost.
+        sparsity: fraction of zeros.
+        present_ON: bool (O, N), False where an entry was pruned earlier; None: all are present.
+        offset: how many entries of the layer come before the first.
+    """
+    rows, width = score_ON.shape
+    if present_ON is not None:
+        score_ON = np.where(present_ON, score_ON, -np.inf)
+    ends = [offset + row * width for row in range(rows + 1)]
+    num_keep_O = np.array([width - num_pruned(sparsity, start, stop) for start, stop in pairwise(ends)], dtype=np.int64)
+    kept_ON = np.empty((rows, width), dtype=np.bool_)
+    for num_keep in np.unique(num_keep_O):
+        these_O = num_keep_O == num_keep
+        kept_ON[these_O] = keep_highest(score_ON[these_O], int(num_keep))
+    return kept_ON if present_ON is None else kept_ON & present_ON
+
+
+def select_nm(score_OI: FloatArray, pattern: NM, present_OI: BoolArray | None) -> BoolArray:
+    """Keep the `keep` highest scores of every group of `group` columns; the shorter last group keeps its share.
+
+    The columns given start at a group boundary. Zeros that are there already always stay.
+    """
+    rows, width = score_OI.shape
+    if present_OI is not None:
+        score_OI = np.where(present_OI, score_OI, -np.inf)
+    full = width // pattern.group
+    kept_OI = np.empty((rows, width), dtype=np.bool_)
+    body = full * pattern.group
+    if full:
+        grouped = np.ascontiguousarray(score_OI[:, :body]).reshape(rows * full, pattern.group)
+        kept_OI[:, :body] = keep_highest(grouped, pattern.keep).reshape(rows, body)
+    if body < width:
+        num_keep = int(pattern.keep_counts_G(width)[-1])
+        kept_OI[:, body:] = keep_highest(np.ascontiguousarray(score_OI[:, body:]), num_keep)
+    return kept_OI if present_OI is None else kept_OI & present_OI
+
+
+def pattern_of(kept_OI: BoolArray, wanted: Pattern, earlier: Pattern | None, earlier_OI: BoolArray | None) -> Pattern:
+    """Name the pattern that a mask obeys after pruning to `wanted` on top of an earlier mask.
+
+    Where the step prunes nothing new, the earlier pattern is the tighter description (2 of 4, then 30 % unstructured).
+    """
+    if earlier is not None and earlier_OI is not None and np.array_equal(kept_OI, earlier_OI):
+        return earlier
+    return sparser(earlier, wanted)
+
+
+def sparser(earlier: Pattern | None, wanted: Pattern) -> Pattern:
+    """The pattern that names what is left after two: the mask obeys both, and the sparser one takes fewer bytes."""
+    return wanted if earlier is None or wanted.sparsity >= earlier.sparsity else earlier

@@ -1,0 +1,54 @@
+"""Wanda: prune by weights and activations. Shape suffixes: O out, I in."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import ClassVar, final
+
+import numpy as np
+from torch import Tensor
+
+from rarefy.calibrate.statistics import SquaredNorm, Statistic
+from rarefy.core.patterns import NM, Pattern
+from rarefy.core.solution import Solution
+from rarefy.methods.base import check_finite_weight, check_hyperparameters, finite_statistic, hyperparameter
+from rarefy.methods.masks import pattern_of, select_nm, select_unstructured
+
+
+@final
+@dataclass(frozen=True)
+class Wanda:
+    """Keep the weights with the largest |w_oi| * ||x_i||_2, compared within each output row; no weight is changed.
+
+    References:
+        Sun et al., A Simple and Effective Pruning Approach for Large Language Models, arXiv:2306.11695, equation 1
+        (score) and section 3 (comparison group: the row).
+
+    Notes:
+        ||x_i||_2 is taken as the root of the mean square over tokens: the same order, whatever their number. Where
+        the sparsity of a row is no whole number of entries, some rows lose one more, so that the total is exact.
+    """
+
+    paper: ClassVar[str] = "arXiv:2306.11695"
+    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self)
+
+    def needs(self) -> tuple[Statistic, ...]:
+        """The mean square of each input."""
+        return (SquaredNorm(),)
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        """Prune one layer; see `LayerMethod.compress`."""
+        weight_OI = solution.weight_OI
+        check_finite_weight(weight_OI, layer)
+        square_I = finite_statistic(stats, SquaredNorm(), (weight_OI.shape[1],), layer)
+        norm_I = square_I.clamp(min=0).sqrt().cpu().numpy().astype(np.float32)
+        score_OI = np.abs(weight_OI) * norm_I  # equation 1
+        if isinstance(self.pattern, NM):
+            self.pattern.check_fits(weight_OI.shape[1], layer)
+            kept_OI = select_nm(score_OI, self.pattern, solution.mask_OI)
+        else:
+            kept_OI = select_unstructured(score_OI, self.pattern.sparsity, solution.mask_OI)
+        pattern = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)
+        return Solution(np.where(kept_OI, weight_OI, np.float32(0)), kept_OI, pattern, solution.grid)

@@ -1,0 +1,49 @@
+"""Least squares on a fixed mask: the values that the kept entries should have. Shape suffixes: O out, I in.
+
+Column-wise OBS makes up for a pruned entry only with entries to its right, so its values are not the best ones for the
+mask that it ends with. For every row, min (w - v) H (w - v)^T over the kept entries of v is a linear system in H
+restricted to them; preconditioned conjugate gradients solve all rows at once, each step being one product with H.
+"""
+
+import torch
+from torch import Tensor
+
+
+def refit(weight_OI: Tensor, start_OI: Tensor, kept_OI: Tensor, gram_II: Tensor, num_steps: int) -> Tensor:
+    """Improve the kept values by conjugate gradients with a Jacobi preconditioner.
+
+    Args:
+        weight_OI: float32, W.
+        start_OI: float32, V to start from, zero where not kept.
+        kept_OI: bool.
+        gram_II: float32 (I, I), H, with a positive diagonal.
+        num_steps: steps; the error never grows from one to the next, up to rounding.
+
+    Returns:
+        float32 (O, I), zero where not kept.
+
+    References:
+        Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models,
+        arXiv:2406.07831, section 3.2 (the same system after its own choice of a mask).
+    """
+    if num_steps == 0:
+        return start_OI
+    tiny = torch.finfo(torch.float32).tiny
+    kept = kept_OI.to(torch.float32)
+    inverse_I = 1.0 / gram_II.diagonal()
+    value_OI = start_OI.clone()
+    residual_OI = ((weight_OI - start_OI) @ gram_II).mul_(kept)
+    direction_OI = residual_OI * inverse_I
+    energy_O = torch.einsum("oi,oi->o", residual_OI, direction_OI)
+    for step in range(num_steps):
+        image_OI = (direction_OI @ gram_II).mul_(kept)
+        length_O = energy_O / torch.einsum("oi,oi->o", direction_OI, image_OI).clamp_(min=tiny)
+        value_OI.addcmul_(direction_OI, length_O[:, None])
+        if step + 1 == num_steps:
+            break
+        residual_OI.addcmul_(image_OI, length_O[:, None], value=-1)
+        scaled_OI = torch.mul(residual_OI, inverse_I, out=image_OI)
+        new_energy_O = torch.einsum("oi,oi->o", residual_OI, scaled_OI)
+        direction_OI.mul_((new_energy_O / energy_O.clamp(min=tiny))[:, None]).add_(scaled_OI)
+        energy_O = new_energy_O
+    return value_OI

@@ -1,0 +1,74 @@
+"""What work costs on this machine. Shape suffixes: O out, I in, T tokens."""
+
+import time
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from rarefy.methods import GPTQ, LayerMethod, SparseGPT
+from rarefy.recipe import LayerPlan
+
+# One column of the sweep: a dozen small torch calls.
+_SECONDS_PER_COLUMN = 25e-6
+# Elementwise passes over the weights of a method without a sweep.
+_SECONDS_PER_WEIGHT = 30e-9
+
+
+@final
+@dataclass(frozen=True)
+class Rates:
+    """How fast this machine multiplies matrices.
+
+    Args:
+        float32_flops: per second.
+        bfloat16_flops: per second.
+    """
+
+    float32_flops: float
+    bfloat16_flops: float
+
+
+def measure_rates() -> Rates:
+    """Time a product of (1024, 576) by (576, 1536) in both types, the best of five; takes about a tenth of a second."""
+    return Rates(_flops(torch.float32), _flops(torch.bfloat16))
+
+
+def _flops(dtype: torch.dtype) -> float:
+    x_TI, weight_IO = torch.ones(1024, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):  # the first one warms up
+        start = time.perf_counter()
+        torch.mm(x_TI, weight_IO)
+        best = min(best, time.perf_counter() - start)
+    return 2 * 1024 * 576 * 1536 / best
+
+
+def solve_seconds(layer: LayerPlan, rates: Rates) -> float:
+    """Time of a layer's methods."""
+    return sum(_method_seconds(method, *layer.shape, rates) for _, method in layer.steps)
+
+
+def _method_seconds(method: LayerMethod, rows: int, width: int, rates: Rates) -> float:
+    product = 2 * rows * width * width / rates.float32_flops
+    # Cholesky and a triangular inverse in float64, which runs at half the speed; shared by layers with the same inputs
+    sweep = product / 2 + width * _SECONDS_PER_COLUMN + 2 * width**3 / rates.float32_flops
+    search = 11 * rows * width * 4e-9
+    match method:
+        case SparseGPT():
+            rounding = 0.0 if method.values is None else search + (sweep if method.refit_steps else 0.0)
+            return sweep + (method.refit_steps + 1) * product + rounding
+        case GPTQ():
+            return sweep + search
+        case _:
+            return rows * width * _SECONDS_PER_WEIGHT + (sweep if method.needs() and not _is_cheap(method) else 0.0)
+
+
+def _is_cheap(method: LayerMethod) -> bool:
+    """Whether a method needs one number per input at most, so that it cannot be solving anything."""
+    return all(statistic.finish(statistic.init(2)).ndim < 2 for statistic in method.needs())
+
+
+def gram_seconds(width: int, num_tokens: int, flops: float) -> float:
+    """Time of X X^T for one layer's inputs at a rate; half of it, by symmetry."""
+    return width * width * num_tokens / flops

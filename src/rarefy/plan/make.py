@@ -1,0 +1,205 @@
+"""Making a plan from shapes alone: no weight is read. Shape suffixes: O out, I in."""
+
+from collections import defaultdict
+from typing import Protocol
+
+from rarefy.calibrate.statistics import Gram
+from rarefy.core.grids import IntGrid
+from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.layouts import FloatFormat, choose_format
+from rarefy.methods.masks import sparser
+from rarefy.plan.cost import Rates, gram_seconds, measure_rates, solve_seconds
+from rarefy.plan.records import Plan, PlannedLayer, UntouchedRow
+from rarefy.recipe import LayerPlan, LayerRef, Recipe, Structure, notes, resolve
+
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+# torch and transformers, imported
+_LIBRARY_BYTES = 450_000_000
+# model code between the products: norms, attention, activations, copies
+_FORWARD_OVERHEAD = 1.6
+_TENSOR_HEADER_BYTES = 110
+
+
+class StoredLayer(LayerRef, Protocol):
+    """A layer that also says how it is stored."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the weight as stored."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its own parameters as stored; 0 where another layer holds them."""
+        ...
+
+
+def make_plan(
+    recipe: Recipe,
+    structure: Structure,
+    *,
+    num_samples: int = 128,
+    sequence_length: int = 512,
+    bfloat16: bool = True,
+    rates: Rates | None = None,
+) -> Plan:
+    """Say what a recipe will do to a model, how large the result will be, and what the run will take.
+
+    Args:
+        recipe: the recipe.
+        structure: the model's blocks and layers.
+        num_samples: windows of calibration data.
+        sequence_length: tokens of a window.
+        bfloat16: whether forward passes compute in bfloat16.
+        rates: of this machine; None: measured now.
+
+    Raises:
+        RecipeError: the recipe does not fit the model.
+    """
+    layers = resolve(recipe, structure)
+    float_format: FloatFormat = "bf16" if recipe.rest_dtype == "bfloat16" else "f32"
+    refs = {layer.name: layer for layer in structure.layers}
+    planned = tuple(_planned(layer, refs[layer.layer], float_format) for layer in layers)
+    targeted = {layer.layer for layer in layers}
+    untouched = tuple(
+        UntouchedRow(layer.name, layer.kind, _num_bytes(layer), layer.reason or "no step of the recipe targets it")
+        for layer in structure.layers
+        if layer.name not in targeted and layer.tied_to not in targeted
+    )
+    rest_bytes = sum(_rest_bytes(layer, layer.name in targeted, float_format) for layer in structure.layers)
+    num_tensors = 3 * len(planned) + len(structure.layers)
+    rates = rates or measure_rates()
+    num_tokens = num_samples * sequence_length
+    memory_parts = _memory(layers, structure, planned, rest_bytes, num_tokens, bfloat16)
+    seconds_parts = _seconds(layers, structure, num_tokens, rates, bfloat16)
+    return Plan(
+        layers=planned,
+        untouched=untouched,
+        input_bytes=sum(_num_bytes(layer) for layer in structure.layers),
+        disk_bytes=sum(layer.packed_bytes for layer in planned) + rest_bytes + num_tensors * _TENSOR_HEADER_BYTES,
+        memory_bytes=sum(memory_parts.values()),
+        memory_parts=memory_parts,
+        seconds=sum(seconds_parts.values()),
+        seconds_parts=seconds_parts,
+        basis=(
+            f"bytes: from shapes; time: a matrix product timed on this machine just now "
+            f"({rates.float32_flops / 1e9:.0f} GFLOP/s float32, {rates.bfloat16_flops / 1e9:.0f} bfloat16), "
+            f"operations counted for {num_samples} windows of {sequence_length} tokens"
+        ),
+        notes=notes(recipe, structure),
+    )
+
+
+def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> PlannedLayer:
+    pattern: Pattern | None = None
+    grid: IntGrid | None = None
+    num_patterns = 0
+    for _, method in layer.steps:
+        wanted = getattr(method, "pattern", None)
+        if isinstance(wanted, NM | Unstructured):
+            num_patterns += 1
+            pattern = sparser(pattern, wanted)
+        values = getattr(method, "values", None)
+        if isinstance(values, IntGrid):
+            grid = values
+    name, num_bytes = choose_format(layer.shape, pattern, grid, float_format=float_format)
+    rows, width = layer.shape
+    return PlannedLayer(
+        name=layer.layer,
+        shape=layer.shape,
+        steps=tuple(name for name, _ in layer.steps),
+        format=name,
+        input_bytes=_weight_bytes(ref, rows * width),
+        packed_bytes=num_bytes,
+        exact=num_patterns < 2,
+    )
+
+
+def _num_bytes(layer: LayerRef) -> int:
+    return int(getattr(layer, "num_bytes", 0))
+
+
+def _num_weights(layer: LayerRef) -> int:
+    count = 1
+    for size in layer.shape:
+        count *= size
+    return count if layer.shape else 0
+
+
+def _item_bytes(layer: LayerRef) -> int | None:
+    return _ITEM_BYTES.get(str(getattr(layer, "dtype", "")))
+
+
+def _weight_bytes(layer: LayerRef, num_weights: int) -> int:
+    """Bytes of the weight alone; of a type with blocks (GGUF) those of the whole layer, which has no bias then."""
+    item = _item_bytes(layer)
+    return _num_bytes(layer) if item is None else num_weights * item
+
+
+def _rest_bytes(layer: LayerRef, targeted: bool, float_format: FloatFormat) -> int:
+    """Bytes that will be written of a layer outside of its layout: matrices in rest_dtype, vectors in float32."""
+    if layer.tied_to is not None and _num_bytes(layer) == 0:
+        return 0
+    item = _item_bytes(layer)
+    num_weights = _num_weights(layer)
+    num_others = 0 if item is None else max(0, _num_bytes(layer) // item - num_weights)
+    matrix_item = 2 if float_format == "bf16" and len(layer.shape) >= 2 else 4
+    return 4 * num_others + (0 if targeted else matrix_item * num_weights)
+
+
+def _block_weights(structure: Structure) -> dict[str, int]:
+    sizes: dict[str, int] = defaultdict(int)
+    for layer in structure.layers:
+        sizes[layer.block or ""] += _num_weights(layer)
+    return dict(sizes)
+
+
+def _memory(
+    layers: tuple[LayerPlan, ...],
+    structure: Structure,
+    planned: tuple[PlannedLayer, ...],
+    rest_bytes: int,
+    num_tokens: int,
+    bfloat16: bool,
+) -> dict[str, int]:
+    blocks = _block_weights(structure)
+    outside = blocks.pop("", 0)
+    item = 2 if bfloat16 else 4
+    needs_data = [layer for layer in layers if any(method.needs() for _, method in layer.steps)]
+    grams: dict[str, int] = defaultdict(int)
+    block_of = {layer.name: layer.block or "" for layer in structure.layers}
+    for layer in needs_data:
+        if _needs_gram(layer):
+            grams[block_of[layer.layer]] += 4 * layer.shape[1] ** 2
+    widest = max((layer.shape[1] for layer in needs_data if _needs_gram(layer)), default=0)
+    hidden = min((layer.shape[1] for layer in needs_data), default=0)
+    largest = max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
+    return {
+        "libraries": _LIBRARY_BYTES,
+        "one block": (4 + item) * max(blocks.values(), default=outside),
+        "layers outside of the blocks": (item if blocks and needs_data else 0) * outside,
+        "activations between blocks": 2 * item * hidden * num_tokens,
+        "statistics of one block": max(grams.values(), default=0),
+        "solver": 4 * 5 * largest + 40 * widest**2,
+        "result": sum(layer.packed_bytes for layer in planned) + rest_bytes,
+    }
+
+
+def _needs_gram(layer: LayerPlan) -> bool:
+    return any(Gram() in method.needs() for _, method in layer.steps)
+
+
+def _seconds(
+    layers: tuple[LayerPlan, ...], structure: Structure, num_tokens: int, rates: Rates, bfloat16: bool
+) -> dict[str, float]:
+    needs_data = any(method.needs() for layer in layers for _, method in layer.steps)
+    in_blocks = sum(size for name, size in _block_weights(structure).items() if name)
+    speed = rates.bfloat16_flops if bfloat16 else rates.float32_flops
+    # two passes over each block: one to collect statistics, one to pass on what the compressed block computes
+    forward = 2 * 2 * in_blocks * num_tokens / speed * _FORWARD_OVERHEAD
+    gram_widths = {(layer.layer.rpartition(".")[0], layer.shape[1]) for layer in layers if _needs_gram(layer)}
+    return {
+        "forward passes": forward if needs_data else 0.0,
+        "statistics": sum(gram_seconds(width, num_tokens, speed) for _, width in gram_widths),
+        "solving": sum(solve_seconds(layer, rates) for layer in layers),
+    }

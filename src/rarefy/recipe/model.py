@@ -1,0 +1,92 @@
+"""What a recipe is in Python: steps, each a method and the layers that it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import yaml
+
+from rarefy.core.errors import RecipeError
+from rarefy.core.grids import IntGrid
+from rarefy.core.patterns import NM, Unstructured
+from rarefy.methods import METHODS, LayerMethod
+
+RestDtype = Literal["bfloat16", "float32"]
+
+
+@final
+@dataclass(frozen=True)
+class Step:
+    """A method and the layers that it is for.
+
+    Args:
+        method: the method with its hyperparameters; one of METHODS, or any object with the same two functions.
+        targets: globs on module names; a glob without a dot is also compared with the last part of the name. None:
+            every linear layer inside of the repeated blocks, or every linear layer where there are none.
+        exclude: globs of layers to leave alone.
+        optional: matching no layer is fine (a recipe for several kinds of model).
+        where: what error messages call the step, such as ``mine.yaml:7``.
+    """
+
+    method: LayerMethod
+    targets: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    optional: bool = False
+    where: str = dataclasses.field(default="recipe", compare=False)
+
+    @property
+    def name(self) -> str:
+        """The method's name in recipes and reports."""
+        for name, cls in METHODS.items():
+            if type(self.method) is cls:
+                return name
+        return type(self.method).__name__.lower()
+
+
+@final
+@dataclass(frozen=True)
+class Recipe:
+    """Steps in the order in which they are applied to each layer, and how to store what no step touches.
+
+    Args:
+        steps: at least one.
+        rest_dtype: of matrices that no step quantizes; vectors are always float32.
+    """
+
+    steps: tuple[Step, ...]
+    rest_dtype: RestDtype = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise RecipeError("recipe", "no steps", allowed="at least one step", hint="`rarefy recipes` lists examples")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with every hyperparameter, defaults too; `load_recipe` reads it back."""
+        return {"steps": [_step_dict(step) for step in self.steps], "rest_dtype": self.rest_dtype}
+
+    def to_yaml(self) -> str:
+        """`to_dict` as YAML."""
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    data: dict[str, Any] = {"method": step.name}
+    if step.targets is not None:
+        data["targets"] = list(step.targets)
+    if step.exclude:
+        data["exclude"] = list(step.exclude)
+    if step.optional:
+        data["optional"] = True
+    if dataclasses.is_dataclass(step.method):
+        for field in dataclasses.fields(step.method):
+            data[field.name] = _plain(getattr(step.method, field.name))
+    return data
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, Unstructured | NM | IntGrid):
+        return dataclasses.asdict(value)
+    return value if isinstance(value, int | float | str | bool | None) else repr(value)

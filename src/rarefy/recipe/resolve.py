@@ -1,0 +1,208 @@
+"""Which steps apply to which layers of a model; everything that can be wrong is found here, before any work."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol, final
+
+from rarefy.core.errors import RecipeError
+from rarefy.core.grids import IntGrid
+from rarefy.core.patterns import NM
+from rarefy.methods import LayerMethod
+from rarefy.methods.grid_search import describe
+from rarefy.recipe.model import Recipe, Step
+from rarefy.recipe.schema import did_you_mean
+
+_SHOWN = 12
+
+
+class LayerRef(Protocol):
+    """What a recipe must know of a layer; see models.structure.LayerRef."""
+
+    @property
+    def name(self) -> str:
+        """Module name."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """E.g. "linear" or "embedding"."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight; (O, I) or (V, D)."""
+        ...
+
+    @property
+    def block(self) -> str | None:
+        """The repeated block that it is in."""
+        ...
+
+    @property
+    def compressible(self) -> bool:
+        """Whether a method can be applied to it."""
+        ...
+
+    @property
+    def reason(self) -> str | None:
+        """Why not, if not."""
+        ...
+
+    @property
+    def tied_to(self) -> str | None:
+        """The layer that owns the same weight, if that is another one."""
+        ...
+
+
+class Structure(Protocol):
+    """What a recipe must know of a model; see models.structure.Structure."""
+
+    @property
+    def blocks(self) -> Sequence[object]:
+        """The repeated blocks."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[LayerRef]:
+        """All layers, in the order of the module tree."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to be done to one layer.
+
+    Args:
+        layer: module name; of a tied pair, the layer that owns the weight.
+        shape: (O, I).
+        steps: the methods in order, each with its name.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    steps: tuple[tuple[str, LayerMethod], ...]
+
+
+def resolve(recipe: Recipe, structure: Structure) -> tuple[LayerPlan, ...]:
+    """Find the layers of every step.
+
+    A tied pair is one layer: naming either of the two targets it once.
+
+    Returns:
+        A plan for every layer that some step targets, in the order of the model.
+
+    Raises:
+        RecipeError: with the step's line: a glob that matches nothing, a layer that cannot be compressed, a method that
+            does not fit an embedding, two different grids for one layer, or an N:M group wider than a layer.
+    """
+    steps_of: dict[str, list[Step]] = {}
+    for step in recipe.steps:
+        for layer in _targets(step, structure):
+            _check_fit(step, layer, structure, steps_of.get(layer.name, []))
+            steps_of.setdefault(layer.name, []).append(step)
+    plans = []
+    for layer in structure.layers:
+        steps = steps_of.get(layer.name)
+        if steps:
+            rows, width = layer.shape
+            plans.append(LayerPlan(layer.name, (rows, width), tuple((step.name, step.method) for step in steps)))
+    if not plans:
+        raise RecipeError(recipe.steps[0].where, "every step is optional and none matches a layer of this model")
+    return tuple(plans)
+
+
+def notes(recipe: Recipe, structure: Structure) -> tuple[str, ...]:
+    """What a report should say of the optional steps that match nothing in this model."""
+    return tuple(
+        f"step {index} ({step.name}, targets {', '.join(step.targets or ('by default',))}) is optional and has no layer"
+        for index, step in enumerate(recipe.steps, start=1)
+        if step.optional and not _targets(step, structure)
+    )
+
+
+def _targets(step: Step, structure: Structure) -> list[LayerRef]:
+    """The layers that a step is for, owners in place of tied layers, each once, in the order of the model."""
+    owners = {layer.name: layer.tied_to or layer.name for layer in structure.layers}
+    excluded = {owners[layer.name] for layer in structure.layers if any(_matches(layer.name, g) for g in step.exclude)}
+    if step.targets is None:
+        linear = [layer for layer in structure.layers if layer.kind == "linear" and layer.tied_to is None]
+        chosen = {layer.name for layer in linear if layer.block is not None or not structure.blocks}
+    else:
+        chosen = set()
+        for glob in step.targets:
+            matched = [layer.name for layer in structure.layers if _matches(layer.name, glob)]
+            if not matched and not step.optional:
+                raise _nothing_matches(step, glob, structure)
+            chosen.update(owners[name] for name in matched)
+    candidates = [layer for layer in structure.layers if layer.name in chosen and layer.name not in excluded]
+    found = [layer for layer in candidates if layer.compressible]
+    if not found and not step.optional:
+        raise _nothing_left(step, candidates)
+    return found
+
+
+def _matches(name: str, glob: str) -> bool:
+    return fnmatchcase(name, glob) or ("." not in glob and fnmatchcase(name.rpartition(".")[2], glob))
+
+
+def _nothing_matches(step: Step, glob: str, structure: Structure) -> RecipeError:
+    names = [layer.name for layer in structure.layers if layer.compressible or layer.tied_to is not None]
+    return RecipeError(
+        step.where,
+        f"the target {glob!r} matches no layer",
+        allowed=_listed(names),
+        hint=did_you_mean(glob, [*names, *_last_parts(names)]) or "`rarefy inspect MODEL` lists the layers",
+    )
+
+
+def _nothing_left(step: Step, candidates: Sequence[LayerRef]) -> RecipeError:
+    if candidates:
+        first = candidates[0]
+        return RecipeError(step.where, f"no layer of its targets can be compressed; {first.name}: {first.reason}")
+    found = "this model has no linear layers" if step.targets is None else "its targets are all excluded"
+    return RecipeError(step.where, found, hint="`rarefy inspect MODEL` lists the layers")
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The names a glob could say: last parts, since a block repeats them."""
+    parts = _last_parts(names)
+    more = len(parts) - _SHOWN
+    return ", ".join(parts[:_SHOWN]) + (f" and {more} more" if more > 0 else "") if parts else "(no layer)"
+
+
+def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Sequence[Step]) -> None:
+    tied = [other for other in structure.layers if layer.name in (other.name, other.tied_to)]
+    pattern, values = getattr(step.method, "pattern", None), getattr(step.method, "values", None)
+    if any(other.kind == "embedding" for other in tied):
+        if pattern is not None:
+            problem = "which stores every row whole: no zero pattern"
+        elif step.method.needs():
+            problem = "which has no inputs to take statistics of"
+        else:
+            problem = ""
+        if problem:
+            raise RecipeError(
+                step.where,
+                f"{step.name} targets the embedding {layer.name}, {problem}",
+                allowed="rtn",
+                hint=f'exclude: ["{layer.name}"], and a step with method rtn for it',
+            )
+    if isinstance(pattern, NM) and layer.shape[1] < pattern.group:
+        raise RecipeError(
+            step.where,
+            f"layer {layer.name}: input axis {layer.shape[1]} is smaller than the group of {pattern.group}",
+            hint="exclude it in the step's targets, or choose a smaller group",
+        )
+    grids = [grid for other in earlier if isinstance(grid := getattr(other.method, "values", None), IntGrid)]
+    if isinstance(values, IntGrid) and grids and grids[-1] != values:
+        raise RecipeError(
+            step.where,
+            f"layer {layer.name} is already put on {describe(grids[-1])}; this step asks for {describe(values)}",
+            hint="a grid stays a grid: exclude the layer in one of the two steps",
+        )

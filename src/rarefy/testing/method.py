@@ -1,0 +1,157 @@
+"""The conformance suite of layer methods. Shape suffixes: O out, I in, T tokens."""
+
+import dataclasses
+from collections.abc import Mapping
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rarefy.calibrate.statistics import Statistic
+from rarefy.core.errors import NonFiniteError, RarefyError
+from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
+from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.solution import Solution
+from rarefy.layouts import pack
+from rarefy.methods import LayerMethod
+
+# a width that no group divides, one row, and a width of one group
+_SHAPES = ((24, 200), (1, 64), (5, 64))
+
+
+def check_method(method: LayerMethod, *, seed: int = 0) -> None:
+    """Check that a method keeps the promises of the LayerMethod protocol on small random layers.
+
+    Args:
+        method: a method with its hyperparameters. An N:M group of at most 64 columns fits the layers used.
+        seed: of the layers.
+
+    Raises:
+        AssertionError: a promise is broken; the message says which.
+    """
+    _check_declaration(method)
+    for (rows, width), start in product(_SHAPES, ("dense", "pruned", "2 of 4", "on a grid", "pruned and on a grid")):
+        weight_OI, stats = make_problem(rows, width, method.needs(), seed=seed)
+        solution = _start(weight_OI, start, method)
+        _check_result(method, solution, stats, f"{rows} x {width}, {start}")
+    _check_refusals(method, seed)
+
+
+def make_problem(
+    rows: int, width: int, needs: tuple[Statistic, ...], *, num_tokens: int = 512, seed: int = 0
+) -> tuple["np.ndarray[tuple[int, int], np.dtype[np.float32]]", dict[Statistic, Tensor]]:
+    """Make a random layer with correlated inputs of very different sizes, one of them dead.
+
+    Returns:
+        weight_OI float32, and the finished statistics.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight_OI = torch.randn(rows, width, generator=generator)
+    mix_II = torch.randn(width, width, generator=generator) / width**0.5 + torch.eye(width)
+    size_I = torch.exp(torch.randn(width, generator=generator))
+    size_I[width // 3] = 0
+    x_TI = torch.randn(num_tokens, width, generator=generator) @ mix_II * size_I
+    stats = {
+        statistic: statistic.finish(statistic.update(statistic.init(width), x_TI)) for statistic in dict.fromkeys(needs)
+    }
+    return weight_OI.numpy(), stats
+
+
+def _require(condition: object, message: str) -> None:
+    if not condition:
+        raise AssertionError(message)
+
+
+def _check_declaration(method: LayerMethod) -> None:
+    cls = type(method)
+    _require(dataclasses.is_dataclass(method), "the method is no dataclass")
+    _require(cls.__dataclass_params__.frozen, "the dataclass is not frozen")  # type: ignore[attr-defined]
+    _require(isinstance(method.paper, str) and method.paper, "`paper` names no paper")
+    _require(bool(cls.__doc__), "no docstring")
+    _require(hash(method) == hash(dataclasses.replace(method)), "equal methods have different hashes")  # type: ignore[type-var]
+    needs = method.needs()
+    _require(isinstance(needs, tuple), "needs() is no tuple")
+    _require(needs == method.needs() and len(set(needs)) == len(needs), "needs() changes or repeats a statistic")
+
+
+def _start(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]", start: str, method: LayerMethod) -> Solution:
+    """A solution as an earlier step could have left it, in a way that the method is able to go on from."""
+    mask_OI = None
+    pattern: Pattern | None = None
+    rank_OI = np.argsort(np.argsort(np.abs(weight_OI), axis=1), axis=1)
+    if "pruned" in start:
+        mask_OI, pattern = rank_OI >= weight_OI.shape[1] // 3, Unstructured(1 / 3)
+    if "2 of 4" in start:
+        grouped = np.abs(weight_OI).reshape(weight_OI.shape[0], -1, 4)
+        mask_OI = (np.argsort(np.argsort(grouped, axis=2), axis=2) >= 2).reshape(weight_OI.shape)
+        pattern = NM(2, 4)
+    value_OI = weight_OI if mask_OI is None else np.where(mask_OI, weight_OI, np.float32(0))
+    grid: FittedGrid | None = None
+    if "grid" in start:
+        values = getattr(method, "values", None)
+        grid = fit_minmax(value_OI, values if isinstance(values, IntGrid) else IntGrid(4, 32, False))
+        value_OI = dequantize(quantize(value_OI, grid), grid)
+    return Solution(value_OI, mask_OI, pattern, grid)
+
+
+def _check_result(method: LayerMethod, solution: Solution, stats: Mapping[Statistic, Tensor], where: str) -> None:
+    weight_before = solution.weight_OI.copy()
+    stats_before = {statistic: value.clone() for statistic, value in stats.items()}
+    result = method.compress(solution, stats, layer="conformance")
+    _require(np.array_equal(weight_before, solution.weight_OI), f"{where}: compress() changed its input")
+    for statistic, value in stats.items():
+        _require(torch.equal(value, stats_before[statistic]), f"{where}: compress() changed a statistic")
+    again = method.compress(solution, stats, layer="conformance")
+    _require(result.weight_OI.tobytes() == again.weight_OI.tobytes(), f"{where}: two runs give different bytes")
+    _require(result.shape == solution.shape, f"{where}: the shape changed")
+    try:
+        result.check()
+        pack(result)
+    except RarefyError as error:
+        raise AssertionError(f"{where}: the result breaks the invariants of Solution: {error}") from error
+    if solution.mask_OI is not None:
+        _require(result.mask_OI is not None, f"{where}: the mask is gone")
+        assert result.mask_OI is not None
+        _require(not np.any(result.mask_OI & ~solution.mask_OI), f"{where}: a zero of an earlier step is kept again")
+    if solution.grid is not None:
+        _require(result.grid is not None, f"{where}: the grid is gone")
+        assert result.grid is not None
+        _require(
+            result.grid.grid == solution.grid.grid
+            and np.array_equal(result.grid.scale_OG, solution.grid.scale_OG)
+            and np.array_equal(result.grid.zero_point_OG, solution.grid.zero_point_OG),
+            f"{where}: the grid of an earlier step changed",
+        )
+
+
+def _check_refusals(method: LayerMethod, seed: int) -> None:
+    weight_OI, stats = make_problem(4, 64, method.needs(), seed=seed)
+    for bad in (np.nan, np.inf):
+        broken_OI = weight_OI.copy()
+        broken_OI[1, 2] = bad
+        _require(
+            _raises_naming_layer(method, Solution.dense(broken_OI), stats, NonFiniteError),
+            f"a weight that is {bad} raises no NonFiniteError that names the layer",
+        )
+    for statistic, value in stats.items():
+        broken = value.clone()
+        broken.view(-1)[3] = float("nan")
+        _require(
+            _raises_naming_layer(method, Solution.dense(weight_OI), {**stats, statistic: broken}, NonFiniteError),
+            f"{statistic} with NaN raises no NonFiniteError that names the layer",
+        )
+        _require(
+            _raises_naming_layer(method, Solution.dense(weight_OI), {}, RarefyError),
+            f"a missing {statistic} raises no RarefyError that names the layer",
+        )
+
+
+def _raises_naming_layer(
+    method: LayerMethod, solution: Solution, stats: Mapping[Statistic, Tensor], kind: type[RarefyError]
+) -> bool:
+    try:
+        method.compress(solution, stats, layer="the.layer")
+    except kind as error:
+        return "the.layer" in str(error)
+    return False

@@ -1,0 +1,120 @@
+"""Every method passes the public suite, every ordered pair keeps what the first step did, and the suite can fail."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from tests.methods.conftest import EXAMPLES, examples
+from torch import Tensor
+
+from rarefy.calibrate.statistics import SquaredNorm, Statistic
+from rarefy.core.errors import PatternError
+from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.solution import Solution
+from rarefy.layouts import pack, unpack
+from rarefy.methods import METHODS, LayerMethod, Magnitude
+from rarefy.testing import check_method
+from rarefy.testing.method import make_problem
+
+
+@pytest.mark.parametrize("method", examples(), ids=repr)
+def test_every_method_conforms(method: LayerMethod) -> None:
+    check_method(method)
+
+
+@pytest.mark.parametrize("second", METHODS)
+@pytest.mark.parametrize("first", METHODS)
+def test_a_later_step_never_undoes_an_earlier_one(first: str, second: str) -> None:
+    for one in EXAMPLES[first]:
+        for two in EXAMPLES[second]:
+            weight_OI, stats = make_problem(9, 136, (*one.needs(), *two.needs()), seed=3)
+            middle = one.compress(Solution.dense(weight_OI), stats, layer="x")
+            grid = getattr(two, "values", None)
+            if middle.grid is not None and grid is not None and middle.grid.grid != grid:
+                with pytest.raises(PatternError, match=r"layer x: an earlier step put it on int\d"):
+                    two.compress(middle, stats, layer="x")
+                continue
+            result = two.compress(middle, stats, layer="x")
+            result.check()
+            if middle.mask_OI is not None:
+                assert not result.weight_OI[~middle.mask_OI].any()
+                assert result.mask_OI is not None
+                assert not (result.mask_OI & ~middle.mask_OI).any()
+            if middle.grid is not None:
+                assert result.grid is middle.grid
+            pattern = getattr(two, "pattern", None)
+            if pattern is not None:
+                assert result.mask_OI is not None
+                assert result.mask_OI.mean() <= 1 - pattern.sparsity + 0.02
+            # what is stored is what was computed (floats are stored in bfloat16)
+            stored = unpack(pack(result))
+            tolerance = 0 if result.grid is not None else 2**-8 * np.abs(result.weight_OI)
+            assert (np.abs(stored.weight_OI - result.weight_OI) <= tolerance).all()
+
+
+def test_two_of_four_then_thirty_per_cent_stays_two_of_four() -> None:
+    weight_OI, _ = make_problem(4, 64, ())
+    first = Magnitude(NM(2, 4)).compress(Solution.dense(weight_OI), {}, layer="x")
+    second = Magnitude(Unstructured(0.3)).compress(first, {}, layer="x")
+    assert second.pattern == NM(2, 4)
+    third = Magnitude(Unstructured(0.7)).compress(first, {}, layer="x")
+    assert third.pattern == Unstructured(0.7)
+    assert third.mask_OI is not None
+    assert third.mask_OI.sum() == 256 - round(0.7 * 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forgetful:
+    """Undoes what earlier steps did."""
+
+    paper: ClassVar[str] = "none"
+    needs_data: bool = False
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return (SquaredNorm(),) if self.needs_data else ()
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        return Solution.dense(solution.weight_OI)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unsteady:
+    """Gives other bytes each time, and writes into its input."""
+
+    paper: ClassVar[str] = "none"
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        solution.weight_OI[...] += 1
+        return solution
+
+
+@dataclasses.dataclass(frozen=True)
+class _Careless:
+    """Does nothing, and so takes NaN as well."""
+
+    paper: ClassVar[str] = "none"
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        return solution
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (_Forgetful(), "the mask is gone"),
+        (_Unsteady(), "changed its input"),
+        (_Careless(), "raises no NonFiniteError"),
+    ],
+    ids=["forgetful", "unsteady", "careless"],
+)
+def test_the_suite_fails_methods_that_break_a_promise(method: LayerMethod, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_method(method)

@@ -1,0 +1,140 @@
+"""Which steps apply to which layers."""
+
+import pytest
+from tests.recipe.conftest import Layer, Model, decoder
+
+from rarefy.core.errors import RecipeError
+from rarefy.core.grids import IntGrid
+from rarefy.core.patterns import NM, Unstructured
+from rarefy.methods import GPTQ, RTN, Magnitude, SparseGPT
+from rarefy.recipe import Recipe, Step, load_recipe, notes, resolve, shipped_names
+
+HALF = Magnitude(Unstructured(0.5))
+INT8 = RTN(IntGrid(8, None, True))
+INT4 = GPTQ(IntGrid(4, 32, False))
+
+
+def planned(recipe: Recipe, model: Model) -> dict[str, list[str]]:
+    return {plan.layer: [name for name, _ in plan.steps] for plan in resolve(recipe, model)}
+
+
+def targets(model: Model, *globs: str, exclude: tuple[str, ...] = ()) -> list[str]:
+    return list(planned(Recipe((Step(INT8, globs, exclude),)), model))
+
+
+def test_without_targets_every_linear_layer_of_the_blocks(model: Model) -> None:
+    expected = [layer.name for layer in model.layers if layer.kind == "linear" and layer.block]
+    assert list(planned(Recipe((Step(HALF),)), model)) == expected
+    assert len(expected) == 8
+
+
+def test_without_blocks_every_linear_layer() -> None:
+    mlp = Model(
+        (), (Layer("0", "linear", (8, 64)), Layer("1", "other", (), None, False, "ReLU"), Layer("2", "linear", (8, 8)))
+    )
+    assert list(planned(Recipe((Step(HALF),)), mlp)) == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("glob", "number"),
+    [
+        ("q_proj", 2),
+        ("*.mlp.*", 4),
+        ("*_proj", 8),
+        ("model.layers.1.*", 4),
+        ("model.layers.0.mlp.up_proj", 1),
+        ("*", 9),
+    ],
+)
+def test_globs(model: Model, glob: str, number: int) -> None:
+    assert len(targets(model, glob)) == number
+
+
+def test_exclude_and_order(model: Model) -> None:
+    assert targets(model, "down_proj", "q_proj", exclude=("model.layers.0.*",)) == [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.down_proj",
+    ]
+
+
+def test_steps_follow_one_another(model: Model) -> None:
+    recipe = Recipe((Step(HALF, ("q_proj",)), Step(INT4), Step(INT8, ("embed_tokens",))))
+    found = planned(recipe, model)
+    assert found["model.layers.0.self_attn.q_proj"] == ["magnitude", "gptq"]
+    assert found["model.layers.0.mlp.up_proj"] == ["gptq"]
+    assert found["model.embed_tokens"] == ["rtn"]
+
+
+@pytest.mark.parametrize("globs", [("embed_tokens",), ("lm_head",), ("lm_head", "embed_tokens")])
+def test_naming_either_of_a_tied_pair_targets_it_once(model: Model, globs: tuple[str, ...]) -> None:
+    assert targets(model, *globs) == ["model.embed_tokens"]
+    assert "model.embed_tokens" not in targets(model, "*", exclude=("lm_head",))
+
+
+def test_an_untied_head_is_a_layer_of_its_own() -> None:
+    untied = decoder(tied=False)
+    assert targets(untied, "lm_head") == ["lm_head"]
+    assert planned(Recipe((Step(HALF, ("lm_head",)),)), untied) == {"lm_head": ["magnitude"]}
+
+
+@pytest.mark.parametrize("method", [HALF, SparseGPT(NM(2, 4)), INT4], ids=["magnitude", "sparsegpt", "gptq"])
+@pytest.mark.parametrize("glob", ["embed_tokens", "lm_head", "*"])
+def test_embeddings_take_round_to_nearest_only(model: Model, method: object, glob: str) -> None:
+    with pytest.raises(RecipeError, match=r"m\.yaml:3: \w+ targets the embedding model\.embed_tokens.*allowed: rtn"):
+        resolve(Recipe((Step(method, (glob,), where="m.yaml:3"),)), model)  # type: ignore[arg-type]
+
+
+def test_a_target_that_matches_nothing_lists_what_there_is(model: Model) -> None:
+    with pytest.raises(
+        RecipeError, match=r"m\.yaml:7: the target 'qproj' .*allowed: embed_tokens, q_proj, .*'q_proj'\?"
+    ):
+        resolve(Recipe((Step(HALF, ("q_proj", "qproj"), where="m.yaml:7"),)), model)
+
+
+def test_a_target_that_only_matches_what_cannot_be_compressed_says_why(model: Model) -> None:
+    with pytest.raises(RecipeError, match=r"no layer of its targets can be compressed; model\.layers\.0\.norm: a norm"):
+        resolve(Recipe((Step(INT8, ("norm",)),)), model)
+
+
+def test_everything_excluded(model: Model) -> None:
+    with pytest.raises(RecipeError, match="all excluded"):
+        resolve(Recipe((Step(HALF, ("q_proj",), ("*",)),)), model)
+
+
+def test_optional_steps_may_match_nothing_and_are_noted(model: Model) -> None:
+    recipe = Recipe((Step(HALF), Step(INT8, ("word_embeddings", "wte"), optional=True)))
+    assert len(resolve(recipe, model)) == 8
+    assert notes(recipe, model) == ("step 2 (rtn, targets word_embeddings, wte) is optional and has no layer",)
+    assert notes(Recipe((Step(HALF),)), model) == ()
+    with pytest.raises(RecipeError, match="every step is optional"):
+        resolve(Recipe((Step(INT8, ("wte",), optional=True),)), model)
+
+
+def test_two_grids_on_one_layer(model: Model) -> None:
+    same = Recipe((Step(INT4), Step(GPTQ(IntGrid(4, 32, False), percent_damp=0.1))))
+    assert len(resolve(same, model)) == 8
+    two = Recipe((Step(INT8), Step(INT4, ("up_proj",), where="m.yaml:9")))
+    with pytest.raises(RecipeError, match=r"m\.yaml:9: .*int8 per channel symmetric; this .* int4 group 32 asymmetric"):
+        resolve(two, model)
+
+
+def test_a_group_wider_than_a_layer() -> None:
+    small = Model((), (Layer("small", "linear", (8, 16)),))
+    with pytest.raises(RecipeError, match=r"layer small: input axis 16 is smaller than the group of 32"):
+        resolve(Recipe((Step(Magnitude(NM(16, 32))),)), small)
+
+
+@pytest.mark.parametrize("name", shipped_names())
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_shipped_recipe_fits_decoders_and_encoders(name: str, tied: bool) -> None:
+    recipe = load_recipe(name)
+    assert len(resolve(recipe, decoder(tied=tied))) >= 8
+    encoder = Model(
+        ("encoder.layer.0",),
+        (
+            Layer("embeddings.word_embeddings", "embedding", (100, 64)),
+            Layer("encoder.layer.0.attention.query", "linear", (64, 64), "encoder.layer.0"),
+            Layer("pooler.dense", "linear", (64, 64)),
+        ),
+    )
+    assert "encoder.layer.0.attention.query" in planned(recipe, encoder)
