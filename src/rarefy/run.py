@@ -1,0 +1,350 @@
+"""The main job: load, resolve the recipe, walk the blocks, pack, measure, write. Plain calls, top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy.typing as npt
+import torch
+import transformers
+from torch import nn
+
+import rarefy
+from rarefy.artifact import check_output, write_artifact
+from rarefy.calibrate.attention import fast_attention
+from rarefy.calibrate.data import CalibrationData, Examples, fitting_length, gather
+from rarefy.calibrate.precision import ComputeDtype, choose_dtype
+from rarefy.core.errors import UsageError
+from rarefy.core.results import Metric, RunReport, UntouchedLayer
+from rarefy.kernels import describe_cpu, detect_cpu
+from rarefy.layouts import AnyLayout
+from rarefy.measure.memory import peak_memory_bytes
+from rarefy.models.load import load_model
+from rarefy.models.loaded import LoadedModel
+from rarefy.models.structure import LayerRef, Structure
+from rarefy.nn import replace_linear
+from rarefy.plan import Plan, make_plan
+from rarefy.recipe import Recipe, load_recipe, notes, resolve
+from rarefy.report import render_html, render_model_card
+from rarefy.solve import Progress, Solved, Task, solve_model
+from rarefy.verdict import Baseline, judge, measure_before
+
+
+@final
+@dataclass
+class RunResult:
+    """What a run gives back.
+
+    Args:
+        report: everything there is to say about it.
+        layers: the packed layers by module name.
+        tied: alias -> layer that shares its layout.
+        path: the directory that was written, or None.
+    """
+
+    report: RunReport
+    layers: dict[str, AnyLayout]
+    tied: dict[str, str]
+    path: Path | None
+    _loaded: LoadedModel
+
+    def model(self) -> nn.Module:
+        """The compressed model in torch, ready to be called; computed with rarefy's kernels. A new one at each call."""
+        self._loaded.materialize("")
+        model = copy.deepcopy(self._loaded.model).eval()
+        self._loaded.release("")
+        replace_linear(model, self.layers, self.tied)
+        return model
+
+
+def compress(
+    source: str | os.PathLike[str] | nn.Module | LoadedModel,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    *,
+    calibration: str | os.PathLike[str] | Examples | None = None,
+    out: str | os.PathLike[str] | None = None,
+    samples: int = 128,
+    sequence_length: int = 512,
+    seed: int = 0,
+    evaluation: str | os.PathLike[str] | None = None,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    compute_dtype: ComputeDtype = "auto",
+    announce: Callable[[Plan], None] | None = None,
+    progress: Progress | None = None,
+    measure: bool = True,
+    force: bool = False,
+) -> RunResult:
+    """Compress a model.
+
+    Args:
+        source: a Hugging Face directory, hub id or GGUF file; a module, of which a copy is compressed; or what
+            `load_model` gave, to be used as it is.
+        recipe: a recipe, its name or file, or its content.
+        calibration: text (a file or directory) for language models; for any other module an iterable of example inputs,
+            one batch each: a tensor, a tuple of arguments, or a dict of named ones. None: a built-in text.
+        out: the directory to write; None writes nothing.
+        samples: windows of text, or examples, to calibrate with.
+        sequence_length: tokens of a window.
+        seed: of every random choice.
+        evaluation: text to judge quality by; None: windows of the calibration text that calibration leaves out.
+        tokenizer: for a module that takes text.
+        compute_dtype: of the calibration's forward passes; "auto": bfloat16 where the CPU multiplies it in hardware.
+        announce: given the plan before the work starts.
+        progress: told how far each phase is.
+        measure: whether to measure quality, size and speed before and after.
+        force: replace `out` if it is a model directory.
+
+    Returns:
+        The report, the packed layers and the path; `.model()` gives the compressed torch model.
+
+    Raises:
+        UsageError: a wrong path, recipe, option or calibration text (see its subclasses), before the work starts.
+        DamagedFileError: a file of the model is damaged.
+        NonFiniteError: a weight or activation is NaN or infinite.
+        OutputError: the result could not be written; nothing is left behind.
+
+    Notes:
+        The same source, recipe, data, seed and machine give the same bytes of weights.
+    """
+    clock = _Clock(progress)
+    if samples < 1 or sequence_length < 2:
+        raise UsageError("samples, sequence length", f"{samples}, {sequence_length}", allowed="at least 1, at least 2")
+    parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if out is not None:
+        check_output(out, force=force)
+    with clock.phase("load"):
+        loaded = _load(source)
+        loaded.tokenizer = tokenizer or loaded.tokenizer
+        structure = loaded.structure()
+        tasks = [Task(layer.layer, layer.steps) for layer in resolve(parsed, structure)]
+    dtype = _dtype_for(loaded, compute_dtype)
+    if announce is not None:
+        announce(_plan_of(loaded, structure, parsed, samples, sequence_length, dtype))
+    with clock.phase("calibration data"):
+        needs_data = any(task.needs() for task in tasks)
+        data = gather(loaded, calibration, evaluation, samples, sequence_length, seed, needs_data, measure)
+    baseline: Baseline | None = None
+    if measure:
+        with clock.phase("measure before"):
+            baseline = measure_before(loaded, data.held_out, data.windows_NL, source=data.source, dtype=dtype)
+    with clock.phase("compress"), fast_attention():
+        solved = solve_model(
+            loaded,
+            structure,
+            tasks,
+            data.calls,
+            dtype=dtype,
+            float_format="bf16" if parsed.rest_dtype == "bfloat16" else "f32",
+            progress=progress,
+        )
+    tied = {layer.name: layer.tied_to for layer in structure.layers if layer.tied_to in solved.layouts}
+    tensors = _rest(loaded, solved.layouts, structure, half=parsed.rest_dtype == "bfloat16")
+    facts = _Facts(loaded, structure, parsed, seed, data, dtype, solved)
+
+    def write(path: Path, extra: Mapping[str, bytes]) -> None:
+        write_artifact(
+            path,
+            config=loaded.config or {"architectures": [loaded.architecture]},
+            layers=solved.layouts,
+            tied=tied,
+            tensors=tensors,
+            extra_files={**loaded.companions, **extra},
+            force=force,
+        )
+
+    metrics: tuple[Metric, ...] = ()
+    warnings: tuple[str, ...] = ()
+    if baseline is not None:
+        with clock.phase("measure after"), _scratch(out) as scratch:
+            write(scratch / "artifact", {})
+            metrics, warnings = judge(
+                loaded, baseline, scratch / "artifact", solved.layouts, tied, tick=clock.detail("measure after")
+            )
+    report = facts.report(metrics, warnings, clock.seconds)
+    path: Path | None = None
+    if out is not None:
+        with clock.phase("write"):
+            path = Path(out)
+            write(path, _documents(report, parsed))
+    return RunResult(report, solved.layouts, tied, path, loaded)
+
+
+def _load(source: str | os.PathLike[str] | nn.Module | LoadedModel) -> LoadedModel:
+    if isinstance(source, LoadedModel):
+        return source
+    return load_model(copy.deepcopy(source) if isinstance(source, nn.Module) else source, stream=True)
+
+
+def plan(
+    source: str | os.PathLike[str] | nn.Module,
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    *,
+    samples: int = 128,
+    sequence_length: int = 512,
+    compute_dtype: ComputeDtype = "auto",
+) -> Plan:
+    """Say what `compress` would do with the same arguments, without reading a weight.
+
+    Raises:
+        UsageError: a wrong path, recipe or option (see its subclasses).
+        DamagedFileError: a file of the model is damaged.
+    """
+    parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    loaded = load_model(source, stream=True)
+    dtype = _dtype_for(loaded, compute_dtype)
+    return _plan_of(loaded, loaded.structure(), parsed, samples, sequence_length, dtype)
+
+
+def _dtype_for(loaded: LoadedModel, wanted: ComputeDtype) -> torch.dtype:
+    is_transformer = isinstance(loaded.model, transformers.PreTrainedModel)
+    return choose_dtype(wanted, is_transformer=is_transformer, cpu=detect_cpu())
+
+
+def _plan_of(
+    loaded: LoadedModel, structure: Structure, recipe: Recipe, samples: int, sequence_length: int, dtype: torch.dtype
+) -> Plan:
+    length, _ = fitting_length(loaded, sequence_length)
+    half = dtype == torch.bfloat16
+    return make_plan(recipe, structure, num_samples=samples, sequence_length=length, bfloat16=half)
+
+
+def _rest(
+    loaded: LoadedModel, layouts: Mapping[str, AnyLayout], structure: Structure, *, half: bool
+) -> dict[str, npt.NDArray[Any]]:
+    """Every tensor that no layout holds: matrices in bfloat16 (if half), vectors in float32, integers as they are."""
+    tied = {layer.name for layer in structure.layers if layer.tied_to is not None}
+    rest: dict[str, npt.NDArray[Any]] = {}
+    for name in loaded.model.state_dict(keep_vars=True):
+        module, _, key = name.rpartition(".")
+        if key == "weight" and (module in layouts or module in tied):
+            continue
+        tensor = loaded.read(name)
+        if half and tensor.is_floating_point() and tensor.ndim >= 2:
+            rest[name] = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        else:
+            rest[name] = tensor.contiguous().numpy()
+    return rest
+
+
+@final
+@dataclass(frozen=True)
+class _Facts:
+    """What the report is made of, apart from measurements."""
+
+    loaded: LoadedModel
+    structure: Structure
+    recipe: Recipe
+    seed: int
+    data: CalibrationData
+    dtype: torch.dtype
+    solved: Solved
+
+    def report(self, metrics: tuple[Metric, ...], warnings: tuple[str, ...], seconds: Mapping[str, float]) -> RunReport:
+        """The report of the run."""
+        own = [*self.loaded.notes, *notes(self.recipe, self.structure)]
+        own += [f"{name} was left alone: {why}" for name, why in self.solved.skipped.items()]
+        return RunReport(
+            model=_shown_name(self.loaded),
+            architecture=self.loaded.architecture,
+            num_parameters=self.loaded.num_parameters(),
+            num_blocks=len(self.structure.blocks),
+            recipe=self.recipe.to_dict(),
+            seed=self.seed,
+            calibration=self.data.info,
+            machine=self._machine(),
+            versions=_versions(),
+            layers=tuple(self.solved.results[x.name] for x in self.structure.layers if x.name in self.solved.results),
+            untouched=tuple(self._untouched()),
+            metrics=metrics,
+            warnings=(*own, *warnings),
+            seconds=dict(seconds),
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    def _untouched(self) -> Iterator[UntouchedLayer]:
+        for layer in self.structure.layers:
+            if layer.name in self.solved.layouts or layer.tied_to in self.solved.layouts:
+                continue
+            yield UntouchedLayer(layer.name, layer.kind, layer.shape, layer.num_bytes, self._why(layer))
+
+    def _why(self, layer: LayerRef) -> str:
+        return self.solved.skipped.get(layer.name) or layer.reason or "no step of the recipe targets it"
+
+    def _machine(self) -> dict[str, str | int | float]:
+        cpu = describe_cpu()
+        return {
+            "cpu": str(cpu["model"]),
+            "cpus": int(cpu["cpus"]),
+            "num_threads": int(cpu["num_threads"]),
+            "flags": " ".join(cpu["flags"]),
+            "system": f"{platform.system()} {platform.machine()}",
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def _shown_name(loaded: LoadedModel) -> str:
+    """The model's name for readers: the last part of a path, since the rest is one machine's business."""
+    return loaded.source if loaded.kind == "module" else Path(loaded.source).name or loaded.source
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
+    return {
+        "rarefy": rarefy.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _documents(report: RunReport, recipe: Recipe) -> dict[str, bytes]:
+    return {
+        "recipe.yaml": recipe.to_yaml().encode(),
+        "report.json": (json.dumps(report.to_json(), indent=2) + "\n").encode(),
+        "report.html": render_html(report).encode(),
+        "README.md": render_model_card(report).encode(),
+    }
+
+
+@contextlib.contextmanager
+def _scratch(out: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """A directory for the result while it is measured: beside `out`, where there is room for it."""
+    parent = None if out is None else Path(os.path.realpath(out)).parent
+    while parent is not None and not parent.is_dir():
+        parent = parent.parent
+    with tempfile.TemporaryDirectory(prefix=".rarefy-", dir=parent) as scratch:
+        yield Path(scratch)
+
+
+@final
+class _Clock:
+    """Seconds of each phase, and the announcement of phases that have no steps of their own."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase."""
+        if self._progress is not None and name != "compress":
+            self._progress(name, 0, 1, "")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        if self._progress is not None and name != "compress":
+            self._progress(name, 1, 1, "")
+
+    def detail(self, phase: str) -> Callable[[str], None]:
+        """What to call with a word on what a phase is at."""
+        return lambda text: self._progress(phase, 0, 1, text) if self._progress is not None else None

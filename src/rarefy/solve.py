@@ -1,0 +1,315 @@
+"""The block-by-block pass: every layer gets its solution, from inputs that the solved blocks before it give.
+
+Shape suffixes: O out, I in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.inputs import cast_inputs, without_cache
+from rarefy.calibrate.precision import cast_parameters
+from rarefy.calibrate.statistics import Gram, Statistic, bfloat16_products
+from rarefy.core.errors import PatternError
+from rarefy.core.results import ErrorMetric, LayerResult
+from rarefy.core.solution import Solution
+from rarefy.layouts import AnyLayout, FloatFormat, pack
+from rarefy.methods.base import LayerMethod
+from rarefy.models.loaded import LoadedModel, check_finite
+from rarefy.models.structure import Structure
+
+
+class Progress(Protocol):
+    """Told how far a phase is; the units of `done` and `total` are the phase's own."""
+
+    def __call__(self, phase: str, done: int, total: int, detail: str) -> None:
+        """Report that `done` of `total` are done."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Task:
+    """What is to be done to one layer: methods in order, each with the name that reports show."""
+
+    layer: str
+    steps: tuple[tuple[str, LayerMethod], ...]
+
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics that any of the steps reads, each once."""
+        return tuple(dict.fromkeys(statistic for _, method in self.steps for statistic in method.needs()))
+
+
+@final
+@dataclass
+class Solved:
+    """What the pass produced.
+
+    Args:
+        layouts: the packed weight of each compressed layer.
+        results: what was done to it, and how well.
+        skipped: layers of the plan that could not be solved, each with the reason.
+    """
+
+    layouts: dict[str, AnyLayout] = field(default_factory=dict)
+    results: dict[str, LayerResult] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def solve_model(
+    loaded: LoadedModel,
+    structure: Structure,
+    tasks: Sequence[Task],
+    calls: Sequence[Call],
+    *,
+    dtype: torch.dtype = torch.float32,
+    float_format: FloatFormat = "bf16",
+    progress: Progress | None = None,
+) -> Solved:
+    """Solve every task; where the weights are held in memory, the model's own weights become the solutions.
+
+    Args:
+        loaded: the model. Streaming ones are materialised block by block, and released.
+        structure: of the model.
+        tasks: one per layer at most.
+        calls: the model's arguments, one entry per batch; not needed when no method reads statistics.
+        dtype: of the forward passes. Solutions are always computed from float32 weights.
+        float_format: of dense layouts without a grid.
+        progress: told about every batch and layer.
+
+    Raises:
+        NonFiniteError: a weight or an activation is NaN or infinite.
+        PatternError: a pattern does not fit a layer.
+    """
+    by_name = {task.layer: task for task in tasks}
+    ordered = [by_name[layer.name] for layer in structure.layers if layer.name in by_name]
+    run = _Pass(loaded, dtype, float_format, progress)
+    with calibration_mode(loaded.model), without_cache(loaded.model):
+        if not any(task.needs() for task in ordered):
+            run.without_data(ordered)
+        elif len(structure.blocks) <= 1:
+            run.whole_model(ordered, cast_inputs(calls, dtype))
+        else:
+            run.block_by_block(structure, ordered, cast_inputs(calls, dtype))
+    run.tell_end()
+    return run.solved
+
+
+@final
+class _Pass:
+    """One pass over a model: what all of its steps need at hand."""
+
+    def __init__(
+        self, loaded: LoadedModel, dtype: torch.dtype, float_format: FloatFormat, progress: Progress | None
+    ) -> None:
+        self.loaded = loaded
+        self.model = loaded.model
+        self.dtype = dtype
+        self.float_format = float_format
+        self.solved = Solved()
+        self._progress = progress
+        self._done = 0
+        self._total = 1
+
+    def without_data(self, tasks: Sequence[Task]) -> None:
+        """Solve layers whose methods look at the weights alone."""
+        self._total = len(tasks)
+        for task in tasks:
+            self._solve(task, self.loaded.read(f"{task.layer}.weight"), {})
+
+    def whole_model(self, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
+        """Collect for all layers in one pass: the model has no repeated blocks, or one that it uses repeatedly."""
+        self._total = len(calls) + len(tasks)
+        self.loaded.materialize("")
+        wanted, names = self._wanted(tasks)
+        with cast_parameters([self.model], self.dtype, restore=not self.loaded.streams):
+            stats = collect_statistics(self.model, calls, wanted, names=names, tick=self._ticker("collecting"))
+        self.loaded.release("")
+        for task in tasks:
+            self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight"), stats)
+
+    def block_by_block(self, structure: Structure, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
+        """Solve block after block, each on the outputs of the solved ones before it, then what lies outside of them."""
+        blocks = {block.name: block.stack for block in structure.blocks}
+        block_of = {layer.name: layer.block for layer in structure.layers}
+        inside: dict[str, list[Task]] = {name: [] for name in blocks}
+        outside: list[Task] = []
+        for task in tasks:
+            block = block_of[task.layer]
+            (outside if block is None else inside[block]).append(task)
+        rest_needs_data = any(task.needs() for task in outside)
+        self._total = 2 * len(calls) * len(blocks) + len(tasks) + len(calls) * rest_needs_data
+        self.loaded.materialize("", without=frozenset(blocks), dtype=self.dtype)
+        masters = {} if self.loaded.streams else self._masters(outside)
+        in_blocks = {id(parameter) for name in blocks for parameter in self.model.get_submodule(name).parameters()}
+        others = [
+            module
+            for module in self.model.modules()
+            if any(id(p) not in in_blocks for p in module.parameters(recurse=False))
+        ]
+        keep = not self.loaded.streams
+        with (
+            cast_parameters(others, self.dtype, restore=keep, recurse=False),
+            BlockWalk(self.model, blocks, calls) as walk,
+        ):
+            waiting = {name for name, own in inside.items() if own}
+            while waiting and (reached := walk.next_block()) is not None:
+                name, block_calls = reached
+                waiting.discard(name)
+                last = not waiting and not rest_needs_data
+                outputs = self._solve_block(name, inside[name], block_calls, last=last)
+                if not last:
+                    walk.finish(outputs)
+            for name in sorted(waiting):
+                for task in inside[name]:
+                    self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight"), {})
+            stats: dict[str, dict[Statistic, Tensor]] = {}
+            if rest_needs_data:
+                while (reached := walk.next_block()) is not None:
+                    walk.finish(self._solve_block(reached[0], [], reached[1], last=False))
+                wanted, names = self._wanted(outside)
+                batches = [Call((batch,), {}) for batch in range(len(calls))]
+                stats = collect_statistics(
+                    walk.run_rest, batches, wanted, names=names, tick=self._ticker("layers outside of the blocks")
+                )
+        self.loaded.release("")
+        for task in outside:
+            weight = masters.get(task.layer)
+            self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight") if weight is None else weight, stats)
+
+    def _solve_block(self, name: str, tasks: Sequence[Task], calls: Sequence[Call], *, last: bool) -> list[Any]:
+        """Solve the layers of one block and return what the solved block makes of its inputs (nothing if last)."""
+        self.loaded.materialize(name)
+        block = self.model.get_submodule(name)
+        masters = self._masters(tasks)
+        wanted, names = self._wanted(tasks)
+        outputs: list[Any] = []
+        with cast_parameters([block], self.dtype, restore=not self.loaded.streams):
+            stats: dict[str, dict[Statistic, Tensor]] = {}
+            if wanted:
+                stats = collect_statistics(block, calls, wanted, names=names, tick=self._ticker(name))
+            solutions = {
+                task.layer: self._solve_if_seen(task, masters.pop(task.layer), stats, in_block=True) for task in tasks
+            }
+            for layer, solution in solutions.items():
+                if solution is not None:
+                    _set_weight(self.model.get_submodule(layer), solution)
+            if not last:
+                for call in calls:
+                    outputs.append(block(*call.args, **call.kwargs))
+                    self._tick(name)
+        if not self.loaded.streams:
+            for layer, solution in solutions.items():
+                if solution is not None:
+                    _set_weight(self.model.get_submodule(layer), solution)
+        self.loaded.release(name)
+        return outputs
+
+    def _masters(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
+        """The float32 weights of layers, held while the module itself computes in another type."""
+        masters = {}
+        for task in tasks:
+            weight = self.model.get_submodule(task.layer).get_parameter("weight").detach().to(torch.float32)
+            check_finite(f"{task.layer}.weight", weight)
+            masters[task.layer] = weight
+        return masters
+
+    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[Statistic, ...]], dict[str, nn.Module]]:
+        wanted = {task.layer: task.needs() for task in tasks if task.needs()}
+        return wanted, {name: self.model.get_submodule(name) for name in wanted}
+
+    def _solve_if_seen(
+        self,
+        task: Task,
+        weight: Tensor,
+        stats: Mapping[str, Mapping[Statistic, Tensor]],
+        *,
+        in_block: bool = False,
+    ) -> Solution | None:
+        if task.needs() and task.layer not in stats:
+            self.solved.skipped[task.layer] = "no calibration input reached it, and its method needs some"
+            self._tick(task.layer)
+            return None
+        return self._solve(task, weight, stats.get(task.layer, {}), in_block=in_block)
+
+    def _solve(
+        self, task: Task, weight: Tensor, stats: Mapping[Statistic, Tensor], *, in_block: bool = False
+    ) -> Solution:
+        start = time.perf_counter()
+        weight_OI = weight.contiguous().numpy()
+        solution = Solution.dense(weight_OI)
+        for _, method in task.steps:
+            solution = method.compress(solution, stats, layer=task.layer)
+        module = self.model.get_submodule(task.layer)
+        if isinstance(module, nn.Embedding) and solution.mask_OI is not None:
+            raise PatternError(f"layer {task.layer}", "zeros in an embedding", allowed="values, without a pattern")
+        layout = pack(solution, float_format=self.float_format)
+        # A figure for the report: rounding in the products moves it by far less than its last printed digit.
+        with bfloat16_products(self.dtype == torch.bfloat16):
+            error, error_metric = relative_error(weight, torch.from_numpy(solution.weight_OI), stats)
+        grid = None if solution.grid is None else solution.grid.grid
+        self.solved.layouts[task.layer] = layout
+        self.solved.results[task.layer] = LayerResult(
+            name=task.layer,
+            shape=solution.shape,
+            format=layout.format,
+            steps=tuple(name for name, _ in task.steps),
+            sparsity=0.0 if solution.mask_OI is None else 1.0 - float(np.mean(solution.mask_OI)),
+            num_bits=None if grid is None else grid.num_bits,
+            group_size=None if grid is None else grid.group_size,
+            bits_per_weight=layout.nbytes * 8 / max(1, weight.numel()),
+            error=error,
+            error_metric=error_metric,
+            dense_bytes=self.loaded.stored_bytes_of(f"{task.layer}.weight"),
+            packed_bytes=layout.nbytes,
+            seconds=time.perf_counter() - start,
+        )
+        if not in_block and not self.loaded.streams:
+            _set_weight(module, solution)
+        self._tick(task.layer)
+        return solution
+
+    def tell_end(self) -> None:
+        """Report that all is done, also where the last block needed fewer steps than the others."""
+        if self._progress is not None:
+            self._progress("compress", self._total, self._total, "")
+
+    def _ticker(self, detail: str) -> Callable[[], None]:
+        return lambda: self._tick(detail)
+
+    def _tick(self, detail: str) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress("compress", min(self._done, self._total), self._total, detail)
+
+
+def relative_error(
+    weight_OI: Tensor, solution_OI: Tensor, stats: Mapping[Statistic, Tensor]
+) -> tuple[float, ErrorMetric]:
+    """How far V is from W: relative to the layer's outputs where the Gram matrix is known, else to its weights.
+
+    Returns:
+        ||(W - V) X||_F^2 / ||W X||_F^2 and "output", or ||W - V||_F^2 / ||W||_F^2 and "weight"; 0 where W X is 0.
+    """
+    difference_OI = weight_OI - solution_OI
+    gram_II = stats.get(Gram())
+    if gram_II is None:
+        error = float(difference_OI.square().sum(dtype=torch.float64))
+        size = float(weight_OI.square().sum(dtype=torch.float64))
+        return (error / size if size > 0 else 0.0), "weight"
+    error = float(torch.einsum("oi,oi->", difference_OI @ gram_II, difference_OI))
+    size = float(torch.einsum("oi,oi->", weight_OI @ gram_II, weight_OI))
+    return (max(0.0, error) / size if size > 0 else 0.0), "output"
+
+
+def _set_weight(module: nn.Module, solution: Solution) -> None:
+    weight = module.get_parameter("weight")
+    weight.data.copy_(torch.from_numpy(solution.weight_OI))
