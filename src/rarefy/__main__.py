@@ -1,0 +1,5 @@
+"""`python -m rarefy` is the command line."""
+
+from rarefy.cli import main
+
+main()
