@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Before torch is imported: the machine is shared, and figures must not depend on the number of its cores.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -150,6 +150,20 @@ def test_an_encoder_is_judged_by_its_embeddings(tiny_bert_dir, text_file, tmp_pa
     assert (tmp_path / "OUT" / "vocab.txt").exists() == (tiny_bert_dir / "vocab.txt").exists()
 
 
+def test_a_classifier_is_judged_by_its_encoder(tiny_bert_dir, text_file, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tiny_bert_dir, num_labels=3)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    transformers.AutoTokenizer.from_pretrained(tiny_bert_dir).save_pretrained(tmp_path / "m")
+    result = rarefy.compress(tmp_path / "m", SPARSE, calibration=text_file, **SMALL)
+    metrics = {metric.name: metric for metric in result.report.metrics}
+    assert 0.9 < metrics["fidelity"].after.median <= 1
+    assert "embeddings" in metrics["fidelity"].how
+    assert {layer.name for layer in result.report.untouched} >= {"classifier", "bert.pooler.dense"}
+
+
 def test_windows_longer_than_the_model_are_cut(tiny_bert_dir, text_file):
     result = rarefy.compress(tiny_bert_dir, SPARSE, calibration=text_file, samples=4, measure=False)
     assert result.report.calibration.sequence_length == 128

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-PROMPT = "Explain in two sentences why the sky is blue."
+PROMPT = "Why is the sky blue?"
 
 
 def find_model() -> Path:
@@ -26,14 +26,8 @@ def find_model() -> Path:
 
 def rarefy(*arguments: str) -> None:
     """Show a rarefy command as a user would type it, and run it; end the demo if it fails."""
-    print(
-        f"\n\033[1m$ {shlex.join(['rarefy', *arguments])}\033[0m"
-        if sys.stdout.isatty()
-        else f"\n$ {shlex.join(['rarefy', *arguments])}",
-        flush=True,
-    )
-    program = Path(sys.executable).with_name("rarefy")
-    code = subprocess.run([program, *arguments], check=False).returncode
+    print(f"\n$ {shlex.join(['rarefy', *arguments])}", flush=True)
+    code = subprocess.run([sys.executable, "-m", "rarefy", *arguments], check=False).returncode
     if code != 0:
         sys.exit(code)
 
@@ -42,7 +36,8 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="demo-out", help="directory of the compressed model")
-    parser.add_argument("--samples", default="64", help="windows of calibration text")
+    parser.add_argument("--samples", default="128", help="windows of calibration text")
+    parser.add_argument("--recipe", default="sparse-50-int4", help="name or file of the recipe")
     arguments = parser.parse_args()
     started = time.monotonic()
     model = str(find_model())
@@ -53,7 +48,7 @@ def main() -> None:
         "-o",
         arguments.out,
         "--recipe",
-        "sparse-50-int4",
+        arguments.recipe,
         "--samples",
         arguments.samples,
         "--sequence-length",
@@ -63,7 +58,7 @@ def main() -> None:
     rarefy("generate", arguments.out, PROMPT, "--max-new-tokens", "64")
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"\nDone in {minutes} min {seconds:02d} s. Open {Path(arguments.out) / 'report.html'} in a browser.")
-    print(f"Go on with:  {Path(sys.executable).with_name('rarefy')} generate {arguments.out} 'your prompt'")
+    print(f"Go on with: {Path(sys.executable).with_name('rarefy')} generate {arguments.out} 'your prompt'")
 
 
 if __name__ == "__main__":

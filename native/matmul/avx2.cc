@@ -68,14 +68,15 @@ constexpr Shuffles make_shuffles() {
 
 alignas(64) constexpr Shuffles kShuffles = make_shuffles();
 
-// The next values of a stream at the set bits of a 16-bit mask, `pruned` at the others. kShift: from the high nibbles.
+// The next values of a stream at the set bits of a 16-bit mask, `pruned` at the others. kShift 4: from the high
+// nibbles.
 template <bool kInt4, int kShift>
 inline __m128i expand_16(const uint8_t*& values, uint32_t mask, __m128i pruned) {
     const uint32_t first = mask & 0xff, second = mask >> 8 & 0xff;
-    const uint8_t* next = values + _mm_popcnt_u32(first);
-    __m128i codes = _mm_set_epi64x(static_cast<int64_t>(load_u64(next)), static_cast<int64_t>(load_u64(values)));
-    values = next + _mm_popcnt_u32(second);
-    const __m128i order = _mm_set_epi64x(static_cast<int64_t>(kShuffles.bytes[second] | 0x0808080808080808),
+    const uint64_t num_first = static_cast<uint64_t>(_mm_popcnt_u32(first));
+    __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    values += _mm_popcnt_u32(mask);
+    const __m128i order = _mm_set_epi64x(static_cast<int64_t>(kShuffles.bytes[second] + num_first * 0x0101010101010101),
                                          static_cast<int64_t>(kShuffles.bytes[first]));
     if (kInt4) codes = _mm_and_si128(_mm_srli_epi16(codes, kShift), _mm_set1_epi8(15));
     return _mm_blendv_epi8(_mm_shuffle_epi8(codes, order), pruned, order);
@@ -160,7 +161,9 @@ struct DenseF32 : DenseStream {
 
 struct DenseBf16 : DenseStream {
     void next(__m256 (&even)[kHalves], __m256 (&odd)[kHalves]) {
-        UNROLL for (int half = 0; half < kHalves; ++half) { widen_pairs(load(values + 32 * half), even[half], odd[half]); }
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            widen_pairs(load(values + 32 * half), even[half], odd[half]);
+        }
         values += 64;
     }
 };
@@ -256,7 +259,9 @@ void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part, int6
         if (new_group) groups.give_zero_points(stream, panel);
         const __m256i sum = _mm256_set1_epi32(-segment_sum<kSteps>(half_sums, segment));
         __m256i dots[kHalves];
-        UNROLL for (int half = 0; half < kHalves; ++half) { dots[half] = _mm256_mullo_epi32(groups.zero_points(panel, half), sum); }
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            dots[half] = _mm256_mullo_epi32(groups.zero_points(panel, half), sum);
+        }
         for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
             __m256i sums_16[kHalves] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
             UNROLL for (int i = 0; i < 4; ++i) {
@@ -323,7 +328,9 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part, in
             }
         }
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            UNROLL for (int half = 0; half < kHalves; ++half) { totals[p][half] = _mm256_add_ps(totals[p][half], sums[p][half]); }
+            UNROLL for (int half = 0; half < kHalves; ++half) {
+                totals[p][half] = _mm256_add_ps(totals[p][half], sums[p][half]);
+            }
         }
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
@@ -350,7 +357,9 @@ struct Totals {
     __m256i lanes[kHalves];
     Totals(const PanelWeights& w, const Part& part, const Tile& tile, int64_t row)
         : y(part.y + row * part.y_stride + tile.panel * kPanelOutputs), stride(part.y_stride) {
-        UNROLL for (int half = 0; half < kHalves; ++half) { lanes[half] = output_lanes(w, tile.panel * kPanelOutputs + 8 * half); }
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            lanes[half] = output_lanes(w, tile.panel * kPanelOutputs + 8 * half);
+        }
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int half = 0; half < kHalves; ++half) {
                 sums[r][half] = tile.block_begin == 0 ? _mm256_setzero_ps()
@@ -407,7 +416,9 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
                     }
                 }
                 UNROLL for (int r = 0; r < kRows; ++r) {
-                    UNROLL for (int half = 0; half < kHalves; ++half) { dots[r][half] = fold_int4(dots[r][half], sums_16[r][half]); }
+                    UNROLL for (int half = 0; half < kHalves; ++half) {
+                        dots[r][half] = fold_int4(dots[r][half], sums_16[r][half]);
+                    }
                 }
             }
         } else {

@@ -32,6 +32,7 @@ using Sums = int __attribute__((vector_size(64)));
 inline Sums dot_4(Sums sums, __m512i codes, __m512i q) {
     return reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), codes, q));
 }
+inline __m512 to_floats(Sums sums) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sums)); }
 inline Sums times(__m512i a, int32_t b) { return reinterpret_cast<Sums>(_mm512_mullo_epi32(a, _mm512_set1_epi32(b))); }
 
 inline __m512i broadcast_4(const int8_t* from) {
@@ -236,38 +237,35 @@ void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part, int6
     const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
     Groups groups(w, 0);
     for (int64_t segment = 0; segment < num_segments; ++segment) {
-        const __m512i sum = _mm512_set1_epi32(-segment_sum<kSteps>(half_sums, segment));
-        __m512i evens[kPanels], odds[kPanels], pruned[kPanels];
+        const int32_t sum = segment_sum<kSteps>(half_sums, segment);
+        Sums evens[kPanels], odds[kPanels];
+        __m512i pruned[kPanels];
         UNROLL for (int p = 0; p < kPanels; ++p) {
             const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
-            evens[p] = _mm512_mullo_epi32(zero_points, sum);
-            odds[p] = _mm512_setzero_si512();
+            evens[p] = times(zero_points, -sum);
+            odds[p] = Sums{};
+            streams[p].fetch(kSteps);
         }
-        UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(kSteps); }
-        UNROLL for (int i = 0; i < kSteps / 2; ++i) {
-            int32_t even_q, odd_q;
-            __builtin_memcpy(&even_q, q, 4);
-            __builtin_memcpy(&odd_q, q + 4, 4);
-            q += 8;
+        UNROLL for (int pair = 0; pair < kSteps / 2; ++pair, q += 8) {
+            const __m512i even_q = broadcast_4(q), odd_q = broadcast_4(q + 4);
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m512i even, odd;
                 streams[p].next(pruned[p], even, odd);
-                evens[p] = _mm512_dpbusd_epi32(evens[p], even, _mm512_set1_epi32(even_q));
-                odds[p] = _mm512_dpbusd_epi32(odds[p], odd, _mm512_set1_epi32(odd_q));
+                evens[p] = dot_4(evens[p], even, even_q);
+                odds[p] = dot_4(odds[p], odd, odd_q);
             }
         }
         const __m512 row_scale = _mm512_set1_ps(row_scales[segment * kSteps / 16]);
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            const __m512i dot = _mm512_add_epi32(evens[p], _mm512_srai_epi32(odds[p], Stream::kOddShift));
             const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(panel + p * distance));
-            totals[p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scales, totals[p]);
+            totals[p] = _mm512_fmadd_ps(to_floats(evens[p] + (odds[p] >> Stream::kOddShift)), scales, totals[p]);
         }
         groups.advance();
     }
-    float* y = part.y + row * part.y_stride + panel * kPanelOutputs;
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        _mm512_mask_storeu_ps(y + p * distance * kPanelOutputs, output_lanes(w, panel + p * distance), totals[p]);
+        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(totals[p]);
     }
 }
 
@@ -297,9 +295,9 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part, in
         }
         UNROLL for (int p = 0; p < kPanels; ++p) { totals[p] = _mm512_add_ps(totals[p], sums[p]); }
     }
-    float* y = part.y + part.row_begin * part.y_stride + panel * kPanelOutputs;
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        _mm512_mask_storeu_ps(y + p * distance * kPanelOutputs, output_lanes(w, panel + p * distance), totals[p]);
+        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output).store(totals[p]);
     }
 }
 
@@ -324,7 +322,6 @@ struct Tile {
 template <int kRows, int kPanels, int kSteps>
 void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const Tile& tile, int64_t row) {
     constexpr int kSegments = 16 / kSteps;
-    constexpr int kSums = kRows * kPanels;
     const int8_t* q = rows.q + row * rows.stride + tile.block_begin * kBlockInputs;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
@@ -332,25 +329,25 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
     const uint8_t* values = tile.values;
     Groups groups(w, tile.block_begin * kSegments);
     for (int64_t segment = tile.block_begin * kSegments; segment < tile.block_end * kSegments; ++segment) {
-        Sums dots[kSums];
-        UNROLL for (int i = 0; i < kSums; ++i) {
-            const int r = i / kPanels, p = i % kPanels;
+        Sums dots[kRows][kPanels];
+        UNROLL for (int r = 0; r < kRows; ++r) {
             const int32_t sum = segment_sum<kSteps>(half_sums + r * rows.num_blocks * 2, segment);
-            dots[i] = times(groups.zero_points(tile.panel + p), -sum);
+            UNROLL for (int p = 0; p < kPanels; ++p) dots[r][p] = times(groups.zero_points(tile.panel + p), -sum);
         }
         for (int step = 0; step < kSteps; ++step, q += 4, values += 64) {
-            UNROLL for (int i = 0; i < kSums; ++i) {
-                const int r = i / kPanels, p = i % kPanels;
-                dots[i] = dot_4(dots[i], load(values + p * tile.panel_stride),
-                                              broadcast_4(q + r * rows.stride));
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                const __m512i row_q = broadcast_4(q + r * rows.stride);
+                UNROLL for (int p = 0; p < kPanels; ++p) dots[r][p] =
+                    dot_4(dots[r][p], load(values + p * tile.panel_stride), row_q);
             }
         }
-        UNROLL for (int i = 0; i < kSums; ++i) {
-            const int r = i / kPanels, p = i % kPanels;
+        UNROLL for (int r = 0; r < kRows; ++r) {
             const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
-            const __m512 scale = _mm512_mul_ps(row_scale, groups.scales(tile.panel + p));
-            const Lanes total(w, tile.panel + p, y + r * part.y_stride + p * kPanelOutputs);
-            total.store(_mm512_fmadd_ps(_mm512_cvtepi32_ps(reinterpret_cast<__m512i>(dots[i])), scale, total.load_unless(segment == 0)));
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(tile.panel + p));
+                const Lanes total(w, tile.panel + p, y + r * part.y_stride + p * kPanelOutputs);
+                total.store(_mm512_fmadd_ps(to_floats(dots[r][p]), scales, total.load_unless(segment == 0)));
+            }
         }
         groups.advance();
     }
@@ -358,24 +355,28 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
 
 template <int kRows, int kPanels>
 void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const Tile& tile, int64_t row) {
-    constexpr int kSums = kRows * kPanels;
     const float* x = rows.x + row * rows.stride + tile.block_begin * kBlockInputs;
     float* y = part.y + row * part.y_stride + tile.panel * kPanelOutputs;
     const uint8_t* values = tile.values;
     for (int64_t block = tile.block_begin; block < tile.block_end; ++block) {
-        __m512 sums[kSums];
-        UNROLL for (int i = 0; i < kSums; ++i) { sums[i] = _mm512_setzero_ps(); }
+        __m512 sums[kRows][kPanels];
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            UNROLL for (int p = 0; p < kPanels; ++p) sums[r][p] = _mm512_setzero_ps();
+        }
         for (int column = 0; column < kBlockInputs; ++column, ++x, values += 64) {
-            UNROLL for (int i = 0; i < kSums; ++i) {
-                const int r = i / kPanels, p = i % kPanels;
-                const __m512 weights = _mm512_castsi512_ps(load(values + p * tile.panel_stride));
-                sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * rows.stride]), weights, sums[i]);
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                const __m512 row_x = _mm512_set1_ps(x[r * rows.stride]);
+                UNROLL for (int p = 0; p < kPanels; ++p) {
+                    const __m512i weights = load(values + p * tile.panel_stride);
+                    sums[r][p] = _mm512_fmadd_ps(row_x, _mm512_castsi512_ps(weights), sums[r][p]);
+                }
             }
         }
-        UNROLL for (int i = 0; i < kSums; ++i) {
-            const int r = i / kPanels, p = i % kPanels;
-            const Lanes total(w, tile.panel + p, y + r * part.y_stride + p * kPanelOutputs);
-            total.store(_mm512_add_ps(total.load_unless(block == 0), sums[i]));
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                const Lanes total(w, tile.panel + p, y + r * part.y_stride + p * kPanelOutputs);
+                total.store(_mm512_add_ps(total.load_unless(block == 0), sums[r][p]));
+            }
         }
     }
 }

@@ -26,6 +26,7 @@ constexpr Isa kIsas[] = {Isa::reference, Isa::avx2, Isa::avx512};
 
 // Rows of activations that one task multiplies with one expanded panel: enough to pay for the expansion.
 constexpr int64_t kTaskRows = 96;
+constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = 12;  // whole register tiles of every instruction set
 
@@ -60,7 +61,7 @@ public:
     }
     // Gives large memory back, so that one long prompt does not hold it for ever.
     void trim() {
-        constexpr int64_t kKeep = int64_t{4} << 20;
+        constexpr int64_t kKeep = int64_t{32} << 20;
         if (size_ <= kKeep) return;
         bytes_ = nullptr;
         size_ = 0;
@@ -147,9 +148,12 @@ Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
     const int64_t row_tasks = ceil_div(rows.num_rows, kTaskRows);
     const int64_t rows_per_task =
         row_tasks == 0 ? 0 : ceil_div(ceil_div(rows.num_rows, row_tasks), kRowMultiple) * kRowMultiple;
-    // Enough tasks that a late thread costs little, few enough that claiming them costs nothing.
-    const int64_t wanted =
-        std::max<int64_t>(1, num_threads * (num_threads == 1 ? 1 : 8) / std::max<int64_t>(1, row_tasks));
+    // Enough tasks that a late thread costs little, but each long enough to pay for its start: claiming it moves a
+    // cache line between cores, and its streams begin without prefetched data.
+    const int64_t products = weights.num_panels * kPanelOutputs * weights.num_blocks * kBlockInputs * rows.num_rows;
+    const int64_t tasks_per_thread =
+        num_threads == 1 ? 1 : std::clamp<int64_t>(products / (num_threads * kTaskProducts), 1, 8);
+    const int64_t wanted = std::max<int64_t>(1, num_threads * tasks_per_thread / std::max<int64_t>(1, row_tasks));
     int64_t panels_per_task = ceil_div(weights.num_panels, wanted);
     if (rows.num_rows > 1 || panels_per_task > kTaskPanels / 2)
         panels_per_task = ceil_div(std::max<int64_t>(panels_per_task, 1), kTaskPanels) * kTaskPanels;

@@ -149,7 +149,7 @@ void test_damaged_arrays() {
         const Sample sample = matmul::make_sample(kernel.format, 20, 70, 32, false, 0.5, 7);
         const PackedArrays good = sample.arrays();
         check(!refused(good), kernel.format + " undamaged");
-        std::vector<PackedArrays> damaged(12, good);
+        std::vector<PackedArrays> damaged(13, good);
         damaged[0].num_outputs = 21;
         damaged[1].num_inputs = 90;
         damaged[2].num_outputs = -1;
@@ -165,6 +165,7 @@ void test_damaged_arrays() {
         damaged[10].scales = good.scales == nullptr ? good.values : good.scales;
         damaged[11].zero_points_bytes += 1;
         damaged[11].zero_points = good.zero_points == nullptr ? good.values : good.zero_points;
+        damaged[12].num_outputs = damaged[12].num_inputs = (int64_t{1} << 31) - 1;
         for (size_t i = 0; i < damaged.size(); ++i)
             check(refused(damaged[i]), kernel.format + " damaged " + std::to_string(i));
         // Copies of exactly the right size, so that the sanitizer sees a read behind an array.

@@ -10,7 +10,9 @@
 namespace rarefy::matmul {
 namespace {
 
-constexpr int64_t kMaxSize = int64_t{1} << 31;  // of each axis, so that no product of sizes overflows
+// Of each axis, and of the whole matrix: no product of sizes overflows.
+constexpr int64_t kMaxSize = int64_t{1} << 31;
+constexpr int64_t kMaxElements = int64_t{1} << 48;
 
 struct Description {
     Encoding encoding;
@@ -102,7 +104,8 @@ Weights::Weights(const PackedArrays& arrays, Isa isa) : isa_(isa) {
 
 void Weights::check(const PackedArrays& arrays) {
     const int64_t num_outputs = arrays.num_outputs, num_inputs = arrays.num_inputs;
-    require(num_outputs >= 0 && num_outputs < kMaxSize && num_inputs >= 0 && num_inputs < kMaxSize,
+    require(num_outputs >= 0 && num_outputs < kMaxSize && num_inputs >= 0 && num_inputs < kMaxSize &&
+                num_outputs * num_inputs < kMaxElements,
             "shape out of range");
     const bool has_mask = arrays.mask != nullptr;
     require(has_mask == masked_, masked_ ? "mask missing" : "unexpected mask");

@@ -24,6 +24,7 @@ from rarefy.core.solution import Solution
 from rarefy.layouts import AnyLayout, FloatFormat, pack
 from rarefy.methods.base import LayerMethod
 from rarefy.models.loaded import LoadedModel, check_finite
+from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Structure
 
 
@@ -211,6 +212,7 @@ class _Pass:
                 if solution is not None:
                     _set_weight(self.model.get_submodule(layer), solution)
         self.loaded.release(name)
+        release_freed_memory()
         return outputs
 
     def _masters(self, tasks: Sequence[Task]) -> dict[str, Tensor]:

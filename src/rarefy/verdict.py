@@ -41,6 +41,8 @@ _ROUNDS = 3
 _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 16
 _ENCODE_BATCH = 8
+# Of the original's outputs on held-out data (logits of a large vocabulary), so much is kept for comparison.
+_KEPT_OUTPUT_BYTES = 64 << 20
 
 
 @final
@@ -104,7 +106,11 @@ def measure_before(
                 note = f"held-out windows of {source}; before compression, torch {_name(dtype)}"
                 quality = _perplexity(module_scorer(model), windows_NL, note)
             else:
-                outputs = [_main_output(model(*call.args, **call.kwargs)) for call in cast_inputs(held_out, dtype)]
+                for call in cast_inputs(held_out, dtype):
+                    outputs.append(_main_output(_compared(model, role)(*call.args, **call.kwargs)))
+                    if sum(output.nbytes for output in outputs) > _KEPT_OUTPUT_BYTES:
+                        break
+                held_out = held_out[: len(outputs)]
         loaded.release("")
     return Baseline(role, tuple(held_out), windows_NL, source, quality, tuple(outputs), dtype)
 
@@ -258,7 +264,7 @@ def _quality(baseline: Baseline, engine: Engine | None, packed: nn.Module | None
         return compare(baseline.quality, _perplexity(scorer, baseline.windows_NL, note))
     similarities: list[float] = []
     for call, before in zip(baseline.held_out, baseline.outputs, strict=True):
-        after = _output_after(call, engine, packed)
+        after = _output_after(call, baseline.role, engine, packed)
         similarities.extend(_cosines(before, after, pooled=baseline.role == "encoder"))
     values = np.array(similarities)
     spread = Spread(float(values.mean()), float(values.min()), float(values.max()), len(values))
@@ -270,13 +276,20 @@ def _quality(baseline: Baseline, engine: Engine | None, packed: nn.Module | None
     return Metric("fidelity", "", True, exact(1.0), spread, how)
 
 
-def _output_after(call: Call, engine: Engine | None, packed: nn.Module | None) -> Tensor:
+def _output_after(call: Call, role: Role, engine: Engine | None, packed: nn.Module | None) -> Tensor:
     if engine is not None:
         ids_BL = call.kwargs["input_ids"].numpy()
         return torch.from_numpy(engine.hidden_states(ids_BL, np.ones_like(ids_BL)))
     assert packed is not None
     with calibration_mode(packed), without_cache(packed):
-        return _main_output(packed(*call.args, **call.kwargs))
+        return _main_output(_compared(packed, role)(*call.args, **call.kwargs))
+
+
+def _compared(model: nn.Module, role: Role) -> nn.Module:
+    """The part whose outputs are compared: of an encoder the encoder itself, without the head of a task."""
+    part = getattr(model, str(getattr(model, "base_model_prefix", "")), model) if role == "encoder" else model
+    assert isinstance(part, nn.Module)
+    return part
 
 
 def _cosines(before: Tensor, after: Tensor, *, pooled: bool) -> list[float]:

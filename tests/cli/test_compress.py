@@ -245,7 +245,7 @@ def test_bad_calibration_data_is_told(
         ("steps:\n  - method: sparsegpt\n    patern: {sparsity: 0.5}\n", ["recipe.yaml:3", "patern", "pattern"]),
         ("steps:\n  - method: sparsegtp\n    pattern: {sparsity: 0.5}\n", ["recipe.yaml:2", "sparsegtp", "sparsegpt"]),
         ("steps:\n  - method: magnitude\n    pattern: {sparsity: 1.5}\n", ["recipe.yaml:3", "1.5"]),
-        ("steps:\n  - method: magnitude\n    pattern: {keep: 5, group: 4}\n", ["recipe.yaml:2", "keep 5"]),
+        ("steps:\n  - method: magnitude\n    pattern: {keep: 5, group: 4}\n", ["recipe.yaml:3", "keep"]),
         (
             "steps:\n  - method: magnitude\n    pattern: {sparsity: 0.5}\n    targets: ['nothing.*']\n",
             ["recipe.yaml:2", "nothing.*", "q_proj"],

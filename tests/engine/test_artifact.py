@@ -129,7 +129,7 @@ def test_an_embedding_that_cannot_be_looked_up_is_refused(tiny_models: Models, t
         return packed(weight, Unstructured(0.5), None) if "embed_tokens" in tensor else None
 
     write_packed(tiny_models("llama").path, tmp_path / "out", layout_of)
-    with pytest.raises(DamagedFileError, match="model.embed_tokens") as error:
+    with pytest.raises(DamagedFileError, match=r"model\.embed_tokens") as error:
         Engine(tmp_path / "out")
     assert "dense" in str(error.value)
 
@@ -166,7 +166,18 @@ if len(sys.argv) > 2:
     except rarefy.RarefyError as error:
         print("|", error, end="")
 """
-BLOCKED = {"torch", "transformers", "typer", "rich", "jinja2", "pydantic", "scipy", "yaml", "accelerate", "huggingface_hub"}
+BLOCKED = {
+    "torch",
+    "transformers",
+    "typer",
+    "rich",
+    "jinja2",
+    "pydantic",
+    "scipy",
+    "yaml",
+    "accelerate",
+    "huggingface_hub",
+}
 
 
 def run_alone(*arguments: str) -> str:

@@ -50,7 +50,9 @@ def test_a_chat_template_in_the_tokenizer_configuration(tiny_llama_dir: Path, tm
     path = copied(tiny_llama_dir, tmp_path)
     (path / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((path / "tokenizer_config.json").read_text())
-    template = "{% for m in messages %}{{ bos_token }}{{ m.content | tojson }}{% endfor %}{{ raise_exception('x') if 0 }}"
+    template = (
+        "{% for m in messages %}{{ bos_token }}{{ m.content | tojson }}{% endfor %}{{ raise_exception('x') if 0 }}"
+    )
     for value in (template, [{"name": "tools", "template": "no"}, {"name": "default", "template": template}]):
         (path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": value}))
         prompt = Engine(path).encode_prompt([{"role": "user", "content": 'a "é"'}])
@@ -155,7 +157,12 @@ def test_stop_and_end_tokens_end_the_text(engine: Engine, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
-    [({"eos_token_id": [7, 9]}, 5, {2, 7, 9}), ({"eos_token_id": 7}, 5, {2, 7}), (None, [5, 6], {2, 5, 6}), ({}, 5, {2, 5})],
+    [
+        ({"eos_token_id": [7, 9]}, 5, {2, 7, 9}),
+        ({"eos_token_id": 7}, 5, {2, 7}),
+        (None, [5, 6], {2, 5, 6}),
+        ({}, 5, {2, 5}),
+    ],
 )
 def test_where_end_tokens_come_from(
     tiny_llama_dir: Path, tmp_path: Path, generation: dict[str, object] | None, config: object, expected: set[int]

@@ -127,6 +127,16 @@ def layout_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(params=sorted(name for name in FORMATS if "int" in name))
+def int_format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=sorted(name for name in FORMATS if "int" not in name))
+def float_format(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
 def num_threads() -> Iterator[Callable[[int], None]]:
     """Sets the threads of the kernels; the old number comes back after the test."""

@@ -138,6 +138,6 @@ def test_describe_cpu_is_complete() -> None:
 
 
 def test_bandwidth_is_positive() -> None:
-    bandwidth = kernels.measure_bandwidth(num_bytes=8 << 20, repeats=2)
+    bandwidth = kernels.measure_bandwidth(num_bytes=8 << 20, num_streams=(1, 4), repeats=2)
     assert bandwidth.low > 0
     assert bandwidth.low <= bandwidth.bytes_per_s <= bandwidth.high

@@ -54,6 +54,7 @@ def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format
         {"num_inputs": 67},
         {"num_inputs": -1},
         {"num_inputs": 2**40},
+        {"num_outputs": 2**31 - 1, "num_inputs": 2**31 - 1},
         {"num_outputs": 2**31, "num_inputs": 2**33},
         {"format": "dense-int4-v2"},
         {"format": ""},

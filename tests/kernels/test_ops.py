@@ -1,5 +1,6 @@
 """The small ops of every instruction set against loops in float64."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,12 @@ def test_add_rms_norm(ops: Ops, width: int) -> None:
 @pytest.mark.parametrize("width", SIZES)
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_add_layer_norm(ops: Ops, width: int, mean: float) -> None:
-    x, residual, weight, bias = normal(4, width) + np.float32(mean), normal(4, width, seed=1), normal(width), normal(width)
+    x, residual, weight, bias = (
+        normal(4, width) + np.float32(mean),
+        normal(4, width, seed=1),
+        normal(width),
+        normal(width),
+    )
     total = x.astype(np.float64) + residual
     centred = total - total.mean(axis=1, keepdims=True)
     deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True) + 0.01)
@@ -159,7 +165,9 @@ def test_rope_store(ops: Ops, head_dim: int, num_tokens: int, start: int) -> Non
     assert np.isnan(values).sum() == values.size - num_kv_heads * head_dim * num_tokens
 
 
-def attention_loop(q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: Callable[[int, int], bool], scale: float) -> Any:
+def attention_loop(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: Callable[[int, int], bool], scale: float
+) -> Any:
     """(H, T, D) queries over (H, P, D) keys and values, in float64; also the sum of |weight * value|."""
     out, size = np.zeros(q.shape), np.zeros(q.shape)
     for head in range(len(q)):
@@ -223,7 +231,7 @@ def test_attention_segments(ops: Ops, num_heads: int, head_dim: int) -> None:
     offsets = np.array([0, 1, 1, 34, 100, 170])
     q, k, v = (normal(170, num_heads * head_dim, seed=seed) for seed in range(3))
     found = ops.attention_segments(q, k, v, offsets, num_heads, 0.3)
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+    for begin, end in itertools.pairwise(offsets):
         parts = (x[begin:end].reshape(end - begin, num_heads, head_dim).swapaxes(0, 1) for x in (q, k, v))
         expected, size = attention_loop(*parts, lambda token, key: True, 0.3)
         error = (2 * (head_dim + 4) * EPSILON * 16 * head_dim * 0.3 + 200 * EPSILON) * size

@@ -53,13 +53,11 @@ def segment_bound(x_TI: np.ndarray, scale_TI: np.ndarray, q: np.ndarray, w: np.n
 
 
 @pytest.mark.parametrize(("group_size", "symmetric"), GRIDS)
-def test_integers_are_exact_where_every_sum_is(weight, layout_format, isa, group_size, symmetric) -> None:
-    if "int" not in layout_format:
-        pytest.skip("a float layout")
+def test_integers_are_exact_where_every_sum_is(weight, int_format, isa, group_size, symmetric) -> None:
     rng = np.random.default_rng(1)
     for num_outputs, num_inputs in SHAPES:
         w = weight(
-            layout_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric, scales=(0.5, 1.0, 2.0)
+            int_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric, scales=(0.5, 1.0, 2.0)
         )
         prepared = kernels.prepare(w.layout, isa=isa)
         for num_rows in ROWS:
@@ -72,13 +70,11 @@ def test_integers_are_exact_where_every_sum_is(weight, layout_format, isa, group
             np.testing.assert_array_equal(prepared.matmul(x), expected.astype(np.float32))
 
 
-def test_integers_of_any_activations(weight, layout_format, isa) -> None:
-    if "int" not in layout_format:
-        pytest.skip("a float layout")
+def test_integers_of_any_activations(weight, int_format, isa) -> None:
     rng = np.random.default_rng(2)
     for index, (num_outputs, num_inputs) in enumerate(SHAPES):
         group_size, symmetric = GRIDS[index % len(GRIDS)]
-        w = weight(layout_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric)
+        w = weight(int_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric)
         prepared = kernels.prepare(w.layout, isa=isa)
         for num_rows in (1, 7):
             x = (rng.standard_normal((num_rows, num_inputs)) * 10.0 ** rng.integers(-6, 6)).astype(np.float32)
@@ -88,12 +84,10 @@ def test_integers_of_any_activations(weight, layout_format, isa) -> None:
             assert np.all(error <= segment_bound(x, scale, q, w.dense_OI))
 
 
-def test_floats(weight, layout_format, isa) -> None:
-    if "int" in layout_format:
-        pytest.skip("an integer layout")
+def test_floats(weight, float_format, isa) -> None:
     rng = np.random.default_rng(3)
     for num_outputs, num_inputs in SHAPES:
-        w = weight(layout_format, num_outputs, num_inputs)
+        w = weight(float_format, num_outputs, num_inputs)
         prepared = kernels.prepare(w.layout, isa=isa)
         for num_rows in ROWS:
             x = rng.standard_normal((num_rows, num_inputs)).astype(np.float32)
@@ -119,15 +113,13 @@ def test_the_comparison_sees_one_wrong_bit(weight) -> None:
 
 
 @pytest.mark.parametrize("value", [127.0, -127.0])
-def test_extreme_codes_do_not_saturate(weight, layout_format, isa, value) -> None:
-    if "int" not in layout_format:
-        pytest.skip("a float layout")
-    w = weight(layout_format, 33, 192, scales=(1.0,), density=1.0, keep=12)
+def test_extreme_codes_do_not_saturate(weight, int_format, isa, value) -> None:
+    w = weight(int_format, 33, 192, scales=(1.0,), density=1.0, keep=12)
     arrays = {name: array.copy() for name, array in w.layout.arrays().items()}
-    for fill, code in ((0xFF, 15 if "int4" in layout_format else 255), (0, 0)):
+    for fill, code in ((0xFF, 15 if "int4" in int_format else 255), (0, 0)):
         arrays["codes"][...] = fill
-        layout = type(w.layout).from_arrays(layout_format, w.layout.meta(), arrays)
-        level = code - (8 if "int4" in layout_format else 128)
+        layout = type(w.layout).from_arrays(int_format, w.layout.meta(), arrays)
+        level = code - (8 if "int4" in int_format else 128)
         x = np.full((3, 192), value, np.float32)
         for num_rows in (1, 3):
             y = kernels.prepare(layout, isa=isa).matmul(x[:num_rows])

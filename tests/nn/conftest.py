@@ -78,6 +78,24 @@ def make_model(family: str) -> nn.Module:
         "distilbert": lambda: t.DistilBertModel(
             t.DistilBertConfig(dim=48, hidden_dim=80, n_heads=4, n_layers=2, vocab_size=96, max_position_embeddings=64)
         ),
+        # embeddings that scale their rows, in encoder and decoder
+        "bart": lambda: t.BartForConditionalGeneration(
+            t.BartConfig(
+                d_model=48,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=80,
+                decoder_ffn_dim=80,
+                vocab_size=96,
+                max_position_embeddings=64,
+                scale_embedding=True,
+                init_std=0.2,
+            )
+        ),
+        # one block that runs twice, a factorised embedding
+        "albert": lambda: t.AlbertModel(t.AlbertConfig(**bert, embedding_size=32)),
         "t5": lambda: t.T5ForConditionalGeneration(
             t.T5Config(d_model=48, d_kv=12, d_ff=80, num_heads=4, num_layers=2, vocab_size=96, decoder_start_token_id=0)
         ),

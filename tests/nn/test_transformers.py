@@ -31,6 +31,8 @@ AUTO = {
     "bert-classifier": "AutoModelForSequenceClassification",
     "distilbert": "AutoModel",
     "t5": "AutoModelForSeq2SeqLM",
+    "bart": "AutoModelForSeq2SeqLM",
+    "albert": "AutoModel",
 }
 EMBEDDING = {
     "llama": "model.embed_tokens",
@@ -42,6 +44,8 @@ EMBEDDING = {
     "bert-classifier": "bert.embeddings.word_embeddings",
     "distilbert": "embeddings.word_embeddings",
     "t5": "shared",
+    "bart": "model.shared",
+    "albert": "embeddings.word_embeddings",
 }
 TIED = {
     "llama": {"lm_head": "model.embed_tokens"},
@@ -49,6 +53,11 @@ TIED = {
     "gemma3": {"lm_head": "model.embed_tokens"},
     "bert-mlm": {"cls.predictions.decoder": "bert.embeddings.word_embeddings"},
     "t5": {"lm_head": "shared", "encoder.embed_tokens": "shared", "decoder.embed_tokens": "shared"},
+    "bart": {
+        "lm_head": "model.shared",
+        "model.encoder.embed_tokens": "model.shared",
+        "model.decoder.embed_tokens": "model.shared",
+    },
 }
 
 

@@ -1,5 +1,6 @@
 """Reading recipes: what is right comes through whole, what is wrong is named with its line."""
 
+import dataclasses
 import json
 from contextlib import suppress
 from pathlib import Path
@@ -248,3 +249,22 @@ def test_every_method_has_a_step_with_its_own_fields() -> None:
     assert "refit_steps" not in STEP_MODELS["gptq"].model_fields
     recipe = load_recipe({"steps": [{"method": "magnitude", "pattern": {"sparsity": 1}}]})
     assert recipe.steps[0].method.pattern == Unstructured(1)  # type: ignore[attr-defined]
+
+
+def test_the_documented_defaults_are_the_defaults() -> None:
+    text = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    documented = set()
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 4 and cells[1].startswith("`") and cells[0].startswith("`"):
+            for method in cells[0].replace("`", "").split(", "):
+                documented.add((method, cells[1].strip("`"), cells[2].strip("`")))
+    actual = {
+        (name, field.name, str(field.default))
+        for name, method in METHODS.items()
+        for field in dataclasses.fields(method)  # type: ignore[arg-type]
+        if field.name not in ("pattern", "values")
+    }
+    assert documented == actual
+    for name in (*METHODS, *shipped_names()):
+        assert f"`{name}`" in text

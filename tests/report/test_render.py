@@ -147,6 +147,14 @@ def test_bars_have_the_heights_of_their_values(report: RunReport) -> None:
     assert float(first.group(1)) == pytest.approx(19.5)
 
 
+def test_one_huge_layer_does_not_flatten_the_others(report: RunReport) -> None:
+    huge = replace(report.layers[0], name="embed", dense_bytes=10**9, packed_bytes=10**9)
+    page = layer_strips([huge, *report.layers])
+    assert page.count('class="cut"') == 1
+    assert "1 bar is cut" in page
+    assert "cut" not in layer_strips(report.layers)
+
+
 def test_heatmap_needs_blocks(report: RunReport) -> None:
     assert error_heatmap(report.layers).count('class="cell"') == len(report.layers)
     assert error_heatmap([replace(report.layers[0], name="fc1")]) == ""

@@ -24,7 +24,7 @@ class Bandwidth:
         high: fastest repeat, bytes/s.
         num_threads: threads that read together.
         num_bytes: size of the buffer, read once per repeat.
-        num_streams: places far apart that each thread reads in turn.
+        num_streams: places far apart that each thread reads in turn; the number that is fastest here.
         how: "native" or "numpy".
     """
 
@@ -37,29 +37,36 @@ class Bandwidth:
     how: str
 
 
-def measure_bandwidth(*, num_bytes: int = 256 << 20, num_streams: int = 8, repeats: int = 5) -> Bandwidth:
-    """Read a buffer larger than the caches with every thread of the pool, several streams per thread.
+def measure_bandwidth(
+    *, num_bytes: int = 256 << 20, num_streams: tuple[int, ...] = (1, 2, 4, 8), repeats: int = 5
+) -> Bandwidth:
+    """Read a buffer larger than the caches with every thread of the pool: what a product of one row can reach.
 
     Args:
         num_bytes: buffer size; should be several times the last-level cache.
-        num_streams: streams per thread, 1 to 16.
-        repeats: timed passes, after one that is not timed.
+        num_streams: numbers of streams per thread to try, each 1 to 16; the best one is the answer.
+        repeats: timed passes for each, after one that is not timed.
     """
     num_threads = get_num_threads()
     module = native()
-    rates: list[float] = []
     if module is None:
-        num_streams = 1
         buffer = np.ones(num_bytes // 8, np.int64)
+        rates = []
         for _ in range(repeats + 1):
             start = time.perf_counter()
             buffer.sum()
             rates.append(buffer.nbytes / (time.perf_counter() - start))
-    else:
-        rates = [num_bytes / seconds for seconds in module.read_seconds(num_bytes, num_streams, repeats + 1)]
-    rates = rates[1:]
-    how = "numpy" if module is None else "native"
-    return Bandwidth(median(rates), min(rates), max(rates), num_threads, num_bytes, num_streams, how)
+        return _bandwidth(rates, num_threads, num_bytes, 1, "numpy")
+    results = []
+    for streams in num_streams:
+        seconds = module.read_seconds(num_bytes, streams, repeats + 1)
+        results.append(_bandwidth([num_bytes / s for s in seconds], num_threads, num_bytes, streams, "native"))
+    return max(results, key=lambda result: result.bytes_per_s)
+
+
+def _bandwidth(rates: list[float], num_threads: int, num_bytes: int, num_streams: int, how: str) -> Bandwidth:
+    timed = rates[1:]
+    return Bandwidth(median(timed), min(timed), max(timed), num_threads, num_bytes, num_streams, how)
 
 
 def describe_cpu() -> dict[str, Any]:
@@ -81,7 +88,7 @@ def describe_cpu() -> dict[str, Any]:
         "model": cpu_model(),
         "flags": list(cpu.names()),
         "cpus": available_cpus(),
-        "num_threads": get_num_threads(),
+        "num_threads": get_num_threads() if present else 1,
         "extension": present,
         "extension_error": reason,
         "isa_cap": cap,

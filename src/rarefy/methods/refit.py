@@ -28,22 +28,23 @@ def refit(weight_OI: Tensor, start_OI: Tensor, kept_OI: Tensor, gram_II: Tensor,
     """
     if num_steps == 0:
         return start_OI
-    tiny = torch.finfo(torch.float32).tiny
+    # In units in which every diagonal entry of H is 1, the Jacobi preconditioner is the identity.
+    unit_I = gram_II.diagonal().sqrt()
+    scaled_II = gram_II / unit_I / unit_I[:, None]
     kept = kept_OI.to(torch.float32)
-    inverse_I = 1.0 / gram_II.diagonal()
-    value_OI = start_OI.clone()
-    residual_OI = ((weight_OI - start_OI) @ gram_II).mul_(kept)
-    direction_OI = residual_OI * inverse_I
-    energy_O = torch.einsum("oi,oi->o", residual_OI, direction_OI)
+    tiny = torch.finfo(torch.float32).tiny
+    correction_OI = torch.zeros_like(start_OI)
+    residual_OI = (weight_OI - start_OI).mul_(unit_I).mm(scaled_II).mul_(kept)
+    direction_OI = residual_OI.clone()
+    energy_O = torch.linalg.vecdot(residual_OI, residual_OI)
     for step in range(num_steps):
-        image_OI = (direction_OI @ gram_II).mul_(kept)
-        length_O = energy_O / torch.einsum("oi,oi->o", direction_OI, image_OI).clamp_(min=tiny)
-        value_OI.addcmul_(direction_OI, length_O[:, None])
+        image_OI = (direction_OI @ scaled_II).mul_(kept)
+        length_O = energy_O / torch.linalg.vecdot(direction_OI, image_OI).clamp_(min=tiny)
+        correction_OI.addcmul_(direction_OI, length_O[:, None])
         if step + 1 == num_steps:
             break
         residual_OI.addcmul_(image_OI, length_O[:, None], value=-1)
-        scaled_OI = torch.mul(residual_OI, inverse_I, out=image_OI)
-        new_energy_O = torch.einsum("oi,oi->o", residual_OI, scaled_OI)
-        direction_OI.mul_((new_energy_O / energy_O.clamp(min=tiny))[:, None]).add_(scaled_OI)
+        new_energy_O = torch.linalg.vecdot(residual_OI, residual_OI)
+        direction_OI.mul_((new_energy_O / energy_O.clamp(min=tiny))[:, None]).add_(residual_OI)
         energy_O = new_energy_O
-    return value_OI
+    return start_OI + correction_OI / unit_I

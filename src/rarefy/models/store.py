@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import mmap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,7 @@ class GgufStore:
         self._file = file
         self._dequantize = gguf.dequantize
         reader = gguf.GGUFReader(str(file))
+        self._mapping: mmap.mmap | None = getattr(reader, "mapping", None)
         architecture = str(hf.read_field(reader, "general.architecture")[0])
         self._processor: Any = hf.TENSOR_PROCESSORS.get(architecture, hf.TensorProcessor)(config=dict(config))
         to_hf = _gguf_names(gguf, architecture, int(config.get("num_hidden_layers", 0)), model, self._processor)
@@ -176,6 +178,11 @@ class GgufStore:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor, without reading any."""
         return self._shapes
+
+    def _forget_pages(self) -> None:
+        # Pages of the file that have been read count as ours until the system needs them; it reads them again at will.
+        if self._mapping is not None and hasattr(self._mapping, "madvise"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
     def stored_dtype(self, name: str) -> str:
         """The GGUF name of the type on disk, such as ``Q4_1``."""
@@ -197,6 +204,7 @@ class GgufStore:
                 values[part] = self._dequantize(tensor.data[part], tensor.tensor_type)
         except (ValueError, NotImplementedError, IndexError) as error:
             raise DamagedFileError(str(self._file), f"tensor {tensor.name} cannot be read ({error})") from error
+        self._forget_pages()
         result = self._processor.process(weights=values, name=tensor.name)
         if result.name is None:
             raise UnsupportedModelError(str(self._file), f"tensor {tensor.name} cannot be read on its own")
@@ -231,7 +239,20 @@ def one_gguf_reader() -> Iterator[None]:
     import gguf  # noqa: PLC0415 (only GGUF input needs it)
 
     original = gguf.GGUFReader
-    setattr(gguf, "GGUFReader", functools.cache(original))  # noqa: B010 (a type checker refuses to rebind a class)
+
+    class PlainReader(original):  # type: ignore[misc, valid-type]
+        """Slices of a numpy.memmap are memmaps, which take several times as long to make as plain arrays."""
+
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = np.asarray(mapped)
+            self.mapping = mapped._mmap
+
+    setattr(gguf, "GGUFReader", functools.cache(PlainReader))  # noqa: B010 (a type checker refuses to rebind a class)
     try:
         yield
     finally:

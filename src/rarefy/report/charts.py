@@ -138,7 +138,15 @@ def _strip(
 ) -> _Strip:
     finite = tuple(_finite(value) for value in values)
     behind = None if backdrop is None else tuple(_finite(value) for value in backdrop)
-    return _Strip(title, finite, behind, nice_ceiling(max(finite + (behind or ()))), label)
+    shown = sorted(finite + (behind or ()))
+    top = shown[-1]
+    # One embedding must not flatten every other bar: what towers over nearly all of them is cut, and the title says so.
+    usual = shown[int(0.97 * (len(shown) - 1))]
+    if usual > 0 and top > 3 * usual:
+        top = usual
+        num_cut = sum(max(pair) > nice_ceiling(top) for pair in zip(finite, behind or finite, strict=True))
+        title += f"; {num_cut} {'bar is' if num_cut == 1 else 'bars are'} cut at the top, with ▲"
+    return _Strip(title, finite, behind, nice_ceiling(top), label)
 
 
 def _draw_strip(strip: _Strip, y: float, step: float) -> str:
@@ -154,6 +162,10 @@ def _draw_strip(strip: _Strip, y: float, step: float) -> str:
     if strip.backdrop is not None:
         parts.append(f'<path class="behind" d="{_bars(strip.backdrop, strip.top, y, step)}"/>')
     parts.append(f'<path class="bars" d="{_bars(strip.values, strip.top, y, step)}"/>')
+    for index, value in enumerate(zip(strip.values, strip.backdrop or strip.values, strict=True)):
+        if max(value) > strip.top:
+            middle = _GUTTER + (index + 0.5) * step
+            parts.append(f'<path class="cut" d="M{middle - 4:.1f} {y - 1:.1f}h8l-4 -6z"/>')
     return "".join(parts)
 
 

@@ -90,7 +90,7 @@ def _header(report: RunReport) -> str:
         facts.append(f"{report.num_blocks} blocks")
     methods = list(dict.fromkeys(step for layer in report.layers for step in layer.steps))
     if methods:
-        facts.append("compressed with " + escape(" then ".join(methods)))
+        facts.append("compressed with " + escape(" and ".join(methods)))
     return (
         f'<div class="eyebrow">rarefy report</div><h1>{escape(report.model)}</h1>'
         f'<p class="lede">{" · ".join(facts)}</p>'
