@@ -301,14 +301,19 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part, in
     }
 }
 
-// One row walks two stretches of panels together, each a sequential read of memory.
 using OneRowFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t panel, int64_t distance);
 
+// One row walks two stretches of panels together, each a sequential read of memory; or one, where the stretches would
+// be so short that fetching ahead in the first would only reach into the second.
 void walk_panels(const PanelWeights& w, const Rows& rows, const Part& part, OneRowFunction two, OneRowFunction one) {
-    const int64_t distance = (part.panel_end - part.panel_begin) / 2;
-    for (int64_t panel = part.panel_begin; panel < part.panel_begin + distance; ++panel)
-        two(w, rows, part, panel, distance);
-    if (part.panel_begin + 2 * distance < part.panel_end) one(w, rows, part, part.panel_end - 1, 0);
+    constexpr int64_t kShortest = 32 << 10;
+    int64_t panel = part.panel_begin;
+    const int64_t distance = (part.panel_end - panel) / 2;
+    if (w.value_offsets[panel + distance] - w.value_offsets[panel] >= kShortest) {
+        for (; panel < part.panel_begin + distance; ++panel) two(w, rows, part, panel, distance);
+        panel += distance;
+    }
+    for (; panel < part.panel_end; ++panel) one(w, rows, part, panel, 0);
 }
 
 // A stretch of blocks of some neighbouring panels, expanded (or dense already): what the register tiles multiply with.

@@ -33,6 +33,7 @@ from rarefy.measure.perplexity import Scorer, engine_scorer, module_scorer, perp
 from rarefy.measure.runners import EngineRunner, Runner
 from rarefy.measure.size import disk_bytes
 from rarefy.models.loaded import LoadedModel
+from rarefy.models.memory import release_freed_memory
 from rarefy.nn import replace_linear
 
 Role = Literal["decoder", "encoder", "other"]
@@ -41,6 +42,22 @@ _ROUNDS = 3
 _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 16
 _ENCODE_BATCH = 8
+_ENGINE = "rarefy's engine"
+# What is timed: for each phase of a round the metric's name, how many units a round does, and words for a reader.
+_PHASES: dict[Role, dict[str, tuple[str, int, str]]] = {
+    "decoder": {
+        "prompt": ("prompt_tokens_per_s", _PROMPT_TOKENS, f"a prompt of {_PROMPT_TOKENS} tokens"),
+        "decode": ("decode_tokens_per_s", _DECODE_TOKENS, f"{_DECODE_TOKENS} tokens one by one"),
+    },
+    "encoder": {
+        "encode": (
+            "sequences_per_s",
+            _ENCODE_BATCH,
+            f"batches of {_ENCODE_BATCH} sequences of {_PROMPT_TOKENS} tokens",
+        )
+    },
+    "other": {"call": ("calls_per_s", 1, "calls of the model on one held-out batch")},
+}
 # Of the original's outputs on held-out data (logits of a large vocabulary), so much is kept for comparison.
 _KEPT_OUTPUT_BYTES = 64 << 20
 
@@ -112,6 +129,7 @@ def measure_before(
                         break
                 held_out = held_out[: len(outputs)]
         loaded.release("")
+        release_freed_memory()
     return Baseline(role, tuple(held_out), windows_NL, source, quality, tuple(outputs), dtype)
 
 
@@ -162,6 +180,7 @@ def _packed_model(loaded: LoadedModel, layouts: Mapping[str, AnyLayout], tied: M
     """A copy of the model that computes with the packed layers."""
     loaded.materialize("")
     packed = copy.deepcopy(loaded.model).eval()
+    loaded.release("")
     replace_linear(packed, layouts, tied)
     return packed
 
@@ -185,7 +204,7 @@ def _weight_bytes(
     """Bytes of weights that a running model holds: transformers in float32 before, the runtime after."""
     before = sum(p.numel() for p in loaded.model.parameters()) * 4
     if engine is not None:
-        after, words = engine.nbytes, "rarefy's engine"
+        after, words = engine.nbytes, _ENGINE
     else:
         assert packed is not None
         after = sum(layout.nbytes for layout in layouts.values())
@@ -196,59 +215,46 @@ def _weight_bytes(
 
 
 def _speed(loaded: LoadedModel, baseline: Baseline, engine: Engine | None, packed: nn.Module | None) -> list[Metric]:
-    """Interleaved rounds of the original in float32 and bfloat16 and of the result; the better original counts."""
-    loaded.materialize("")
-    model = loaded.model.eval()
-    contestants: list[_Contestant] = []
-    if baseline.role == "other":
-        if not baseline.held_out or packed is None:
-            return []
-        call = baseline.held_out[0]
-        contestants = [_Contestant("before, torch float32", _caller(model, call))]
-        contestants.append(_Contestant("after", _caller(packed, call)))
-        phases = {"call": ("calls_per_s", 1, "calls of the model on one held-out batch")}
-    else:
-        after: Runner = EngineRunner(engine) if engine is not None else ModuleRunner(packed)
-        vocabulary = after.vocabulary_size
-        tokens = np.random.default_rng(0).integers(0, vocabulary, size=(_ENCODE_BATCH, _PROMPT_TOKENS)).tolist()
-        half = copy.deepcopy(model).to(torch.bfloat16)
-        runners: dict[str, Runner] = {
-            "before, transformers float32": ModuleRunner(model),
-            "before, transformers bfloat16": ModuleRunner(half),
-            "after": after,
-        }
-        for name, runner in runners.items():
-            if baseline.role == "decoder":
-                contestants.append(_Contestant(name, _decoder(runner, tokens[0])))
+    """Interleaved rounds of the result and of the original, in bfloat16 and then in float32; the better one counts.
+
+    One copy of the original is in memory at a time.
+    """
+    after: Runner | None = None
+    if baseline.role != "other":
+        after = EngineRunner(engine) if engine is not None else ModuleRunner(packed)
+    elif not baseline.held_out or packed is None:
+        return []
+    phases = _PHASES[baseline.role]
+    dtypes = (torch.float32,) if after is None else (torch.bfloat16, torch.float32)
+    rounds: dict[str, Timings] = {}
+    for dtype in dtypes:
+        loaded.materialize("", dtype=dtype)
+        model = loaded.model.eval()
+        with cast_parameters([model], dtype, restore=not loaded.streams):
+            if after is None:
+                works = [_caller(part, baseline.held_out[0]) for part in (model, packed) if part is not None]
             else:
-                contestants.append(_Contestant(name, _encoder(runner, tokens)))
-        if baseline.role == "decoder":
-            phases = {
-                "prompt": ("prompt_tokens_per_s", _PROMPT_TOKENS, f"a prompt of {_PROMPT_TOKENS} tokens"),
-                "decode": ("decode_tokens_per_s", _DECODE_TOKENS, f"{_DECODE_TOKENS} tokens one by one"),
-            }
-        else:
-            words = f"batches of {_ENCODE_BATCH} sequences of {_PROMPT_TOKENS} tokens"
-            phases = {"encode": ("sequences_per_s", _ENCODE_BATCH, words)}
-    timings = interleave(contestants, rounds=_ROUNDS, warmup=1)
-    runtime = "rarefy's engine" if engine is not None else "torch with packed layers"
+                shape = (_ENCODE_BATCH, _PROMPT_TOKENS)
+                tokens = np.random.default_rng(0).integers(0, after.vocabulary_size, size=shape).tolist()
+                work = _decoder if baseline.role == "decoder" else _encoder
+                works = [work(runner, tokens) for runner in (ModuleRunner(model), after)]
+            contestants = [
+                _Contestant(name, round_of) for name, round_of in zip(("before", "after"), works, strict=True)
+            ]
+            rounds[_name(dtype)] = interleave(contestants, rounds=_ROUNDS, warmup=1)
+        loaded.release("")
+        release_freed_memory()
     metrics = []
     for phase, (name, units, words) in phases.items():
-        before, best = _best(timings, [c.name for c in contestants if c.name != "after"], phase, units)
+        best = max(rounds, key=lambda dtype: rounds[dtype].rate("before", phase, units).median)
         how = (
-            f"{words}; {_ROUNDS} interleaved rounds after 1 for warm-up, in one process; "
-            f"{best} (the better of those tried); after: {runtime}"
+            f"{words}; {_ROUNDS} interleaved rounds after 1 for warm-up, in one process; before: torch {best}"
+            f"{', the better of bfloat16 and float32' if len(rounds) > 1 else ''}; after: "
+            f"{'torch with packed layers' if engine is None else _ENGINE}"
         )
-        unit = f"{name.removesuffix('_per_s').rpartition('_')[2]}/s"
-        metrics.append(Metric(name, unit, True, before, timings.rate("after", phase, units), how))
-    loaded.release("")
+        before, result = (rounds[best].rate(side, phase, units) for side in ("before", "after"))
+        metrics.append(Metric(name, f"{name.removesuffix('_per_s').rpartition('_')[2]}/s", True, before, result, how))
     return metrics
-
-
-def _best(timings: Timings, names: Sequence[str], phase: str, units: int) -> tuple[Spread, str]:
-    rates = {name: timings.rate(name, phase, units) for name in names}
-    best = max(rates, key=lambda name: rates[name].median)
-    return rates[best], best
 
 
 def _quality(baseline: Baseline, engine: Engine | None, packed: nn.Module | None) -> Metric | None:
@@ -256,7 +262,7 @@ def _quality(baseline: Baseline, engine: Engine | None, packed: nn.Module | None
         return None
     if baseline.role == "decoder" and baseline.windows_NL is not None:
         if engine is not None:
-            scorer, words = engine_scorer(engine), "rarefy's engine"
+            scorer, words = engine_scorer(engine), _ENGINE
         else:
             assert packed is not None
             scorer, words = module_scorer(packed), "torch with packed layers"
@@ -329,8 +335,8 @@ class _Contestant:
         return self.work()
 
 
-def _decoder(runner: Runner, prompt: list[int]) -> Callable[[], Mapping[str, float]]:
-    return lambda: runner.decode(prompt, _DECODE_TOKENS)
+def _decoder(runner: Runner, batch: list[list[int]]) -> Callable[[], Mapping[str, float]]:
+    return lambda: runner.decode(batch[0], _DECODE_TOKENS)
 
 
 def _encoder(runner: Runner, batch: list[list[int]]) -> Callable[[], Mapping[str, float]]:

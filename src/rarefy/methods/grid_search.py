@@ -48,8 +48,7 @@ def fit_grid(weight_OI: Float32Array, grid: IntGrid, search: Search, importance_
         code = torch.div(grouped_OGS, scale_OG[:, :, None]).round_()
         offset = zero_OG.float()[:, :, None]
         torch.clamp(code, -offset, grid.max_code - offset, out=code)
-        code.mul_(scale_OG[:, :, None]).sub_(grouped_OGS).square_()
-        error = torch.einsum("ogs,gs->og", code, importance_GS)
+        error = code.mul_(scale_OG[:, :, None]).sub_(grouped_OGS).square_().mul_(importance_GS).sum(dim=2)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         scale = torch.where(better, scale_OG, scale)

@@ -10,7 +10,7 @@ All those inverses are rows of one matrix: with H^-1 = U^T U, U upper triangular
 [F^-1]_{j,>j} = U_jj * U_{j,>j} (GPTQ section 3.3, step 3). So one factorization serves every row and every column.
 
 Matrices are worked on transposed, (I, O), so that a column of the layer is contiguous memory.
-Shape suffixes: O out, I in, B columns of one block, G groups.
+Shape suffixes: O out, I in, B columns of one block, S columns of one strip, G groups.
 """
 
 import weakref
@@ -30,6 +30,10 @@ from rarefy.methods.masks import BoolArray, FloatArray
 Order = Literal["given", "activation"]
 
 MAX_DAMP = 1.0
+
+# Columns that are updated one by one; so few that torch does not split the work among threads, which would wait for
+# each other at every column. What lies further to the right gets one product per strip.
+_STRIP = 16
 
 
 @final
@@ -166,7 +170,6 @@ def sweep(
     kept_IO = present_IO if choose is None else np.empty(weight_IO.shape, dtype=np.bool_)
     grid = None if fitted is None else _ColumnGrid(fitted, factor.order_I)
     width, rows = weight_IO.shape
-    inverse_diagonal = (1.0 / upper_II.diagonal()).tolist()
     for first, last, inner in _blocks(spans, block_size):
         error_BO = torch.empty(last - first, rows)
         for start, stop in inner:
@@ -175,18 +178,13 @@ def sweep(
                 cost_BO = (weight_IO[start:stop] / upper_II.diagonal()[start:stop, None]).square()
                 present_BO = None if present_IO is None else present_IO[start:stop]
                 kept_IO[start:stop] = choose(start, cost_BO.numpy(), present_BO)
-            kept_BO = None if kept_IO is None else torch.from_numpy(kept_IO[start:stop]).float()
-            for j in range(start, stop):
-                weight_O = weight_IO[j]
-                error_O = error_BO[j - first]
-                value_O = weight_O.clone() if grid is None else grid.round(j, weight_O)
-                if kept_BO is not None:
-                    value_O.mul_(kept_BO[j - start])
-                torch.sub(weight_O, value_O, out=error_O)
-                error_O.mul_(inverse_diagonal[j])
-                weight_O.copy_(value_O)
-                if j + 1 < last:
-                    weight_IO[j + 1 : last].addr_(upper_II[j, j + 1 : last], error_O, alpha=-1)
+            for left, right in _strips(start, stop):
+                strip = slice(left, right)
+                kept_SO = None if kept_IO is None else torch.from_numpy(kept_IO[strip]).float()
+                error_SO = error_BO[left - first : right - first]
+                _fix_strip(weight_IO[strip], error_SO, upper_II[strip, strip], kept_SO, grid, left)
+                if right < last:
+                    weight_IO[right:last].addmm_(upper_II[strip, right:last].T, error_SO, alpha=-1)
         if last < width:
             weight_IO[last:].addmm_(upper_II[first:last, last:].T, error_BO, alpha=-1)
     value_OI = np.empty_like(weight_OI)
@@ -198,6 +196,30 @@ def sweep(
     kept_OI = np.empty(weight_OI.shape, dtype=np.bool_)
     kept_OI.T[order_I] = kept_IO
     return value_OI, kept_OI
+
+
+def _fix_strip(
+    weight_SO: Tensor,
+    error_SO: Tensor,
+    upper_SS: Tensor,
+    kept_SO: Tensor | None,
+    grid: "_ColumnGrid | None",
+    left: int,
+) -> None:
+    """Fix a few columns one by one, in place, and note for each (w_j - v_j) / U_jj, which the columns after it need."""
+    inverse_diagonal = upper_SS.diagonal().reciprocal().tolist()
+    for j in range(weight_SO.shape[0]):
+        weight_O, error_O = weight_SO[j], error_SO[j]
+        value_O = weight_O.clone() if grid is None else grid.round(left + j, weight_O)
+        if kept_SO is not None:
+            value_O.mul_(kept_SO[j])
+        torch.sub(weight_O, value_O, out=error_O).mul_(inverse_diagonal[j])
+        weight_O.copy_(value_O)
+        weight_SO[j + 1 :].addr_(upper_SS[j, j + 1 :], error_O, alpha=-1)
+
+
+def _strips(start: int, stop: int) -> list[tuple[int, int]]:
+    return [(left, min(left + _STRIP, stop)) for left in range(start, stop, _STRIP)]
 
 
 def _blocks(spans: list[tuple[int, int]], block_size: int) -> list[tuple[int, int, list[tuple[int, int]]]]:

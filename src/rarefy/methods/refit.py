@@ -8,6 +8,8 @@ restricted to them; preconditioned conjugate gradients solve all rows at once, e
 import torch
 from torch import Tensor
 
+from rarefy.calibrate.statistics import bfloat16_products
+
 
 def refit(weight_OI: Tensor, start_OI: Tensor, kept_OI: Tensor, gram_II: Tensor, num_steps: int) -> Tensor:
     """Improve the kept values by conjugate gradients with a Jacobi preconditioner.
@@ -17,10 +19,15 @@ def refit(weight_OI: Tensor, start_OI: Tensor, kept_OI: Tensor, gram_II: Tensor,
         start_OI: float32, V to start from, zero where not kept.
         kept_OI: bool.
         gram_II: float32 (I, I), H, with a positive diagonal.
-        num_steps: steps; the error never grows from one to the next, up to rounding.
+        num_steps: steps; the error falls from one to the next, up to the rounding of the products.
 
     Returns:
         float32 (O, I), zero where not kept.
+
+    Notes:
+        The residual at the start is exact; the products of the steps go through the CPU's bfloat16 unit where it has
+        one, several times faster. That leaves 0.3 % more error after 8 steps on SmolLM2-135M, of which the steps take
+        20 % off.
 
     References:
         Meng et al., ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models,
@@ -38,7 +45,9 @@ def refit(weight_OI: Tensor, start_OI: Tensor, kept_OI: Tensor, gram_II: Tensor,
     direction_OI = residual_OI.clone()
     energy_O = torch.linalg.vecdot(residual_OI, residual_OI)
     for step in range(num_steps):
-        image_OI = (direction_OI @ scaled_II).mul_(kept)
+        with bfloat16_products(True):
+            image_OI = direction_OI @ scaled_II
+        image_OI.mul_(kept)
         length_O = energy_O / torch.linalg.vecdot(direction_OI, image_OI).clamp_(min=tiny)
         correction_OI.addcmul_(direction_OI, length_O[:, None])
         if step + 1 == num_steps:

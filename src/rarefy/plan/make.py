@@ -173,14 +173,15 @@ def _memory(
             grams[block_of[layer.layer]] += 4 * layer.shape[1] ** 2
     widest = max((layer.shape[1] for layer in needs_data if _needs_gram(layer)), default=0)
     hidden = min((layer.shape[1] for layer in needs_data), default=0)
-    largest = max((layer.shape[0] * layer.shape[1] for layer in layers), default=0)
+    # float32 matrices of a layer's size that its methods hold at once: a solver several, rounding by rows three
+    held = max((layer.shape[0] * layer.shape[1] * (8 if _needs_gram(layer) else 3) for layer in layers), default=0)
     return {
         "libraries": _LIBRARY_BYTES,
         "one block": (4 + item) * max(blocks.values(), default=outside),
         "layers outside of the blocks": (item if blocks and needs_data else 0) * outside,
         "activations between blocks": 2 * item * hidden * num_tokens,
         "statistics of one block": max(grams.values(), default=0),
-        "solver": 4 * 5 * largest + 40 * widest**2,
+        "solver": 4 * held + 40 * widest**2,
         "result": sum(layer.packed_bytes for layer in planned) + rest_bytes,
     }
 
