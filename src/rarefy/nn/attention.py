@@ -72,7 +72,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 def _is_covered(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
     if any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache")):
         return False
-    if kwargs.get("output_attentions") or not all(runs_native(x) for x in (query, key, value)):
+    if module.training or kwargs.get("output_attentions") or not all(runs_native(x) for x in (query, key, value)):
         return False
     if query.ndim != 4 or key.shape != value.shape or not query.numel() or not key.numel():
         return False

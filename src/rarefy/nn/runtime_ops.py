@@ -11,6 +11,7 @@ in training, under autocast or a tracer, off the CPU and in other dtypes than fl
 E width, D head width, N numbers of a probe.
 """
 
+import atexit
 import functools
 import os
 from collections.abc import Mapping
@@ -47,6 +48,10 @@ def engine_ops() -> Ops:
 @functools.cache
 def _ops_under(_: str | None) -> Ops:
     return load_ops()
+
+
+# Native objects have to go before the interpreter does.
+atexit.register(_ops_under.cache_clear)
 
 
 def runs_native(x: Tensor) -> bool:
@@ -256,7 +261,7 @@ def _rotary_of(module: nn.Module, config: Any, buffers: Mapping[str, Tensor]) ->
         expected = module(torch.zeros(1), positions, *([] if layer_type is None else [layer_type]))
         found = Rotary(tables, num_positions)(module, torch.zeros(1), positions, layer_type=layer_type)
         # An angle is off by the error of its frequency, position times.
-        error = float(positions.max()) * 1e-6 + 1e-6
+        error = positions[..., None] * 1e-6 + 1e-6
         if found is None or not all(
             _same(a, b, relative=0.0, absolute=error) for a, b in zip(found, expected, strict=True)
         ):
@@ -264,7 +269,7 @@ def _rotary_of(module: nn.Module, config: Any, buffers: Mapping[str, Tensor]) ->
     return Rotary(tables, num_positions)
 
 
-def _same(found: Tensor, expected: Any, *, relative: float, absolute: float) -> bool:
+def _same(found: Tensor, expected: Any, *, relative: float, absolute: float | Tensor) -> bool:
     if not isinstance(expected, Tensor) or expected.shape != found.shape or expected.dtype != found.dtype:
         return False
     return bool(((found - expected).abs() <= relative * expected.abs() + absolute).all())  # False for NaN
