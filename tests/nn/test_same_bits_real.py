@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 INT4 = {"num_bits": 4, "group_size": 64, "symmetric": False}
 INT8 = {"num_bits": 8, "group_size": 64, "symmetric": False}
 ROUNDED = [{"method": "rtn", "values": INT4}]
-PRUNED = [{"method": "magnitude", "sparsity": 0.5}, *ROUNDED]
+PRUNED = [{"method": "magnitude", "pattern": {"sparsity": 0.5}}, *ROUNDED]
 EMBEDDING = [{"method": "rtn", "targets": ["model.embed_tokens"], "values": INT8}]
 
 

@@ -231,7 +231,7 @@ def _described(mask: Tensor, window: int) -> _Description:
     found: _Description
     num_queries, num_keys = mask.shape[2:]
     if 1 < num_queries == num_keys and bool((mask == mask[:, :, :1]).all()):
-        found = mask[:, 0, 0]
+        found = mask[:, 0, 0].clone()  # not a view, which would keep the mask
     else:
         spans = [_span(one[0], window) for one in mask]
         found = [span for span in spans if span is not None]
