@@ -120,7 +120,10 @@ class RarefyQuantizer(HfQuantizer):
         return {"": "cpu"} if device_map in ("auto", "balanced", "balanced_low_0", "sequential") else device_map
 
     def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
-        """Note whether an attention implementation was asked for; the model will have chosen one of its own later."""
+        """Note whether an attention implementation was asked for; the model will have chosen one of its own later.
+
+        Releases of transformers that do not call this leave attention to sdpa.
+        """
         self._attention_is_free = config._attn_implementation is None
         return config
 
