@@ -107,6 +107,15 @@ public:
         return result;
     }
 
+    Result layer_norm(Floats2 x, Floats1 weight, Floats1 bias, float eps) const {
+        require(x.shape(1) == weight.shape(0) && x.shape(1) == bias.shape(0),
+                "weight and bias must have one value per column");
+        float* y;
+        Result result = new_result(x.shape(0), x.shape(1), &y);
+        ops::layer_norm(*kernels_, x.data(), nullptr, weight.data(), bias.data(), eps, x.shape(0), x.shape(1), y);
+        return result;
+    }
+
     void add_bias(Writable2 x, Floats1 bias) const {
         require(x.shape(1) == bias.shape(0), "the bias must have one value per column");
         ops::add_bias(*kernels_, x.data(), bias.data(), x.shape(0), x.shape(1));
@@ -146,6 +155,25 @@ public:
         return result;
     }
 
+    Result attention_rows(Floats2 q, Floats3 k, Floats3 v, int64_t start, int64_t window, float scale,
+                          int64_t shift) const {
+        for (size_t axis = 0; axis < 3; ++axis)
+            require(k.shape(axis) == v.shape(axis) && k.shape(axis) > 0, "k and v must be (heads, keys, head_dim)");
+        const int64_t num_kv_heads = static_cast<int64_t>(k.shape(0)), num_keys = static_cast<int64_t>(k.shape(1));
+        const int64_t head_dim = static_cast<int64_t>(k.shape(2)), width = static_cast<int64_t>(q.shape(1));
+        require(width > 0 && width % (head_dim * num_kv_heads) == 0,
+                "the width of q must be a multiple of the heads * head_dim of k");
+        require(0 <= start && start <= num_keys - static_cast<int64_t>(q.shape(0)), "positions lie outside the keys");
+        require(window >= 0, "window must not be negative");
+        require(0 <= shift && shift < ops::kKeyBlock && (shift == 0 || (window > 0 && window <= start + 1)),
+                "shift must be below 64, and 0 unless a window hides what lies before the keys");
+        float* out;
+        Result result = new_result(q.shape(0), q.shape(1), &out);
+        ops::attention_rows(*kernels_, q.data(), q.shape(0), width / head_dim, num_kv_heads, num_keys, head_dim,
+                            k.data(), v.data(), start, window, scale, shift, out);
+        return result;
+    }
+
     Result attention_segments(Floats2 q, Floats2 k, Floats2 v, Offsets offsets, int64_t num_heads, float scale) const {
         require_same_shape(q, k);
         require_same_shape(q, v);
@@ -179,6 +207,7 @@ void bind_ops(nb::module_& module) {
              "eps"_a)
         .def("add_layer_norm", &Ops::add_layer_norm, "x"_a.noconvert(), "residual"_a.noconvert(),
              "weight"_a.noconvert(), "bias"_a.noconvert(), "eps"_a)
+        .def("layer_norm", &Ops::layer_norm, "x"_a.noconvert(), "weight"_a.noconvert(), "bias"_a.noconvert(), "eps"_a)
         .def("add_bias", &Ops::add_bias, "x"_a.noconvert(), "bias"_a.noconvert())
         .def("activate", &Ops::activate, "x"_a.noconvert(), "activation"_a)
         .def("gate", &Ops::gate, "gate"_a.noconvert(), "up"_a.noconvert(), "activation"_a)
@@ -186,6 +215,8 @@ void bind_ops(nb::module_& module) {
              "cos"_a.noconvert(), "sin"_a.noconvert(), "k_cache"_a.noconvert(), "v_cache"_a.noconvert(), "start"_a)
         .def("attention", &Ops::attention, "q"_a.noconvert(), "k_cache"_a.noconvert(), "v_cache"_a.noconvert(),
              "start"_a, "window"_a, "scale"_a)
+        .def("attention_rows", &Ops::attention_rows, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(), "start"_a,
+             "window"_a, "scale"_a, "shift"_a)
         .def("attention_segments", &Ops::attention_segments, "q"_a.noconvert(), "k"_a.noconvert(), "v"_a.noconvert(),
              "offsets"_a.noconvert(), "num_heads"_a, "scale"_a);
 }

@@ -50,12 +50,28 @@ void scaled_copy(const float* source, float scale, int64_t size, float* target) 
     for (int64_t i = 0; i < size; ++i) target[i] = source[i] * scale;
 }
 
+// The keys and values of all key/value heads. Positions below v_begin have no value and are never visible.
+struct KeysValues {
+    int64_t num_kv_heads, head_dim;
+    const float* k_blocks;
+    int64_t k_head_stride;
+    const float* v;
+    int64_t v_head_stride, v_begin;
+
+    AttentionTile tile(int64_t kv_head) const {
+        AttentionTile tile{};
+        tile.k_blocks = k_blocks + kv_head * k_head_stride;
+        tile.v = v + kv_head * v_head_stride;
+        tile.v_begin = v_begin;
+        tile.v_stride = tile.head_dim = head_dim;
+        return tile;
+    }
+};
+
 // A single query token: the keys are split as well, so that long contexts use every thread however few heads there are.
-void attention_of_one(const Kernels& kernels, const float* q, int64_t num_heads, const CacheShape& cache,
-                      const float* k_cache, const float* v_cache, int64_t start, int64_t window, float scale,
-                      float* out) {
+void attention_of_one(const Kernels& kernels, const float* q, int64_t num_heads, const KeysValues& cache, int64_t start,
+                      int64_t window, float scale, float* out) {
     const int64_t head_dim = cache.head_dim, group = num_heads / cache.num_kv_heads;
-    const int64_t head_keys = cache.num_blocks * kKeyBlock * head_dim;
     const int64_t first_key = window > 0 ? std::max<int64_t>(0, start + 1 - window) / kKeyBlock * kKeyBlock : 0;
     const int64_t num_splits = ceil_div(start + 1 - first_key, kSplitKeys);
     const int64_t tiles_per_head = ceil_div(group, kTileRows);
@@ -70,11 +86,8 @@ void attention_of_one(const Kernels& kernels, const float* q, int64_t num_heads,
         const int64_t kv_head = tile_index / tiles_per_head;
         const int64_t head = kv_head * group + tile_index % tiles_per_head * kTileRows;
         const std::unique_ptr<float[]> scores(new float[kTileRows * kKeyBlock]);
-        AttentionTile tile{};
+        AttentionTile tile = cache.tile(kv_head);
         tile.q = scaled.get() + head * head_dim;
-        tile.k_blocks = k_cache + kv_head * head_keys;
-        tile.v = v_cache + kv_head * head_keys;
-        tile.v_stride = tile.head_dim = head_dim;
         tile.num_rows = std::min(kTileRows, (kv_head + 1) * group - head);
         tile.key_begin = first_key + split * kSplitKeys;
         tile.key_end = std::min(start + 1, tile.key_begin + kSplitKeys);
@@ -97,6 +110,51 @@ void attention_of_one(const Kernels& kernels, const float* q, int64_t num_heads,
     }
 }
 
+void attention_of_all(const Kernels& kernels, const float* q, int64_t num_tokens, int64_t num_heads,
+                      const KeysValues& cache, int64_t start, int64_t window, float scale, float* out) {
+    if (num_tokens == 1) {
+        attention_of_one(kernels, q, num_heads, cache, start, window, scale, out);
+        return;
+    }
+    const int64_t head_dim = cache.head_dim, group = num_heads / cache.num_kv_heads;
+    // A tile holds the query heads of one key/value head for some tokens; of a very large group, a part.
+    const int64_t heads_per_tile = std::min(group, kTileRows), tokens_per_tile = kTileRows / heads_per_tile;
+    const int64_t tiles_per_group = ceil_div(group, heads_per_tile),
+                  token_tiles = ceil_div(num_tokens, tokens_per_tile);
+    const int64_t tiles_per_token_tile = cache.num_kv_heads * tiles_per_group;
+    common::parallel_for(static_cast<int>(token_tiles), [&](int task) {
+        TileScratch scratch(head_dim);
+        // The last tokens see the most keys: begin with them, so that the threads end together.
+        const int64_t token = (token_tiles - 1 - task) * tokens_per_tile;
+        const int64_t tokens = std::min(tokens_per_tile, num_tokens - token);
+        for (int64_t index = 0; index < tiles_per_token_tile; ++index) {
+            const int64_t kv_head = index / tiles_per_group;
+            const int64_t head = kv_head * group + index % tiles_per_group * heads_per_tile;
+            const int64_t heads = std::min(heads_per_tile, (kv_head + 1) * group - head);
+            for (int64_t t = 0; t < tokens; ++t) {
+                scaled_copy(q + ((token + t) * num_heads + head) * head_dim, scale, heads * head_dim,
+                            scratch.q() + t * heads * head_dim);
+            }
+            AttentionTile tile = cache.tile(kv_head);
+            tile.q = scratch.q();
+            tile.num_rows = tokens * heads;
+            tile.key_end = start + token + tokens;
+            tile.first_visible_end = start + token + 1;
+            tile.rows_per_token = heads;
+            tile.window = window;
+            tile.scores = scratch.scores();
+            tile.sum = scratch.sum();
+            tile.row_max = scratch.row_max();
+            tile.row_weight = scratch.row_weight();
+            kernels.attend(tile);
+            for (int64_t row = 0; row < tile.num_rows; ++row) {
+                kernels.merge(tile.sum + row * head_dim, tile.row_max + row, tile.row_weight + row, 1, 0, 0, head_dim,
+                              out + ((token + row / heads) * num_heads + head + row % heads) * head_dim);
+            }
+        }
+    });
+}
+
 }  // namespace
 
 void rms_norm(const Kernels& kernels, const float* x, float* sum, const float* weight, float eps, int64_t rows,
@@ -111,7 +169,8 @@ void layer_norm(const Kernels& kernels, const float* x, const float* residual, c
                 float eps, int64_t rows, int64_t width, float* y) {
     for_row_chunks(rows, width, [&](int64_t first, int64_t count) {
         const int64_t at = first * width;
-        kernels.layer_norm(x + at, residual + at, weight, bias, eps, count, width, y + at);
+        kernels.layer_norm(x + at, residual == nullptr ? nullptr : residual + at, weight, bias, eps, count, width,
+                           y + at);
     });
 }
 
@@ -154,51 +213,39 @@ void rope_store(const Kernels& kernels, float* q, float* k, const float* v, cons
 
 void attention(const Kernels& kernels, const float* q, int64_t num_tokens, int64_t num_heads, const CacheShape& cache,
                const float* k_cache, const float* v_cache, int64_t start, int64_t window, float scale, float* out) {
-    if (num_tokens == 1) {
-        attention_of_one(kernels, q, num_heads, cache, k_cache, v_cache, start, window, scale, out);
-        return;
-    }
-    const int64_t head_dim = cache.head_dim, group = num_heads / cache.num_kv_heads;
-    const int64_t head_keys = cache.num_blocks * kKeyBlock * head_dim;
-    // A tile holds the query heads of one key/value head for some tokens; of a very large group, a part.
-    const int64_t heads_per_tile = std::min(group, kTileRows), tokens_per_tile = kTileRows / heads_per_tile;
-    const int64_t tiles_per_group = ceil_div(group, heads_per_tile),
-                  token_tiles = ceil_div(num_tokens, tokens_per_tile);
-    const int64_t tiles_per_token_tile = cache.num_kv_heads * tiles_per_group;
-    common::parallel_for(static_cast<int>(token_tiles), [&](int task) {
-        TileScratch scratch(head_dim);
-        // The last tokens see the most keys: begin with them, so that the threads end together.
-        const int64_t token = (token_tiles - 1 - task) * tokens_per_tile;
-        const int64_t tokens = std::min(tokens_per_tile, num_tokens - token);
-        for (int64_t index = 0; index < tiles_per_token_tile; ++index) {
-            const int64_t kv_head = index / tiles_per_group;
-            const int64_t head = kv_head * group + index % tiles_per_group * heads_per_tile;
-            const int64_t heads = std::min(heads_per_tile, (kv_head + 1) * group - head);
-            for (int64_t t = 0; t < tokens; ++t) {
-                scaled_copy(q + ((token + t) * num_heads + head) * head_dim, scale, heads * head_dim,
-                            scratch.q() + t * heads * head_dim);
-            }
-            AttentionTile tile{};
-            tile.q = scratch.q();
-            tile.k_blocks = k_cache + kv_head * head_keys;
-            tile.v = v_cache + kv_head * head_keys;
-            tile.v_stride = tile.head_dim = head_dim;
-            tile.num_rows = tokens * heads;
-            tile.key_end = start + token + tokens;
-            tile.first_visible_end = start + token + 1;
-            tile.rows_per_token = heads;
-            tile.window = window;
-            tile.scores = scratch.scores();
-            tile.sum = scratch.sum();
-            tile.row_max = scratch.row_max();
-            tile.row_weight = scratch.row_weight();
-            kernels.attend(tile);
-            for (int64_t row = 0; row < tile.num_rows; ++row) {
-                kernels.merge(tile.sum + row * head_dim, tile.row_max + row, tile.row_weight + row, 1, 0, 0, head_dim,
-                              out + ((token + row / heads) * num_heads + head + row % heads) * head_dim);
+    const int64_t head_keys = cache.num_blocks * kKeyBlock * cache.head_dim;
+    const KeysValues keys_values{cache.num_kv_heads, cache.head_dim, k_cache, head_keys, v_cache, head_keys, 0};
+    attention_of_all(kernels, q, num_tokens, num_heads, keys_values, start, window, scale, out);
+}
+
+void attention_rows(const Kernels& kernels, const float* q, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                    int64_t num_keys, int64_t head_dim, const float* k, const float* v, int64_t start, int64_t window,
+                    float scale, int64_t shift, float* out) {
+    // Positions from here on, of which key 0 has `shift`.
+    start += shift;
+    const int64_t first_block = window > 0 ? std::max<int64_t>(0, start + 1 - window) / kKeyBlock : 0;
+    const int64_t num_blocks = ceil_div(start + num_tokens, kKeyBlock), block_floats = kKeyBlock * head_dim;
+    const std::unique_ptr<float[]> k_blocks(new float[num_kv_heads * num_blocks * block_floats]);
+    const int64_t used_blocks = num_blocks - first_block;
+    for_row_chunks(num_kv_heads * used_blocks, block_floats, [&](int64_t first, int64_t count) {
+        for (int64_t index = first; index < first + count; ++index) {
+            const int64_t kv_head = index / used_blocks, block = first_block + index % used_blocks;
+            const int64_t begin = block * kKeyBlock;
+            // Columns outside of [shift, shift + num_keys) are read, but never count.
+            const int64_t from = std::max<int64_t>(begin, shift);
+            const int64_t to = std::min(begin + kKeyBlock, shift + num_keys);
+            float* target = k_blocks.get() + (kv_head * num_blocks + block) * block_floats;
+            if (from > begin || to < begin + kKeyBlock) std::fill_n(target, block_floats, 0.0f);
+            for (int64_t position = from; position < to; ++position) {
+                const float* source = k + (kv_head * num_keys + position - shift) * head_dim;
+                float* column = target + position - begin;
+                for (int64_t d = 0; d < head_dim; ++d) column[d * kKeyBlock] = source[d];
             }
         }
     });
+    const KeysValues keys_values{num_kv_heads,        head_dim, k_blocks.get(), num_blocks * block_floats, v,
+                                 num_keys * head_dim, shift};
+    attention_of_all(kernels, q, num_tokens, num_heads, keys_values, start, window, scale, out);
 }
 
 void attention_segments(const Kernels& kernels, const float* q, const float* k, const float* v, const int64_t* offsets,

@@ -23,8 +23,8 @@ enum Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kNumActi
 struct AttentionTile {
     const float* q;         // num_rows x head_dim, already multiplied by the scale
     const float* k_blocks;  // block 0 of the head; key j lies in block j / kKeyBlock
-    const float* v;         // key j at v + j * v_stride
-    int64_t v_stride, head_dim;
+    const float* v;         // of key j at v + (j - v_begin) * v_stride
+    int64_t v_begin, v_stride, head_dim;
     int64_t num_rows;            // at most kTileRows
     int64_t key_begin, key_end;  // key_begin is a multiple of kKeyBlock
     int64_t first_visible_end;   // row r sees keys below first_visible_end + r / rows_per_token ...
@@ -39,7 +39,7 @@ struct AttentionTile {
 struct Kernels {
     // y = rms_norm(x) * weight; with `sum` not null first sum += x, and the norm is of sum.
     void (*rms_norm)(const float* x, float* sum, const float* weight, float eps, int64_t rows, int64_t width, float* y);
-    // y = layer_norm(x + residual) * weight + bias.
+    // y = layer_norm(x + residual) * weight + bias; `residual` may be null.
     void (*layer_norm)(const float* x, const float* residual, const float* weight, const float* bias, float eps,
                        int64_t rows, int64_t width, float* y);
     void (*add_bias)(float* x, const float* bias, int64_t rows, int64_t width);
@@ -76,6 +76,11 @@ void rope_store(const Kernels&, float* q, float* k, const float* v, const float*
                 int64_t start);
 void attention(const Kernels&, const float* q, int64_t num_tokens, int64_t num_heads, const CacheShape& cache,
                const float* k_cache, const float* v_cache, int64_t start, int64_t window, float scale, float* out);
+// The same over keys and values that are [kv_head][key][head_dim], num_keys of them; the bits are those of `attention`
+// over a cache in which key 0 lies at position `shift` < kKeyBlock. No query may see a key before key 0.
+void attention_rows(const Kernels&, const float* q, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+                    int64_t num_keys, int64_t head_dim, const float* k, const float* v, int64_t start, int64_t window,
+                    float scale, int64_t shift, float* out);
 void attention_segments(const Kernels&, const float* q, const float* k, const float* v, const int64_t* offsets,
                         int64_t num_segments, int64_t num_heads, int64_t head_dim, float scale, float* out);
 

@@ -42,11 +42,12 @@ void check_norms(const ops::Kernels& kernels, const std::string& isa) {
         for (const int64_t width : {1, 7, 16, 33, 100}) {
             const Floats x = random_floats(rows * width, 1), residual = random_floats(rows * width, 2);
             const Floats weight = random_floats(width, 3), bias = random_floats(width, 4);
-            Floats plain(x.size()), added(x.size()), layer(x.size()), sum = residual, biased = x;
+            Floats plain(x.size()), added(x.size()), layer(x.size()), alone(x.size()), sum = residual, biased = x;
             ops::rms_norm(kernels, x.data(), nullptr, weight.data(), 0.1f, rows, width, plain.data());
             ops::rms_norm(kernels, x.data(), sum.data(), weight.data(), 0.1f, rows, width, added.data());
             ops::layer_norm(kernels, x.data(), residual.data(), weight.data(), bias.data(), 0.1f, rows, width,
                             layer.data());
+            ops::layer_norm(kernels, sum.data(), nullptr, weight.data(), bias.data(), 0.1f, rows, width, alone.data());
             ops::add_bias(kernels, biased.data(), bias.data(), rows, width);
             for (int64_t row = 0; row < rows; ++row) {
                 double squares = 0, sum_squares = 0, mean = 0, variance = 0;
@@ -65,6 +66,7 @@ void check_norms(const ops::Kernels& kernels, const std::string& isa) {
                     check_close(sum[at], total(i), 1e-6, isa + " sum of add_rms_norm");
                     check_close(layer[at], (total(i) - mean) / std::sqrt(variance + 0.1) * weight[i] + bias[i], 2e-5,
                                 isa + " layer_norm");
+                    check_close(alone[at], layer[at], 0, isa + " layer_norm of a sum");
                     check_close(biased[at], double(x[at]) + bias[i], 1e-6, isa + " add_bias");
                 }
             }
@@ -134,6 +136,21 @@ void check_attention(const ops::Kernels& kernels, const std::string& isa, const 
     Floats out(q.size());
     ops::attention(kernels, q_copy.data(), c.num_tokens, c.num_heads, cache, k_cache.data(), v_cache.data(), c.start,
                    c.window, 0.4f, out.data());
+    // The same from [head][key], without the keys that a window has left behind.
+    const int64_t first = c.window > 0 ? std::max<int64_t>(0, c.start + 1 - c.window) : 0, num_left = num_keys - first;
+    Floats k_rows(static_cast<size_t>(num_left * kv_width)), v_rows = k_rows, from_rows(q.size());
+    for (int64_t head = 0; head < c.num_kv_heads; ++head) {
+        for (int64_t key = 0; key < num_left; ++key) {
+            const int64_t to = (head * num_left + key) * c.head_dim,
+                          from = (first + key) * kv_width + head * c.head_dim;
+            std::copy_n(&k[from], c.head_dim, &k_rows[to]);
+            std::copy_n(&v[from], c.head_dim, &v_rows[to]);
+        }
+    }
+    ops::attention_rows(kernels, q_copy.data(), c.num_tokens, c.num_heads, c.num_kv_heads, num_left, c.head_dim,
+                        k_rows.data(), v_rows.data(), c.start - first, c.window, 0.4f, first % kKeyBlock,
+                        from_rows.data());
+    for (size_t i = 0; i < out.size(); ++i) check_close(from_rows[i], out[i], 0, isa + " attention_rows");
     for (int64_t token = 0; token < c.num_tokens; ++token) {
         for (int64_t head = 0; head < c.num_heads; ++head) {
             const int64_t at = (token * c.num_heads + head) * c.head_dim, end = c.start + token + 1;

@@ -51,6 +51,9 @@ class Ops:
         eps: float,
         /,
     ) -> Float32Array: ...
+    def layer_norm(
+        self, x_TE: Float32Array, weight_E: Float32Array, bias_E: Float32Array, eps: float, /
+    ) -> Float32Array: ...
     def add_bias(self, x_TF: Float32Array, bias_F: Float32Array, /) -> None: ...
     def activate(self, x_TF: Float32Array, activation: int, /) -> None: ...
     def gate(self, gate_TF: Float32Array, up_TF: Float32Array, activation: int, /) -> None: ...
@@ -74,6 +77,17 @@ class Ops:
         start: int,
         window: int,
         scale: float,
+        /,
+    ) -> Float32Array: ...
+    def attention_rows(
+        self,
+        q_TQ: Float32Array,
+        k_KPD: Float32Array,
+        v_KPD: Float32Array,
+        start: int,
+        window: int,
+        scale: float,
+        shift: int,
         /,
     ) -> Float32Array: ...
     def attention_segments(

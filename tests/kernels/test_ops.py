@@ -77,6 +77,13 @@ def test_add_layer_norm(ops: Ops, width: int, mean: float) -> None:
     assert_within(ops.add_layer_norm(x, residual, weight, bias, 0.01), expected, error)
 
 
+@pytest.mark.parametrize("width", SIZES)
+def test_layer_norm_is_that_of_a_sum(ops: Ops, width: int) -> None:
+    x, residual, weight, bias = normal(4, width), normal(4, width, seed=1), normal(width), normal(width, seed=2)
+    expected = ops.add_layer_norm(x, residual, weight, bias, 0.01)
+    np.testing.assert_array_equal(ops.layer_norm(x + residual, weight, bias, 0.01), expected)
+
+
 # --- activations ----------------------------------------------------------------------------------------------------
 
 EXACT: dict[str, Callable[[float], float]] = {
@@ -165,6 +172,16 @@ def test_rope_store(ops: Ops, head_dim: int, num_tokens: int, start: int) -> Non
     assert np.isnan(values).sum() == values.size - num_kv_heads * head_dim * num_tokens
 
 
+def test_rotation_rounds_every_product_as_torch_does(ops: Ops) -> None:
+    q, v, angles = normal(40, 64), normal(40, 64, seed=1), normal(40, 16, seed=2)
+    cos, sin = np.cos(angles), np.sin(angles)
+    first, second = np.split(q.reshape(40, 2, 32), 2, axis=-1)
+    c, s = cos[:, None], sin[:, None]
+    expected = np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+    ops.rope_store(q, v.copy(), v, cos, sin, *empty_cache(2, 32, 40), 0)
+    np.testing.assert_array_equal(q.reshape(40, 2, 32), expected)
+
+
 def attention_loop(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, visible: Callable[[int, int], bool], scale: float
 ) -> Any:
@@ -224,6 +241,45 @@ def test_attention(
     largest = np.abs(q_HTD).max() * np.abs(k).max() * head_dim * scale
     error = (2 * (head_dim + 4) * EPSILON * largest + (num_keys + 20) * EPSILON) * size + 1e-30
     assert_within(found.reshape(num_tokens, num_heads, head_dim).swapaxes(0, 1), expected, error)
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", ISAS[1:])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim", "num_tokens", "start", "window"), CASES)
+@pytest.mark.parametrize("num_later", [0, 70])
+def test_attention_over_rows_has_the_bits_of_the_cache(
+    isa: str, num_heads: int, num_kv_heads: int, head_dim: int, num_tokens: int, start: int, window: int, num_later: int
+) -> None:
+    """Keys that follow the last query are never seen; keys that a window hides may be missing."""
+    ops, num_keys = load_ops(isa), start + num_tokens
+    q = normal(num_tokens, num_heads * head_dim)
+    k, v = (
+        normal(num_kv_heads, num_keys + num_later, head_dim, seed=1),
+        normal(num_kv_heads, num_keys + num_later, head_dim, seed=2),
+    )
+    keys, values = empty_cache(num_kv_heads, head_dim, num_keys)
+    for position in range(num_keys):
+        keys[:, position // KEY_BLOCK, :, position % KEY_BLOCK] = k[:, position]
+        values[:, position] = v[:, position]
+    expected = ops.attention(q, keys, values, start, window, 0.3)
+    np.testing.assert_array_equal(ops.attention_rows(q, k, v, start, window, 0.3, 0), expected)
+    if window:
+        first = max(0, start + 1 - window)
+        left = [np.ascontiguousarray(x[:, first:]) for x in (k, v)]
+        shift = first % KEY_BLOCK if start - first + 1 >= window else 0
+        np.testing.assert_array_equal(ops.attention_rows(q, *left, start - first, window, 0.3, shift), expected)
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_attention_over_rows_in_numpy(window: int) -> None:
+    q, k, v = normal(3, 12), normal(1, 103, 6, seed=1), normal(1, 103, 6, seed=2)
+    keys, values = empty_cache(1, 6, 103)
+    keys[:, 0], keys[:, 1, :, :39], values[:, :103] = k[:, :64].swapaxes(1, 2), k[:, 64:].swapaxes(1, 2), v
+    expected = NumpyOps().attention(q, keys, values, 100, window, 0.3)
+    assert_within(NumpyOps().attention_rows(q, k, v, 100, window, 0.3, 0), expected, 1e-6)
+    if window:
+        left = [np.ascontiguousarray(x[:, 61:]) for x in (k, v)]
+        assert_within(NumpyOps().attention_rows(q, *left, 39, window, 0.3, 61), expected, 1e-6)
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 1), (2, 5), (3, 32)])
@@ -316,6 +372,16 @@ def test_numpy_runs_where_the_extension_is_missing(monkeypatch: pytest.MonkeyPat
         lambda ops, x, keys, values: ops.attention(x[:, :6].copy(), keys, values, 0, 0, 1.0),
         lambda ops, x, keys, values: ops.attention(x, keys, values[:, :64].copy(), 0, 0, 1.0),
         lambda ops, x, keys, values: ops.attention(x, keys[:, :, :, :32].copy(), values, 0, 0, 1.0),
+        lambda ops, x, keys, values: ops.layer_norm(x, x[0], x[0, :3], 1e-5),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, 126, 0, 1.0, 0),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, -1, 0, 1.0, 0),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values[:, :5].copy(), 0, 0, 1.0, 0),
+        lambda ops, x, keys, values: ops.attention_rows(x[:, :6].copy(), values, values, 0, 0, 1.0, 0),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, 9, -1, 1.0, 0),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, 9, 0, 1.0, 1),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, 9, 11, 1.0, 1),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, 9, 3, 1.0, 64),
+        lambda ops, x, keys, values: ops.attention_rows(x, values, values, 9, 3, 1.0, -1),
         lambda ops, x, keys, values: ops.rope_store(x, x, x, x[:, :2].copy(), x[:, :2].copy(), keys, values, 0),
         lambda ops, x, keys, values: ops.rope_store(
             x, x[:, :4].copy(), x[:, :4].copy(), x[:2, :2].copy(), x[:2, :2].copy(), keys, values, 0

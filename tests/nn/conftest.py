@@ -65,12 +65,17 @@ def make_model(family: str) -> nn.Module:
     decoder = {
         **config, "intermediate_size": 80, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0
     }  # fmt: skip
+    long = {"max_position_embeddings": 700}
     bert = {**config, "intermediate_size": 80, "max_position_embeddings": 64}
     t = transformers
     builders: dict[str, Callable[[], nn.Module]] = {
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**decoder, tie_word_embeddings=True)),
         "llama-untied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**decoder, tie_word_embeddings=False)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**{**decoder, **long}, sliding_window=70)),
         "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**decoder, tie_word_embeddings=True)),
+        "qwen2-window": lambda: t.Qwen2ForCausalLM(
+            t.Qwen2Config(**{**decoder, **long}, use_sliding_window=True, sliding_window=20, max_window_layers=1)
+        ),
         "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**decoder, head_dim=12, sliding_window=8)),
         "bert": lambda: t.BertModel(t.BertConfig(**bert)),
         "bert-mlm": lambda: t.BertForMaskedLM(t.BertConfig(**bert)),

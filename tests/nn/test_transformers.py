@@ -91,13 +91,6 @@ def close(got: torch.Tensor, expected: torch.Tensor, format_name: str) -> bool:
     return relative < (0.05 if "int" in format_name else 1e-5)  # NaN is not below
 
 
-def same(got: torch.Tensor, expected: torch.Tensor, format_name: str) -> bool:
-    """Two paths through the same kernels: where inputs differ in the last bit, an 8-bit rounding may tip over."""
-    assert got.shape == expected.shape
-    relative = float((got - expected).norm() / expected.norm())
-    return relative < (0.01 if "int" in format_name else 1e-5)
-
-
 def test_every_format_gives_the_logits_of_the_same_weights(
     tmp_path: Path, tiny_model: TinyModel, write_compressed: Write, format_name: str, token_ids: torch.Tensor
 ) -> None:
@@ -111,7 +104,7 @@ def test_every_format_gives_the_logits_of_the_same_weights(
     assert not close(got + 0.1, outputs(dense, token_ids), "dense-bf16-v1")
     engine = Engine(tmp_path / "out")
     for row, ids in enumerate(token_ids.tolist()):
-        assert same(torch.from_numpy(engine.logits(ids)), got[row], format_name)
+        assert torch.equal(torch.from_numpy(engine.logits(ids)), got[row])
 
 
 def test_the_reference_kernels_agree(
@@ -129,7 +122,12 @@ def test_the_reference_kernels_agree(
         with monkeypatch.context() as patch:
             patch.setattr("rarefy.nn.linear.kernels.prepare", partial(prepare, isa=isa))
             model = load("llama", tmp_path / "out")
-            assert same(outputs(model, token_ids), native, format_name)
+            found = outputs(model, token_ids)
+            # integers: the reference gives the same bits; numpy sums in another order, so that roundings tip over
+            if "int" in format_name and isa == "reference":
+                assert torch.equal(found, native)
+            else:
+                assert float((found - native).norm() / native.norm()) < (0.01 if "int" in format_name else 1e-5)
             head = model.lm_head
         assert head.prepared.isa == isa
 
@@ -193,7 +191,7 @@ def test_hidden_states_of_the_engine(
     with torch.no_grad():
         expected = load(family, tmp_path / "out")(input_ids=token_ids, attention_mask=mask)[0]
     got = torch.from_numpy(Engine(tmp_path / "out").hidden_states(token_ids.numpy(), mask.numpy()))
-    assert same(got[mask.bool()], expected[mask.bool()], "bitmask-int8-v1")
+    assert torch.equal(got[mask.bool()], expected[mask.bool()])
 
 
 def test_a_base_model_from_a_model_with_a_head_and_back(

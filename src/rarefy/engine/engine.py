@@ -373,8 +373,12 @@ def _checked_tokens(token_ids: Sequence[int] | Int64Array, vocab_size: int, limi
 
 
 def _chunks(tokens: Int64Array) -> Iterator[Int64Array]:
-    for begin in range(0, len(tokens), _PROMPT_CHUNK):
-        yield tokens[begin : begin + _PROMPT_CHUNK]
+    begin = 0
+    while begin < len(tokens):
+        # A single token left over goes with the others: attention to one query sums a long context in another order.
+        size = _PROMPT_CHUNK + (len(tokens) - begin == _PROMPT_CHUNK + 1)
+        yield tokens[begin : begin + size]
+        begin += size
 
 
 def _emptied(cache: KVCache | None, decoder: Decoder, capacity: int) -> KVCache:

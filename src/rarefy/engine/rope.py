@@ -27,7 +27,7 @@ class RotaryTable:
     _BLOCK: Final = 1024
 
     def __init__(self, frequencies: Float32Array) -> None:
-        self._frequencies = frequencies
+        self.frequencies: Final = frequencies
         self._cos = np.empty((0, len(frequencies)), np.float32)
         self._sin = self._cos
 
@@ -37,7 +37,7 @@ class RotaryTable:
             size = -(-max(num_positions, 2 * len(self._cos)) // self._BLOCK) * self._BLOCK
             # The product is rounded to float32 as the reference implementations round it: at position 8000 that
             # rounding moves the angle by 2e-4, so a more exact product would give other logits than the trained model.
-            angles = np.arange(size, dtype=np.float32)[:, None] * self._frequencies[None, :]
+            angles = np.arange(size, dtype=np.float32)[:, None] * self.frequencies[None, :]
             self._cos, self._sin = np.cos(angles), np.sin(angles)
         return self._cos, self._sin
 

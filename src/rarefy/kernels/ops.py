@@ -63,6 +63,10 @@ class Ops(Protocol):
         """Return the layer norm of x + residual: (s - mean(s)) / sqrt(var(s) + eps) * weight + bias."""
         ...
 
+    def layer_norm(self, x_TE: Float32Array, weight_E: Float32Array, bias_E: Float32Array, eps: float) -> Float32Array:
+        """Return the layer norm of x; the same bits as `add_layer_norm` where x is the rounded sum."""
+        ...
+
     def add_bias(self, x_TF: Float32Array, bias_F: Float32Array) -> None:
         """Add the bias to every row in place."""
         ...
@@ -100,6 +104,24 @@ class Ops(Protocol):
 
         Query head h reads key/value head h // (H / K). The query at position p sees the keys at positions
         max(0, p - window + 1)..p, or all up to p when `window` is 0.
+        """
+        ...
+
+    def attention_rows(
+        self,
+        q_TQ: Float32Array,
+        k_KPD: Float32Array,
+        v_KPD: Float32Array,
+        start: int,
+        window: int,
+        scale: float,
+        shift: int,
+    ) -> Float32Array:
+        """`attention` over keys and values without blocks, (K, P, D), with P >= start + T.
+
+        The bits are those of `attention` over a cache in which key 0 stands at the absolute position `shift` modulo
+        KEY_BLOCK and the queries `start` after it. A `shift` above 0 is for windows that have left the first keys
+        behind: no query may see further back than key 0.
         """
         ...
 
@@ -184,8 +206,11 @@ class NumpyOps:
         self, x_TE: Float32Array, residual_TE: Float32Array, weight_E: Float32Array, bias_E: Float32Array, eps: float
     ) -> Float32Array:
         """See `Ops.add_layer_norm`."""
-        total_TE = x_TE + residual_TE
-        centred_TE: Float32Array = total_TE - np.mean(total_TE, axis=-1, keepdims=True)
+        return self.layer_norm(x_TE + residual_TE, weight_E, bias_E, eps)
+
+    def layer_norm(self, x_TE: Float32Array, weight_E: Float32Array, bias_E: Float32Array, eps: float) -> Float32Array:
+        """See `Ops.layer_norm`."""
+        centred_TE: Float32Array = x_TE - np.mean(x_TE, axis=-1, keepdims=True)
         variance: Float32Array = np.mean(centred_TE * centred_TE, axis=-1, keepdims=True)
         return np.asarray(centred_TE / np.sqrt(variance + np.float32(eps)) * weight_E + bias_E)
 
@@ -240,6 +265,25 @@ class NumpyOps:
             scores_GTP[:, hidden] = -np.inf
             out_TKGD[:, head] = (_softmax(scores_GTP) @ v_cache[head, :num_keys]).swapaxes(0, 1)
         return out_TKGD.reshape(q_TQ.shape)
+
+    def attention_rows(
+        self,
+        q_TQ: Float32Array,
+        k_KPD: Float32Array,
+        v_KPD: Float32Array,
+        start: int,
+        window: int,
+        scale: float,
+        shift: int,
+    ) -> Float32Array:
+        """See `Ops.attention_rows`."""
+        num_kv_heads, num_keys, head_dim = k_KPD.shape
+        num_blocks = -(-(shift + num_keys) // KEY_BLOCK)
+        values = np.zeros((num_kv_heads, num_blocks * KEY_BLOCK, head_dim), np.float32)
+        keys = values.copy()
+        keys[:, shift : shift + num_keys], values[:, shift : shift + num_keys] = k_KPD, v_KPD
+        k_cache = keys.reshape(num_kv_heads, num_blocks, KEY_BLOCK, head_dim).swapaxes(2, 3)
+        return self.attention(q_TQ, np.ascontiguousarray(k_cache), values, shift + start, window, scale)
 
     def attention_segments(
         self,

@@ -32,10 +32,11 @@ from rarefy.core.errors import DamagedFileError, LayoutError, UnsupportedModelEr
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.replace import replace_with_empty
+from rarefy.nn.runtime_ops import use_engine_ops
 
 if TYPE_CHECKING:
     # transformers imports this module while it is importing the one that defines PreTrainedModel.
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @final
@@ -96,6 +97,8 @@ class RarefyQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: RarefyConfig
+    _attention_is_free = False
+    """Whether the caller left the choice of the attention implementation to us."""
 
     @property
     def is_trainable(self) -> bool:
@@ -115,6 +118,14 @@ class RarefyQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         """Let "auto" mean the CPU, whatever else the machine has."""
         return {"": "cpu"} if device_map in ("auto", "balanced", "balanced_low_0", "sequential") else device_map
+
+    def update_attn_implementation(self, config: "PreTrainedConfig") -> "PreTrainedConfig":
+        """Note whether an attention implementation was asked for; the model will have chosen one of its own later.
+
+        Releases of transformers that do not call this leave attention to sdpa.
+        """
+        self._attention_is_free = config._attn_implementation is None
+        return config
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
@@ -158,6 +169,9 @@ class RarefyQuantizer(HfQuantizer):
                 raise DamagedFileError(f"tensor {name}.bias", "NaN or infinity", allowed="finite values")
         # Tensors are saved under this model's own names, not under those of an older checkpoint format.
         model.__dict__["_weight_conversions"] = []
+        use_engine_ops(model)
+        if self._attention_is_free:
+            _use_engine_attention(model)
         return model
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -178,6 +192,18 @@ class RarefyQuantizer(HfQuantizer):
     def dequantize(self, *_: Any, **__: Any) -> "PreTrainedModel":
         """Refuse: the kernels read the packed form, and there is no dense module to go back to."""
         raise UsageError("dequantize", "packed layers stay packed", hint="load the dense model that was compressed")
+
+
+def _use_engine_attention(model: "PreTrainedModel") -> None:
+    """Let a model run the engine's attention where it chose sdpa by itself and takes other implementations."""
+    # transformers imports this module before the modules that this import needs.
+    from transformers import PreTrainedModel  # noqa: PLC0415
+
+    from rarefy.nn.attention import NAME  # noqa: PLC0415
+
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if all(each._supports_attention_backend and each.config._attn_implementation == "sdpa" for each in models):
+        model.set_attn_implementation(NAME)
 
 
 def _architectures(model: "PreTrainedModel") -> str:
