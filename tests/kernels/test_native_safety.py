@@ -14,13 +14,12 @@ native = pytest.importorskip("rarefy._native")
 
 
 def arguments(w, isa: str = "reference") -> dict[str, object]:
-    meta = w.layout.meta()
     return {
         "format": w.layout.format,
         "isa": isa,
         "num_outputs": w.layout.shape[0],
         "num_inputs": w.layout.shape[1],
-        "group_size": int(meta.get("group_size") or 0),
+        "integers": {name: int(value) for name, value in w.layout.meta().items() if isinstance(value, int)},
         "arrays": {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()},
     }
 
@@ -59,9 +58,9 @@ def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format
         {"format": "dense-int4-v2"},
         {"format": ""},
         {"isa": "sse"},
-        {"group_size": 33},
-        {"group_size": -64},
-        {"group_size": 2**62},
+        {"integers": {"group_size": 33}},
+        {"integers": {"group_size": -64}},
+        {"integers": {"group_size": 2**62}},
     ],
 )
 def test_wrong_numbers(weight, layout_format, wrong) -> None:
