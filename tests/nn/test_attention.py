@@ -196,7 +196,7 @@ def test_what_the_operation_does_not_know_goes_to_sdpa(
     for other in (q.double(), q[:, :3], torch.randn(1, 4, 7, 12)):  # dtype, heads, more queries than keys
         assert attention.attention_forward(layer, other, k.to(other.dtype), k.to(other.dtype), None)[0] == "sdpa"
     with torch.enable_grad():
-        assert attention.attention_forward(layer, q, k, k, None)[0] == "sdpa"
+        assert attention.attention_forward(layer, q.clone().requires_grad_(), k, k, None)[0] == "sdpa"
     assert attention.attention_forward(layer, q, k, k, None)[0] is not "sdpa"  # noqa: F632
 
 

@@ -252,13 +252,22 @@ def test_every_small_module_of_a_model_is_found(model: Any) -> None:
 
 def test_gradients_are_those_of_torch(model: Any, plain: Any, token_ids: Tensor) -> None:
     for each in (model, plain):
-        each.train()
+        each.requires_grad_(True).train()
         each(input_ids=token_ids, labels=token_ids).loss.backward()
     assert any(parameter.grad is not None for parameter in plain.parameters())
     for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(parameter.grad, expected.grad), name
     logits = [each.eval()(token_ids).logits for each in (model, plain)]
     assert torch.equal(*logits)  # gradients could be asked for
+
+
+def test_a_loaded_model_needs_no_gradient_until_it_is_asked_for_one(model: Any, plain: Any, token_ids: Tensor) -> None:
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        expected = model(token_ids).logits
+    assert torch.equal(model(token_ids).logits, expected)  # with gradients enabled, as a plain call has them
+    model.requires_grad_(True)
+    assert torch.equal(model(token_ids).logits, plain(token_ids).logits)
 
 
 def test_training_other_dtypes_and_autocast_run_torch(model: Any, plain: Any, token_ids: Tensor) -> None:

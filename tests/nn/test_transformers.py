@@ -259,7 +259,7 @@ def test_gradients_reach_the_embedding_side_of_every_layer(
     )
     model = load("qwen2", tmp_path / "out")
     for each in (dense, model):
-        each(input_ids=token_ids, labels=token_ids).loss.backward()
+        each.requires_grad_(True)(input_ids=token_ids, labels=token_ids).loss.backward()
     for name, parameter in model.named_parameters():
         expected = dense.get_parameter(name).grad
         torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5, msg=name)

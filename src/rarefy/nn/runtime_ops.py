@@ -5,8 +5,9 @@ roundings over, and over many layers that grows to per cents. So norms, activati
 artifact run the operations of `rarefy.kernels.ops`, as the engine does. What a module computes is found out by running
 it beside the operation, not by its name; a module that is not proven to be equal is left alone.
 
-Only the `forward` of an instance is set aside: its class, parameters, buffers and hooks stay. With gradients enabled,
-in training, under autocast or a tracer, off the CPU and in other dtypes than float32 the class's own `forward` runs.
+Only the `forward` of an instance is set aside: its class, parameters, buffers and hooks stay. Where a gradient is
+needed, in training, under autocast or a tracer, off the CPU and in other dtypes than float32 the class's own `forward`
+runs.
 
 E width, D head width, N numbers of a probe.
 """
@@ -54,13 +55,13 @@ def _ops_under(_: str | None) -> Ops:
 atexit.register(_ops_under.cache_clear)
 
 
-def runs_native(x: Tensor) -> bool:
+def runs_native(x: Tensor, *parameters: Tensor) -> bool:
     """Whether the compiled operations may compute with `x`: plain float32 on the CPU, and nobody needs a gradient."""
     return (
         type(x) is Tensor
         and x.dtype == torch.float32
         and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in (x, *parameters)))
         and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch.compiler.is_compiling()
@@ -90,11 +91,12 @@ class NativeForward:
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """Return what the module returns."""
-        if inputs and not self._module.training and runs_native(inputs[0]):
-            result = self.operation(self._module, *inputs, **named)
+        module = self._module
+        if inputs and not module.training and runs_native(inputs[0], *module.parameters()):
+            result = self.operation(module, *inputs, **named)
             if result is not None:
                 return result
-        return type(self._module).forward(self._module, *inputs, **named)
+        return type(module).forward(module, *inputs, **named)
 
 
 @final

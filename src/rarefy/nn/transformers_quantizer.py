@@ -169,6 +169,9 @@ class RarefyQuantizer(HfQuantizer):
                 raise DamagedFileError(f"tensor {name}.bias", "NaN or infinity", allowed="finite values")
         # Tensors are saved under this model's own names, not under those of an older checkpoint format.
         model.__dict__["_weight_conversions"] = []
+        # A packed model is for running; what is left to train (norms, biases) is trained when somebody asks for it.
+        # Otherwise every call outside of `no_grad` would keep torch's graph, and run torch's own operations.
+        model.requires_grad_(False)
         use_engine_ops(model)
         if self._attention_is_free:
             _use_engine_attention(model)
