@@ -18,6 +18,7 @@ from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_wi
 from rarefy.core.errors import CalibrationError
 from rarefy.core.results import CalibrationInfo
 from rarefy.models.loaded import LoadedModel
+from rarefy.models.positions import num_positions
 
 Examples = Iterable[Any]
 
@@ -138,8 +139,7 @@ def _evaluation_windows(loaded: LoadedModel, evaluation: str | os.PathLike[str],
 
 def fitting_length(loaded: LoadedModel, sequence_length: int) -> tuple[int, str]:
     """The window length, cut to what the model has positions for."""
-    config = getattr(loaded.model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < sequence_length:
+    limit = num_positions(loaded.model)
+    if limit is not None and limit < sequence_length:
         return limit, f"windows were cut to {limit} tokens, the most that the model has positions for"
     return sequence_length, ""
