@@ -100,7 +100,6 @@ def solve_model(
             run.whole_model(ordered, cast_inputs(calls, dtype))
         else:
             run.block_by_block(structure, ordered, cast_inputs(calls, dtype))
-    run.tell_end()
     return run.solved
 
 
@@ -147,7 +146,7 @@ class _Pass:
             block = block_of[task.layer]
             (outside if block is None else inside[block]).append(task)
         rest_needs_data = any(task.needs() for task in outside)
-        self._total = 2 * len(calls) * len(blocks) + len(tasks) + len(calls) * rest_needs_data
+        self._total = len(tasks) + len(calls) * _num_passes(inside, rest_needs_data)
         self.loaded.materialize("", without=frozenset(blocks), dtype=self.dtype)
         masters = {} if self.loaded.streams else self._masters(outside)
         in_blocks = {id(parameter) for name in blocks for parameter in self.model.get_submodule(name).parameters()}
@@ -169,6 +168,9 @@ class _Pass:
                 outputs = self._solve_block(name, inside[name], block_calls, last=last)
                 if not last:
                     walk.finish(outputs)
+            if waiting:  # the model never calls them: there is nothing to run
+                self._total = self._done + len(calls) * rest_needs_data + len(outside)
+                self._total += sum(len(inside[name]) for name in waiting)
             for name in sorted(waiting):
                 for task in inside[name]:
                     self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight"), {})
@@ -279,11 +281,6 @@ class _Pass:
         self._tick(task.layer)
         return solution
 
-    def tell_end(self) -> None:
-        """Report that all is done, also where the last block needed fewer steps than the others."""
-        if self._progress is not None:
-            self._progress("compress", self._total, self._total, "")
-
     def _ticker(self, detail: str) -> Callable[[], None]:
         return lambda: self._tick(detail)
 
@@ -291,6 +288,15 @@ class _Pass:
         self._done += 1
         if self._progress is not None:
             self._progress("compress", min(self._done, self._total), self._total, detail)
+
+
+def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> int:
+    """How often the batches go through a block: to collect statistics, and to give the next block its inputs."""
+    with_tasks = [number for number, tasks in enumerate(inside.values()) if tasks]
+    num_visited = len(inside) if rest_needs_data else max(with_tasks, default=-1) + 1
+    num_collecting = sum(any(task.needs() for task in tasks) for tasks in inside.values())
+    # Nothing follows the last block unless layers outside of the blocks need data, which is one more pass.
+    return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
 
 
 def relative_error(
