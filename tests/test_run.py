@@ -231,6 +231,37 @@ def test_evaluation_text_is_used_for_the_verdict(tiny_llama_dir, text_file, tmp_
     assert result.report.calibration is None
 
 
+def test_what_is_written_names_files_without_their_directories(tiny_llama_dir, text_file, tmp_path):
+    import transformers
+
+    private = tmp_path / "private-directory"
+    (private / "texts").mkdir(parents=True)
+    (private / "texts" / "a.txt").write_text(text_file.read_text())
+    (private / "judge.txt").write_text(text_file.read_text()[:9000])
+    (private / "mine.yaml").write_text(rarefy.load_recipe(SPARSE).to_yaml())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    # A decoder that the engine does not know: the warning about it must not tell either.
+    config = transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, word_embed_proj_dim=32,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(private / "m")
+    tokenizer.save_pretrained(private / "m")
+    for name, options in (("A", {}), ("B", {"evaluation": private / "judge.txt"})):
+        result = rarefy.compress(
+            private / "m", private / "mine.yaml", calibration=private / "texts", out=private / name, **options, **SMALL
+        )
+        assert result.report.calibration.source == "texts"
+        assert "engine does not run this model (config.json" in " ".join(result.report.warnings)
+        for file in (private / name).iterdir():
+            assert b"private-directory" not in file.read_bytes(), file.name
+        how = next(metric.how for metric in result.report.metrics if metric.name == "perplexity")
+        assert f"held-out windows of {'judge.txt' if options else 'texts'};" in how
+    (private / "short.txt").write_text("too short")
+    with pytest.raises(CalibrationError, match="private-directory"):  # an error is for the user alone, and says all
+        rarefy.compress(private / "m", SPARSE, calibration=private / "short.txt", **SMALL)
+
+
 def test_bad_requests_fail_before_any_work(tiny_llama_dir, text_file, tmp_path):
     with pytest.raises(PathError):
         rarefy.compress(tmp_path / "nothing", SPARSE)

@@ -8,6 +8,7 @@ where it knows the model, torch with packed layers elsewhere). Shape suffixes: N
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,9 @@ def judge(
         try:
             engine = Engine(artifact)
         except UnsupportedModelError as error:
-            warnings.append(f"rarefy's engine does not run this model ({error}); measured with torch instead")
+            # The report is published; where the artifact lay while it was measured is nobody's business.
+            why = str(error).replace(f"{artifact}{os.sep}", "")
+            warnings.append(f"rarefy's engine does not run this model ({why}); measured with torch instead")
     metrics = [_size(loaded, artifact)]
     tick("speed")
     packed = None if engine is not None else _packed_model(loaded, layouts, tied)
