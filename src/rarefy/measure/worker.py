@@ -2,7 +2,7 @@
 
 Run as `python -m rarefy.measure.worker`. Requests and answers are JSON, one a line, on stdin and stdout. A process per
 contestant keeps the thread pools of different runtimes out of each other's way and makes peak memory a fact of one
-model.
+model. It gets the environment that the user had: what the command line sets for its own good may slow torch down.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO, final
 
+from rarefy.core.environment import users_environment
 from rarefy.core.errors import RarefyError, UsageError
 from rarefy.measure.memory import peak_memory_bytes
 from rarefy.measure.runners import Kind, Runner, open_runner
@@ -40,7 +41,7 @@ class Worker:
         self.model = str(model)
         self.runtime = runtime
         self._work: dict[str, Any] = {}
-        environment = dict(os.environ)
+        environment = users_environment()
         if num_threads is not None:
             environment |= {"OMP_NUM_THREADS": str(num_threads), "RAREFY_NUM_THREADS": str(num_threads)}
         # The parent may have found rarefy through sys.path; the child has to find the same one.
