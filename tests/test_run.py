@@ -86,6 +86,12 @@ def test_the_verdict_compares_before_and_after(run):
     assert metrics["disk_bytes"].after.median < metrics["disk_bytes"].before.median
     perplexity = metrics["perplexity"]
     assert perplexity.before.num_runs == 8
+    assert perplexity.paired.num_pairs == 8
+    # Judged on the same windows: the change is known better than either of the two values.
+    ratio = perplexity.after.median / perplexity.before.median
+    assert np.exp(perplexity.paired.mean) == pytest.approx(ratio, rel=1e-6)
+    unpaired = np.log(perplexity.before.high / perplexity.before.median)
+    assert 0 < perplexity.paired.standard_error < 0.5 * unpaired
     # a random model of 400 tokens knows nothing, before or after
     assert perplexity.after.median == pytest.approx(perplexity.before.median, rel=0.1)
     assert run[0].report.seconds.keys() >= {"load", "compress", "measure before", "measure after"}
@@ -146,6 +152,8 @@ def test_an_encoder_is_judged_by_its_embeddings(tiny_bert_dir, text_file, tmp_pa
     metrics = {metric.name: metric for metric in result.report.metrics}
     assert 0.9 < metrics["fidelity"].after.median <= 1
     assert metrics["fidelity"].before.median == 1
+    assert metrics["fidelity"].paired.mean == pytest.approx(metrics["fidelity"].after.median - 1)
+    assert 0 < metrics["fidelity"].paired.standard_error < 0.1
     assert "sequences_per_s" in metrics
     assert (tmp_path / "OUT" / "vocab.txt").exists() == (tiny_bert_dir / "vocab.txt").exists()
 

@@ -276,13 +276,16 @@ def _quality(baseline: Baseline, engine: Engine | None, packed: nn.Module | None
         after = _output_after(call, baseline.role, engine, packed)
         similarities.extend(_cosines(before, after, pooled=baseline.role == "encoder"))
     values = np.array(similarities)
-    spread = Spread(float(values.mean()), float(values.min()), float(values.max()), len(values))
     what = "mean-pooled embeddings" if baseline.role == "encoder" else "outputs"
     how = (
         f"mean cosine similarity of the {what} before and after, {len(values)} held-out inputs from {baseline.source}; "
-        f"before: torch {_name(baseline.dtype)}"
+        f"before: torch {_name(baseline.dtype)}; spread: the least and the most similar input"
     )
-    return Metric("fidelity", "", True, exact(1.0), spread, how)
+    spread = Spread(float(values.mean()), float(values.min()), float(values.max()), len(values))
+    same, found = (1.0,) * len(values), tuple(map(float, values))
+    return compare(
+        Measurement("fidelity", "", True, exact(1.0), how, same), Measurement("fidelity", "", True, spread, how, found)
+    )
 
 
 def _output_after(call: Call, role: Role, engine: Engine | None, packed: nn.Module | None) -> Tensor:
