@@ -130,6 +130,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     done = run("compress", tiny_llama_dir, "-o", "out", "--recipe", recipe, "--dry-run")
     assert done.code == 0, done.err
     assert "bitmask-int4-v1" in done.out
+    assert "to compress on a quiet machine" in " ".join(done.out.split())
     assert leftovers(in_temporary_directory) == []
     data = json.loads(run("compress", tiny_llama_dir, "-o", "out", "--recipe", recipe, "--dry-run", "--json").out)
     assert len(data["plan"]["layers"]) == 14

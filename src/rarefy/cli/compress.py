@@ -136,7 +136,7 @@ def _print_plan(plan: "Plan") -> None:
         Text(
             f"On disk: {format_bytes(plan.input_bytes)} now, {format_bytes(plan.disk_bytes)} afterwards ({direction}). "
             f"Untouched: {len(plan.untouched)} layers, {format_bytes(untouched_bytes)}. "
-            f"About {format_seconds(plan.seconds)} to compress, measuring not included; "
+            f"About {format_seconds(plan.seconds)} to compress on a quiet machine, measuring not included; "
             f"about {format_bytes(plan.memory_bytes)} of memory."
         )
     )
