@@ -178,6 +178,27 @@ def test_windows_longer_than_the_model_are_cut(tiny_bert_dir, text_file):
     assert "128" in result.report.calibration.note
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_models_with_few_positions_are_timed_within_them(kind, tiny_llama_dir, text_file, tmp_path):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "decoder":
+        config = transformers.OPTConfig(**common, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32)
+        transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "m")
+    else:
+        config = transformers.BertConfig(**common, intermediate_size=48, max_position_embeddings=48)
+        transformers.BertModel(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    result = rarefy.compress(tmp_path / "m", MAGNITUDE, calibration=text_file, **SMALL)
+    hows = {metric.name: metric.how for metric in result.report.metrics}
+    if kind == "decoder":  # 64 positions, of which 16 are for what is generated
+        assert "a prompt of 48 tokens;" in hows["prompt_tokens_per_s"]
+    else:
+        assert "of 48 tokens;" in hows["sequences_per_s"]
+
+
 @pytest.mark.parametrize(("build", "shape"), [(tiny.mlp, (16, 12)), (tiny.cnn, (4, 1, 8, 8))])
 def test_any_module_with_example_inputs(build, shape, tmp_path):
     model = build().eval()

@@ -35,6 +35,7 @@ from rarefy.measure.runners import EngineRunner, Runner
 from rarefy.measure.size import disk_bytes
 from rarefy.models.loaded import LoadedModel
 from rarefy.models.memory import release_freed_memory
+from rarefy.models.positions import num_positions
 from rarefy.nn import replace_linear
 
 Role = Literal["decoder", "encoder", "other"]
@@ -44,21 +45,6 @@ _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 16
 _ENCODE_BATCH = 8
 _ENGINE = "rarefy's engine"
-# What is timed: for each phase of a round the metric's name, how many units a round does, and words for a reader.
-_PHASES: dict[Role, dict[str, tuple[str, int, str]]] = {
-    "decoder": {
-        "prompt": ("prompt_tokens_per_s", _PROMPT_TOKENS, f"a prompt of {_PROMPT_TOKENS} tokens"),
-        "decode": ("decode_tokens_per_s", _DECODE_TOKENS, f"{_DECODE_TOKENS} tokens one by one"),
-    },
-    "encoder": {
-        "encode": (
-            "sequences_per_s",
-            _ENCODE_BATCH,
-            f"batches of {_ENCODE_BATCH} sequences of {_PROMPT_TOKENS} tokens",
-        )
-    },
-    "other": {"call": ("calls_per_s", 1, "calls of the model on one held-out batch")},
-}
 # Of the original's outputs on held-out data (logits of a large vocabulary), so much is kept for comparison.
 _KEPT_OUTPUT_BYTES = 64 << 20
 
@@ -227,7 +213,8 @@ def _speed(loaded: LoadedModel, baseline: Baseline, engine: Engine | None, packe
         after = EngineRunner(engine) if engine is not None else ModuleRunner(packed)
     elif not baseline.held_out or packed is None:
         return []
-    phases = _PHASES[baseline.role]
+    length = _prompt_tokens(loaded.model, baseline.role)
+    phases = _phases(baseline.role, length)
     dtypes = (torch.float32,) if after is None else (torch.bfloat16, torch.float32)
     rounds: dict[str, Timings] = {}
     for dtype in dtypes:
@@ -237,7 +224,7 @@ def _speed(loaded: LoadedModel, baseline: Baseline, engine: Engine | None, packe
             if after is None:
                 works = [_caller(part, baseline.held_out[0]) for part in (model, packed) if part is not None]
             else:
-                shape = (_ENCODE_BATCH, _PROMPT_TOKENS)
+                shape = (_ENCODE_BATCH, length)
                 tokens = np.random.default_rng(0).integers(0, after.vocabulary_size, size=shape).tolist()
                 work = _decoder if baseline.role == "decoder" else _encoder
                 works = [work(runner, tokens) for runner in (ModuleRunner(model), after)]
@@ -258,6 +245,30 @@ def _speed(loaded: LoadedModel, baseline: Baseline, engine: Engine | None, packe
         before, result = (rounds[best].rate(side, phase, units) for side in ("before", "after"))
         metrics.append(Metric(name, f"{name.removesuffix('_per_s').rpartition('_')[2]}/s", True, before, result, how))
     return metrics
+
+
+def _phases(role: Role, length: int) -> dict[str, tuple[str, int, str]]:
+    """What is timed: for each phase of a round the metric's name, how many units a round does, and words for a reader.
+
+    Args:
+        role: of the model.
+        length: tokens of a prompt or sequence.
+    """
+    if role == "decoder":
+        return {
+            "prompt": ("prompt_tokens_per_s", length, f"a prompt of {length} tokens"),
+            "decode": ("decode_tokens_per_s", _DECODE_TOKENS, f"{_DECODE_TOKENS} tokens one by one"),
+        }
+    if role == "encoder":
+        words = f"batches of {_ENCODE_BATCH} sequences of {length} tokens"
+        return {"encode": ("sequences_per_s", _ENCODE_BATCH, words)}
+    return {"call": ("calls_per_s", 1, "calls of the model on one held-out batch")}
+
+
+def _prompt_tokens(model: nn.Module, role: Role) -> int:
+    """How long a prompt or sequence is timed: as long as the model has positions for."""
+    limit = num_positions(model)
+    return _PROMPT_TOKENS if limit is None else min(_PROMPT_TOKENS, limit - _DECODE_TOKENS * (role == "decoder"))
 
 
 def _quality(baseline: Baseline, engine: Engine | None, packed: nn.Module | None) -> Metric | None:
