@@ -97,6 +97,31 @@ def test_the_verdict_compares_before_and_after(run):
     assert run[0].report.seconds.keys() >= {"load", "compress", "measure before", "measure after"}
 
 
+def test_the_original_is_timed_in_the_users_environment(tiny_llama_dir, text_file, monkeypatch):
+    import transformers
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("RAREFY_SET_BY_ITSELF", "OMP_WAIT_POLICY")  # as the command line does
+    started = []
+    original = subprocess.Popen
+
+    def spy(command, **options):
+        started.append((command[1:], options["env"].get("OMP_WAIT_POLICY")))
+        return original(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    result = rarefy.compress(tiny_llama_dir, MAGNITUDE, calibration=text_file, **SMALL)
+    assert started == [(["-m", "rarefy.measure.worker"], None)]
+    hows = {metric.name: metric.how for metric in result.report.metrics}
+    assert "the original in a process of its own; before: torch" in hows["decode_tokens_per_s"]
+    module = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    result = rarefy.compress(module, MAGNITUDE, calibration=text_file, tokenizer=tokenizer, **SMALL)
+    assert len(started) == 1  # there is nothing that another process could load
+    hows = {metric.name: metric.how for metric in result.report.metrics}
+    assert "in one process; before: torch" in hows["decode_tokens_per_s"]
+
+
 def test_progress_names_the_phases(run):
     phases = list(dict.fromkeys(phase for phase, *_ in run[2]))
     assert phases == ["load", "calibration data", "measure before", "compress", "measure after", "write"]

@@ -39,7 +39,6 @@ class Worker:
     def __init__(self, name: str, model: str | Path, runtime: str, *, num_threads: int | None = None) -> None:
         self.name = name
         self.model = str(model)
-        self.runtime = runtime
         self._work: dict[str, Any] = {}
         environment = users_environment()
         if num_threads is not None:
@@ -54,11 +53,18 @@ class Worker:
             text=True,
             env=environment,
         )
+        self._num_threads = num_threads
         try:
-            loaded = self._ask({"op": "load", "model": self.model, "runtime": runtime, "num_threads": num_threads})
+            self.load(runtime)
         except BaseException:
             self.close()
             raise
+
+    def load(self, runtime: str) -> None:
+        """Load the model again, under another runtime; the one before is dropped first."""
+        self.runtime = runtime
+        request = {"op": "load", "model": self.model, "runtime": runtime, "num_threads": self._num_threads}
+        loaded = self._ask(request)
         self.kind: Kind = loaded["kind"]
         self.vocabulary_size = int(loaded["vocabulary_size"])
 
@@ -122,6 +128,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         request = json.loads(line)
         try:
             if request["op"] == "load":
+                runner = None  # two models might not fit
                 runner = open_runner(request["model"], request["runtime"], num_threads=request["num_threads"])
                 answer: dict[str, Any] = {"kind": runner.kind, "vocabulary_size": runner.vocabulary_size}
             elif request["op"] == "peak":
