@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -335,7 +336,7 @@ def test_bad_requests_fail_before_any_work(tiny_llama_dir, text_file, tmp_path):
     assert (tmp_path / "OUT" / "mine.txt").read_text() == "keep"
 
 
-def test_an_interrupted_run_leaves_nothing(tiny_llama_dir, text_file, tmp_path):
+def test_an_interrupted_run_leaves_no_output_but_what_it_has_finished(tiny_llama_dir, text_file, tmp_path):
     def interrupt(phase, done, total, detail):
         if phase == "measure after" and done:
             raise KeyboardInterrupt
@@ -345,11 +346,12 @@ def test_an_interrupted_run_leaves_nothing(tiny_llama_dir, text_file, tmp_path):
             rarefy.compress(
                 tiny_llama_dir, SPARSE, calibration=text_file, out=tmp_path / "new" / "OUT", progress=stop, **SMALL
             )
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["OUT.partial"]
+        shutil.rmtree(tmp_path / "new")
 
 
 def _at_half(phase, done, total, detail):
-    if phase == "compress" and 2 * done > total:
+    if phase == "compress" and 3 * done > 2 * total:
         raise KeyboardInterrupt
 
 
