@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,9 +87,40 @@ def test_the_verdict_compares_before_and_after(run):
     assert metrics["disk_bytes"].after.median < metrics["disk_bytes"].before.median
     perplexity = metrics["perplexity"]
     assert perplexity.before.num_runs == 8
+    assert perplexity.paired.num_pairs == 8
+    # Judged on the same windows: the change is known better than either of the two values.
+    ratio = perplexity.after.median / perplexity.before.median
+    assert np.exp(perplexity.paired.mean) == pytest.approx(ratio, rel=1e-6)
+    unpaired = np.log(perplexity.before.high / perplexity.before.median)
+    assert 0 < perplexity.paired.standard_error < 0.5 * unpaired
     # a random model of 400 tokens knows nothing, before or after
     assert perplexity.after.median == pytest.approx(perplexity.before.median, rel=0.1)
     assert run[0].report.seconds.keys() >= {"load", "compress", "measure before", "measure after"}
+
+
+def test_the_original_is_timed_in_the_users_environment(tiny_llama_dir, text_file, monkeypatch):
+    import transformers
+
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setenv("RAREFY_SET_BY_ITSELF", "OMP_WAIT_POLICY")  # as the command line does
+    started = []
+    original = subprocess.Popen
+
+    def spy(command, **options):
+        started.append((command[1:], options["env"].get("OMP_WAIT_POLICY")))
+        return original(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    result = rarefy.compress(tiny_llama_dir, MAGNITUDE, calibration=text_file, **SMALL)
+    assert started == [(["-m", "rarefy.measure.worker"], None)]
+    hows = {metric.name: metric.how for metric in result.report.metrics}
+    assert "the original in a process of its own; before: torch" in hows["decode_tokens_per_s"]
+    module = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    result = rarefy.compress(module, MAGNITUDE, calibration=text_file, tokenizer=tokenizer, **SMALL)
+    assert len(started) == 1  # there is nothing that another process could load
+    hows = {metric.name: metric.how for metric in result.report.metrics}
+    assert "in one process; before: torch" in hows["decode_tokens_per_s"]
 
 
 def test_progress_names_the_phases(run):
@@ -146,6 +178,8 @@ def test_an_encoder_is_judged_by_its_embeddings(tiny_bert_dir, text_file, tmp_pa
     metrics = {metric.name: metric for metric in result.report.metrics}
     assert 0.9 < metrics["fidelity"].after.median <= 1
     assert metrics["fidelity"].before.median == 1
+    assert metrics["fidelity"].paired.mean == pytest.approx(metrics["fidelity"].after.median - 1)
+    assert 0 < metrics["fidelity"].paired.standard_error < 0.1
     assert "sequences_per_s" in metrics
     assert (tmp_path / "OUT" / "vocab.txt").exists() == (tiny_bert_dir / "vocab.txt").exists()
 
@@ -168,6 +202,27 @@ def test_windows_longer_than_the_model_are_cut(tiny_bert_dir, text_file):
     result = rarefy.compress(tiny_bert_dir, SPARSE, calibration=text_file, samples=4, measure=False)
     assert result.report.calibration.sequence_length == 128
     assert "128" in result.report.calibration.note
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_models_with_few_positions_are_timed_within_them(kind, tiny_llama_dir, text_file, tmp_path):
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "decoder":
+        config = transformers.OPTConfig(**common, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32)
+        transformers.OPTForCausalLM(config).save_pretrained(tmp_path / "m")
+    else:
+        config = transformers.BertConfig(**common, intermediate_size=48, max_position_embeddings=48)
+        transformers.BertModel(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    result = rarefy.compress(tmp_path / "m", MAGNITUDE, calibration=text_file, **SMALL)
+    hows = {metric.name: metric.how for metric in result.report.metrics}
+    if kind == "decoder":  # 64 positions, of which 16 are for what is generated
+        assert "a prompt of 48 tokens;" in hows["prompt_tokens_per_s"]
+    else:
+        assert "of 48 tokens;" in hows["sequences_per_s"]
 
 
 @pytest.mark.parametrize(("build", "shape"), [(tiny.mlp, (16, 12)), (tiny.cnn, (4, 1, 8, 8))])
@@ -231,6 +286,37 @@ def test_evaluation_text_is_used_for_the_verdict(tiny_llama_dir, text_file, tmp_
     assert result.report.calibration is None
 
 
+def test_what_is_written_names_files_without_their_directories(tiny_llama_dir, text_file, tmp_path):
+    import transformers
+
+    private = tmp_path / "private-directory"
+    (private / "texts").mkdir(parents=True)
+    (private / "texts" / "a.txt").write_text(text_file.read_text())
+    (private / "judge.txt").write_text(text_file.read_text()[:9000])
+    (private / "mine.yaml").write_text(rarefy.load_recipe(SPARSE).to_yaml())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_dir)
+    # A decoder that the engine does not know: the warning about it must not tell either.
+    config = transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, word_embed_proj_dim=32,
+    )  # fmt: skip
+    transformers.OPTForCausalLM(config).save_pretrained(private / "m")
+    tokenizer.save_pretrained(private / "m")
+    for name, options in (("A", {}), ("B", {"evaluation": private / "judge.txt"})):
+        result = rarefy.compress(
+            private / "m", private / "mine.yaml", calibration=private / "texts", out=private / name, **options, **SMALL
+        )
+        assert result.report.calibration.source == "texts"
+        assert "engine does not run this model (config.json" in " ".join(result.report.warnings)
+        for file in (private / name).iterdir():
+            assert b"private-directory" not in file.read_bytes(), file.name
+        how = next(metric.how for metric in result.report.metrics if metric.name == "perplexity")
+        assert f"held-out windows of {'judge.txt' if options else 'texts'};" in how
+    (private / "short.txt").write_text("too short")
+    with pytest.raises(CalibrationError, match="private-directory"):  # an error is for the user alone, and says all
+        rarefy.compress(private / "m", SPARSE, calibration=private / "short.txt", **SMALL)
+
+
 def test_bad_requests_fail_before_any_work(tiny_llama_dir, text_file, tmp_path):
     with pytest.raises(PathError):
         rarefy.compress(tmp_path / "nothing", SPARSE)
@@ -250,7 +336,7 @@ def test_bad_requests_fail_before_any_work(tiny_llama_dir, text_file, tmp_path):
     assert (tmp_path / "OUT" / "mine.txt").read_text() == "keep"
 
 
-def test_an_interrupted_run_leaves_nothing(tiny_llama_dir, text_file, tmp_path):
+def test_an_interrupted_run_leaves_no_output_but_what_it_has_finished(tiny_llama_dir, text_file, tmp_path):
     def interrupt(phase, done, total, detail):
         if phase == "measure after" and done:
             raise KeyboardInterrupt
@@ -260,11 +346,12 @@ def test_an_interrupted_run_leaves_nothing(tiny_llama_dir, text_file, tmp_path):
             rarefy.compress(
                 tiny_llama_dir, SPARSE, calibration=text_file, out=tmp_path / "new" / "OUT", progress=stop, **SMALL
             )
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["OUT.partial"]
+        shutil.rmtree(tmp_path / "new")
 
 
 def _at_half(phase, done, total, detail):
-    if phase == "compress" and 2 * done > total:
+    if phase == "compress" and 3 * done > 2 * total:
         raise KeyboardInterrupt
 
 

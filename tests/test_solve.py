@@ -227,16 +227,51 @@ def test_relative_error_is_that_of_the_outputs():
     assert relative_error(zeros, zeros, {Gram(): gram}) == (0.0, "output")
 
 
-def test_progress_counts_up_to_its_total():
+@pytest.mark.parametrize("inside_blocks", [True, False])
+@pytest.mark.parametrize("build", [tiny.llama, tiny.qwen2, tiny.t5, tiny.bert, tiny.albert])
+def test_progress_counts_every_step_up_to_its_total(build, inside_blocks):
+    told = []
+    model = build()
+    calls = text_calls(model, IDS_NL, 2)
+    solved, _ = _solve(model, calls, inside_blocks=inside_blocks, progress=lambda *args: told.append(args))
+    assert len(solved.layouts) > 5
+    assert {x[0] for x in told} == {"compress"}
+    assert [x[1:3] for x in told] == [(done, len(told)) for done in range(1, len(told) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "num_passes"),
+    [
+        (["model.layers.0.mlp.up_proj"], 1),
+        (["model.layers.1.mlp.up_proj"], 2),
+        (["model.layers.0.mlp.up_proj", "model.layers.2.mlp.up_proj"], 4),
+    ],
+)
+def test_progress_counts_no_pass_that_no_layer_needs(names, num_passes):
     told = []
     model = tiny.llama()
-    _solve(model, text_calls(model, IDS_NL, 2), progress=lambda *args: told.append(args))
-    done = [x[1] for x in told]
-    assert {x[0] for x in told} == {"compress"}
-    assert done == sorted(done)
-    assert len({x[2] for x in told}) == 1
-    assert done[-1] >= 0.8 * told[-1][2]
-    assert any("model.layers.1" in x[3] for x in told)
+    loaded = load_model(model)
+    calls = text_calls(model, IDS_NL, 2)
+    tasks = [Task(name, (("half", Half()),)) for name in names]
+    solve_model(loaded, loaded.structure(), tasks, calls, progress=lambda *args: told.append(args))
+    total = num_passes * len(calls) + len(names)
+    assert [x[1:3] for x in told] == [(done, total) for done in range(1, total + 1)]
+
+
+def test_progress_ends_where_the_model_never_calls_a_block():
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+
+        def forward(self, x):
+            return self.layers[1](self.layers[0](x))
+
+    told = []
+    calls = example_calls([torch.randn(4, 8) for _ in range(5)], 5)
+    solved, _ = _solve(Skipping(), calls, progress=lambda *args: told.append(args))
+    assert list(solved.skipped) == ["layers.2.0"]
+    assert told[-1][1] == told[-1][2]
 
 
 def test_a_float16_module_is_solved_in_float32_and_stays_float16():

@@ -25,6 +25,14 @@ from rarefy.artifact import check_output, write_artifact
 from rarefy.calibrate.attention import fast_attention
 from rarefy.calibrate.data import CalibrationData, Examples, fitting_length, gather
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype
+from rarefy.checkpoint import (
+    Checkpoint,
+    can_resume,
+    identity_of,
+    open_checkpoint,
+    partial_path,
+    removed_if_hopeless,
+)
 from rarefy.core.errors import UsageError
 from rarefy.core.results import Metric, RunReport, UntouchedLayer
 from rarefy.kernels import describe_cpu, detect_cpu
@@ -82,10 +90,14 @@ def compress(
     compute_dtype: ComputeDtype = "auto",
     announce: Callable[[Plan], None] | None = None,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
     measure: bool = True,
     force: bool = False,
 ) -> RunResult:
     """Compress a model.
+
+    A run that is interrupted leaves the blocks that it has finished in `OUT.partial`, and the same call goes on after
+    them; that takes a source and methods that can be recognised, which a module and methods of the caller cannot.
 
     Args:
         source: a Hugging Face directory, hub id or GGUF file; a module, of which a copy is compressed; or what
@@ -102,8 +114,9 @@ def compress(
         compute_dtype: of the calibration's forward passes; "auto": bfloat16 where the CPU multiplies it in hardware.
         announce: given the plan before the work starts.
         progress: told how far each phase is.
+        tell: told in one line of an interrupted run that was found.
         measure: whether to measure quality, size and speed before and after.
-        force: replace `out` if it is a model directory.
+        force: replace `out` if it is a model directory, and start anew.
 
     Returns:
         The report, the packed layers and the path; `.model()` gives the compressed torch model.
@@ -123,6 +136,7 @@ def compress(
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if out is not None:
         check_output(out, force=force)
+        partial_path(out)
     with clock.phase("load"):
         loaded = _load(source)
         loaded.tokenizer = tokenizer or loaded.tokenizer
@@ -134,11 +148,15 @@ def compress(
     with clock.phase("calibration data"):
         needs_data = any(task.needs() for task in tasks)
         data = gather(loaded, calibration, evaluation, samples, sequence_length, seed, needs_data, measure)
+    checkpoint: Checkpoint | None = None
+    if out is not None and can_resume(loaded, parsed):
+        identity = identity_of(loaded, parsed, data.calls, _computation(dtype))
+        checkpoint = open_checkpoint(partial_path(out), identity, force=force, tell=tell or (lambda _: None))
     baseline: Baseline | None = None
     if measure:
         with clock.phase("measure before"):
             baseline = measure_before(loaded, data.held_out, data.windows_NL, source=data.source, dtype=dtype)
-    with clock.phase("compress"), fast_attention():
+    with clock.phase("compress"), fast_attention(), removed_if_hopeless(checkpoint):
         solved = solve_model(
             loaded,
             structure,
@@ -147,6 +165,7 @@ def compress(
             dtype=dtype,
             float_format="bf16" if parsed.rest_dtype == "bfloat16" else "f32",
             progress=progress,
+            checkpoint=checkpoint,
         )
     tied = {layer.name: layer.tied_to for layer in structure.layers if layer.tied_to in solved.layouts}
     tensors = _rest(loaded, solved.layouts, structure, half=parsed.rest_dtype == "bfloat16")
@@ -177,6 +196,8 @@ def compress(
         with clock.phase("write"):
             path = Path(out)
             write(path, _documents(report, parsed))
+        if checkpoint is not None:
+            checkpoint.remove()
     return RunResult(report, solved.layouts, tied, path, loaded)
 
 
@@ -253,6 +274,11 @@ class _Facts:
     def report(self, metrics: tuple[Metric, ...], warnings: tuple[str, ...], seconds: Mapping[str, float]) -> RunReport:
         """The report of the run."""
         own = [*self.loaded.notes, *notes(self.recipe, self.structure)]
+        if self.solved.num_resumed:
+            own.append(
+                f"an interrupted run had finished {self.solved.num_resumed} of the blocks; the time of compression is "
+                "that of the others"
+            )
         own += [f"{name} was left alone: {why}" for name, why in self.solved.skipped.items()]
         return RunReport(
             model=_shown_name(self.loaded),
@@ -304,6 +330,16 @@ def _versions() -> dict[str, str]:
         "rarefy": rarefy.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _computation(dtype: torch.dtype) -> dict[str, Any]:
+    """What besides the data may move the last bit of a result."""
+    cpu = describe_cpu()
+    return {
+        "dtype": str(dtype),
+        "versions": _versions(),
+        "cpu": [str(cpu["model"]), list(cpu["flags"]), int(cpu["num_threads"]), torch.get_num_threads()],
     }
 
 

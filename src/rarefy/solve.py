@@ -18,7 +18,9 @@ from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters
 from rarefy.calibrate.statistics import Gram, Statistic, bfloat16_products
+from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.errors import PatternError
+from rarefy.core.grids import Float32Array
 from rarefy.core.results import ErrorMetric, LayerResult
 from rarefy.core.solution import Solution
 from rarefy.layouts import AnyLayout, FloatFormat, pack
@@ -26,6 +28,9 @@ from rarefy.methods.base import LayerMethod
 from rarefy.models.loaded import LoadedModel, check_finite
 from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Structure
+
+# Stands for the layers outside of the blocks among the names of blocks, none of which is empty where there are several.
+_OUTSIDE = ""
 
 
 class Progress(Protocol):
@@ -58,11 +63,13 @@ class Solved:
         layouts: the packed weight of each compressed layer.
         results: what was done to it, and how well.
         skipped: layers of the plan that could not be solved, each with the reason.
+        num_resumed: blocks that an interrupted run had solved.
     """
 
     layouts: dict[str, AnyLayout] = field(default_factory=dict)
     results: dict[str, LayerResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    num_resumed: int = 0
 
 
 def solve_model(
@@ -74,6 +81,7 @@ def solve_model(
     dtype: torch.dtype = torch.float32,
     float_format: FloatFormat = "bf16",
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Solved:
     """Solve every task; where the weights are held in memory, the model's own weights become the solutions.
 
@@ -85,6 +93,8 @@ def solve_model(
         dtype: of the forward passes. Solutions are always computed from float32 weights.
         float_format: of dense layouts without a grid.
         progress: told about every batch and layer.
+        checkpoint: gives the blocks that an interrupted run has finished, and keeps those that this one finishes; for
+            streaming models with repeated blocks.
 
     Raises:
         NonFiniteError: a weight or an activation is NaN or infinite.
@@ -92,7 +102,7 @@ def solve_model(
     """
     by_name = {task.layer: task for task in tasks}
     ordered = [by_name[layer.name] for layer in structure.layers if layer.name in by_name]
-    run = _Pass(loaded, dtype, float_format, progress)
+    run = _Pass(loaded, dtype, float_format, progress, checkpoint if loaded.streams else None)
     with calibration_mode(loaded.model), without_cache(loaded.model):
         if not any(task.needs() for task in ordered):
             run.without_data(ordered)
@@ -100,7 +110,6 @@ def solve_model(
             run.whole_model(ordered, cast_inputs(calls, dtype))
         else:
             run.block_by_block(structure, ordered, cast_inputs(calls, dtype))
-    run.tell_end()
     return run.solved
 
 
@@ -109,7 +118,12 @@ class _Pass:
     """One pass over a model: what all of its steps need at hand."""
 
     def __init__(
-        self, loaded: LoadedModel, dtype: torch.dtype, float_format: FloatFormat, progress: Progress | None
+        self,
+        loaded: LoadedModel,
+        dtype: torch.dtype,
+        float_format: FloatFormat,
+        progress: Progress | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         self.loaded = loaded
         self.model = loaded.model
@@ -117,6 +131,9 @@ class _Pass:
         self.float_format = float_format
         self.solved = Solved()
         self._progress = progress
+        self._checkpoint = checkpoint
+        self._units: dict[str, str] = {}
+        self._finished: dict[str, Finished] = {}
         self._done = 0
         self._total = 1
 
@@ -146,8 +163,13 @@ class _Pass:
         for task in tasks:
             block = block_of[task.layer]
             (outside if block is None else inside[block]).append(task)
+        self._units = {name: f"block-{number:04d}" for number, name in enumerate(blocks)} | {_OUTSIDE: "outside"}
+        inside = {name: self._unfinished(name, own) for name, own in inside.items()}
+        outside = self._unfinished(_OUTSIDE, outside)
         rest_needs_data = any(task.needs() for task in outside)
-        self._total = 2 * len(calls) * len(blocks) + len(tasks) + len(calls) * rest_needs_data
+        self._total = len(tasks) + len(calls) * _num_passes(inside, rest_needs_data)
+        for layer in (*self.solved.layouts, *self.solved.skipped):
+            self._tick(layer)
         self.loaded.materialize("", without=frozenset(blocks), dtype=self.dtype)
         masters = {} if self.loaded.streams else self._masters(outside)
         in_blocks = {id(parameter) for name in blocks for parameter in self.model.get_submodule(name).parameters()}
@@ -169,6 +191,9 @@ class _Pass:
                 outputs = self._solve_block(name, inside[name], block_calls, last=last)
                 if not last:
                     walk.finish(outputs)
+            if waiting:  # the model never calls them: there is nothing to run
+                self._total = self._done + len(calls) * rest_needs_data + len(outside)
+                self._total += sum(len(inside[name]) for name in waiting)
             for name in sorted(waiting):
                 for task in inside[name]:
                     self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight"), {})
@@ -185,6 +210,40 @@ class _Pass:
         for task in outside:
             weight = masters.get(task.layer)
             self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight") if weight is None else weight, stats)
+        self._keep(_OUTSIDE, outside, {})
+
+    def _unfinished(self, name: str, tasks: list[Task]) -> list[Task]:
+        """The tasks of a block, or none if an interrupted run has finished it: its results are then among ours."""
+        if self._checkpoint is None or not tasks:
+            return tasks
+        found = self._checkpoint.load(self._units[name], [task.layer for task in tasks])
+        if found is None:
+            return tasks
+        self._finished[name] = found
+        self.solved.num_resumed += 1
+        self.solved.layouts.update(found.layouts)
+        self.solved.results.update(found.results)
+        self.solved.skipped.update(found.skipped)
+        return []
+
+    def _keep(self, name: str, tasks: Sequence[Task], solutions: Mapping[str, Solution | None]) -> None:
+        """Put a finished block where a later run finds it; `solutions` are those that later blocks are solved on."""
+        layouts = {task.layer: self.solved.layouts[task.layer] for task in tasks if task.layer in self.solved.layouts}
+        if self._checkpoint is None or not layouts:
+            return
+        results = {layer: self.solved.results[layer] for layer in layouts}
+        skipped = {task.layer: self.solved.skipped[task.layer] for task in tasks if task.layer not in layouts}
+        weights = {
+            layer: solution.weight_OI
+            for layer, solution in solutions.items()
+            if solution is not None and not self._gives_back(layouts[layer], solution)
+        }
+        self._checkpoint.save(self._units[name], Finished(layouts, results, skipped, weights))
+
+    def _gives_back(self, layout: AnyLayout, solution: Solution) -> bool:
+        """Whether a layout has the very weights that the forward passes used."""
+        weights = (torch.from_numpy(weight_OI).to(self.dtype) for weight_OI in (layout.to_dense(), solution.weight_OI))
+        return torch.equal(*weights)
 
     def _solve_block(self, name: str, tasks: Sequence[Task], calls: Sequence[Call], *, last: bool) -> list[Any]:
         """Solve the layers of one block and return what the solved block makes of its inputs (nothing if last)."""
@@ -202,7 +261,11 @@ class _Pass:
             }
             for layer, solution in solutions.items():
                 if solution is not None:
-                    _set_weight(self.model.get_submodule(layer), solution)
+                    _set_weight(self.model.get_submodule(layer), solution.weight_OI)
+            self._keep(name, tasks, solutions)
+            if name in self._finished:
+                for layer in self._finished[name].layouts:
+                    _set_weight(self.model.get_submodule(layer), self._finished[name].weight(layer))
             if not last:
                 for call in calls:
                     outputs.append(block(*call.args, **call.kwargs))
@@ -210,7 +273,7 @@ class _Pass:
         if not self.loaded.streams:
             for layer, solution in solutions.items():
                 if solution is not None:
-                    _set_weight(self.model.get_submodule(layer), solution)
+                    _set_weight(self.model.get_submodule(layer), solution.weight_OI)
         self.loaded.release(name)
         release_freed_memory()
         return outputs
@@ -275,14 +338,9 @@ class _Pass:
             seconds=time.perf_counter() - start,
         )
         if not in_block and not self.loaded.streams:
-            _set_weight(module, solution)
+            _set_weight(module, solution.weight_OI)
         self._tick(task.layer)
         return solution
-
-    def tell_end(self) -> None:
-        """Report that all is done, also where the last block needed fewer steps than the others."""
-        if self._progress is not None:
-            self._progress("compress", self._total, self._total, "")
 
     def _ticker(self, detail: str) -> Callable[[], None]:
         return lambda: self._tick(detail)
@@ -291,6 +349,15 @@ class _Pass:
         self._done += 1
         if self._progress is not None:
             self._progress("compress", min(self._done, self._total), self._total, detail)
+
+
+def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> int:
+    """How often the batches go through a block: to collect statistics, and to give the next block its inputs."""
+    with_tasks = [number for number, tasks in enumerate(inside.values()) if tasks]
+    num_visited = len(inside) if rest_needs_data else max(with_tasks, default=-1) + 1
+    num_collecting = sum(any(task.needs() for task in tasks) for tasks in inside.values())
+    # Nothing follows the last block unless layers outside of the blocks need data, which is one more pass.
+    return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
 
 
 def relative_error(
@@ -312,6 +379,6 @@ def relative_error(
     return (max(0.0, error) / size if size > 0 else 0.0), "output"
 
 
-def _set_weight(module: nn.Module, solution: Solution) -> None:
+def _set_weight(module: nn.Module, weight_OI: Float32Array) -> None:
     weight = module.get_parameter("weight")
-    weight.data.copy_(torch.from_numpy(solution.weight_OI))
+    weight.data.copy_(torch.from_numpy(weight_OI))

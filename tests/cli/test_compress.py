@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rarefy.cli.progress import ProgressDisplay
 from rarefy.core.results import RunReport
 
 # Small enough for the tiny model: 24 windows of 32 tokens.
@@ -130,6 +131,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     done = run("compress", tiny_llama_dir, "-o", "out", "--recipe", recipe, "--dry-run")
     assert done.code == 0, done.err
     assert "bitmask-int4-v1" in done.out
+    assert "to compress on a quiet machine" in " ".join(done.out.split())
     assert leftovers(in_temporary_directory) == []
     data = json.loads(run("compress", tiny_llama_dir, "-o", "out", "--recipe", recipe, "--dry-run", "--json").out)
     assert len(data["plan"]["layers"]) == 14
@@ -294,7 +296,39 @@ def test_layers_too_small_for_a_pattern_are_named(run: Callable, tiny_llama_dir:
     assert not Path("out").exists()
 
 
-def test_ctrl_c_leaves_nothing_behind(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
+def test_after_ctrl_c_the_same_command_goes_on(
+    run: Callable,
+    tiny_llama_dir: Path,
+    recipe: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_temporary_directory: Path,
+) -> None:
+    command = ("compress", tiny_llama_dir, "--recipe", recipe, "--calibration", text_file, *SMALL, "--no-measure")
+    assert run(*command, "-o", "whole").code == 0
+    with monkeypatch.context() as patch:
+        original = ProgressDisplay.__call__
+
+        def interrupt(self: ProgressDisplay, phase: str, done: int, total: int, detail: str = "") -> None:
+            original(self, phase, done, total, detail)
+            if detail == "model.layers.1.mlp.down_proj":
+                raise KeyboardInterrupt
+
+        patch.setattr(ProgressDisplay, "__call__", interrupt)
+        done = run(*command, "-o", "out")
+    assert done.code == 130
+    kept = "interrupted; the same command will go on after 1 finished block (kept in out.partial)"
+    assert done.err.splitlines()[-1] == kept
+    assert leftovers(in_temporary_directory) == ["out.partial", "whole"]
+    done = run(*command, "-o", "out")
+    assert done.code == 0, done.err
+    assert "out.partial holds the work of an interrupted run: going on after 1 finished block" in done.err.splitlines()
+    assert leftovers(in_temporary_directory) == ["out", "whole"]
+    one, other = (Path(name, "model.safetensors").read_bytes() for name in ("out", "whole"))
+    assert one == other
+
+
+def test_ctrl_c_leaves_no_output_and_says_what_it_leaves(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rarefy", "compress", tiny_llama_dir, "-o", "OUT", "--calibration", text_file]
     command += ["--samples", 256, "--sequence-length", 64, "--eval-data", text_file]
     process = subprocess.Popen(
@@ -313,6 +347,7 @@ def test_ctrl_c_leaves_nothing_behind(tiny_llama_dir: Path, text_file: Path, tmp
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "interrupted; nothing was written" in err
     assert "Traceback" not in err
-    assert leftovers(tmp_path) == []
+    kept = leftovers(tmp_path)
+    assert kept in ([], ["OUT.partial"])
+    assert err.endswith("(kept in OUT.partial)\n" if kept else "interrupted; nothing was written\n")

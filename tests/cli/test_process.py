@@ -1,6 +1,7 @@
 """What only a real process shows: what is imported, signals, pipes, and an install without the compress extra."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -75,6 +76,28 @@ def test_an_encoding_without_the_characters_does_not_end_the_command(run_process
     done = run_process("inspect", "höhe→", env={"PYTHONIOENCODING": "ascii"})
     assert done.code == 2
     assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("policy", [None, "ACTIVE", "PASSIVE"])
+def test_contestants_of_bench_get_the_users_environment(tiny_llama_dir: object, policy: str | None) -> None:
+    """The command's own process waits patiently; torch as a contestant waits as the user's torch would."""
+    spy = (
+        "import os, sys; import rarefy.measure.worker as worker; original = worker.subprocess.Popen\n"
+        "def popen(command, env, **options):\n"
+        "    print(os.environ['OMP_WAIT_POLICY'], env.get('OMP_WAIT_POLICY'), sorted(set(os.environ) - set(env)),"
+        " file=sys.stderr)\n"
+        "    return original(command, env=env, **options)\n"
+        "worker.subprocess.Popen = popen\n"
+        "from rarefy.cli import main; main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if policy is not None:
+        environment["OMP_WAIT_POLICY"] = policy
+    command = [sys.executable, "-c", spy, "bench", str(tiny_llama_dir), "--runtime", "engine", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    removed = ["OMP_WAIT_POLICY", "RAREFY_SET_BY_ITSELF"] if policy is None else []
+    assert f"{policy or 'PASSIVE'} {policy} {removed}" in done.stderr.splitlines()
 
 
 def test_slow_kernels_are_announced_in_one_line(run_process: Callable, tiny_llama_dir: object) -> None:

@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rarefy.core.errors import DamagedFileError
-from rarefy.core.results import CalibrationInfo, LayerResult, Metric, RunReport, Spread, UntouchedLayer
+from rarefy.core.results import (
+    NATS,
+    CalibrationInfo,
+    LayerResult,
+    Metric,
+    PairedDifference,
+    RunReport,
+    Spread,
+    UntouchedLayer,
+)
 
 REPORT = RunReport(
     model="m",
@@ -23,7 +32,10 @@ REPORT = RunReport(
         LayerResult("a.q", (4, 8), "nm-int4-v1", ("wanda", "rtn"), 0.5, 4, None, 3.25, 0.01, "output", 128, 13, 0.5),
     ),
     untouched=(UntouchedLayer("n", "LayerNorm", (8,), 32, "1-D"),),
-    metrics=(Metric("perplexity", "", False, Spread(26.0, 26.0, 26.0, 1), None, "how"),),
+    metrics=(
+        Metric("perplexity", "", False, Spread(26.0, 26.0, 26.0, 1), None, "how"),
+        Metric("x", "", True, None, Spread(1.0, 1.0, 1.0, 1), "how", PairedDifference(0.25, 0.125, 8, NATS)),
+    ),
     warnings=("slow",),
     seconds={"load": 1.5},
     peak_memory_bytes=5,
@@ -36,7 +48,7 @@ def through_json(record):
 
 def test_round_trip():
     assert through_json(REPORT) == REPORT
-    assert REPORT.to_json()["report_version"] == 1
+    assert REPORT.to_json()["report_version"] == 2
     machine = through_json(REPORT).machine
     assert type(machine["cores"]) is int
     assert type(machine["memory_gb"]) is float
@@ -68,7 +80,7 @@ def test_an_integer_is_a_float_too():
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("report_version",), 2, "report_version 2"),
+        (("report_version",), 1, "report_version 1"),
         (("seed",), "0", r"RunReport\.seed"),
         (("seed",), True, r"RunReport\.seed"),
         (("layers",), {}, r"RunReport\.layers"),

@@ -6,7 +6,7 @@ import pytest
 
 from rarefy.core.errors import RarefyError, UnsupportedModelError, UsageError
 from rarefy.core.results import Spread
-from rarefy.measure.bench import bench
+from rarefy.measure.bench import _labels, bench
 from rarefy.measure.worker import Worker
 
 
@@ -33,6 +33,17 @@ def test_decoders_side_by_side(tiny_llama_dir: Path) -> None:
         assert "a prompt of 16 tokens, then 4 tokens one by one; 1 threads" in row["how"]
     # The engine's process has no torch in it.
     assert 20e6 < rows[0]["peak_memory_bytes"] < 120e6 < rows[1]["peak_memory_bytes"]
+
+
+def test_a_model_can_be_timed_against_itself(tiny_llama_dir: Path) -> None:
+    rows = bench([tiny_llama_dir] * 3, runtimes=("engine", "engine"), prompt_tokens=4, decode_tokens=1, rounds=1)
+    assert [row["name"] for row in rows] == ["llama (engine)", "llama (2) (engine)", "llama (3) (engine)"]
+    assert all(row["decode_tokens_per_s"]["num_runs"] == 1 for row in rows)
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths() -> None:
+    assert _labels(["a/model", Path("b/model"), "b/model", "c"]) == ["a/model", "b/model", "b/model (2)", "c"]
+    assert _labels(["x", "x", "x (2)"]) == ["x", "x (2)", "x (2) (2)"]
 
 
 def test_encoders_and_errors(tiny_bert_dir: Path, tmp_path: Path) -> None:

@@ -48,6 +48,23 @@ def test_sts_of_both_runtimes_agree(tiny_bert_dir: Path, tmp_path: Path) -> None
         evaluate(tiny_bert_dir, "sts", data, runtime="transformers", pooling="cls")
 
 
+def test_texts_longer_than_the_models_positions_are_cut(tiny_bert_dir: Path, tmp_path: Path) -> None:
+    long = "the quick bird sleeps above the old mountain " * 40
+    data = tmp_path / "pairs.csv"
+    data.write_text("\n".join(f"{long} {word},{word},{score}" for score, word in enumerate(("sky", "river", "a", "b"))))
+    for runtime in ("transformers", "engine"):
+        assert "texts cut to 128 tokens" in evaluate(tiny_bert_dir, "sts", data, runtime=runtime)["how"]
+    (tmp_path / "labels.tsv").write_text(f"{long}\t0\n")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir, num_labels=2)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_bert_dir)
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert "texts cut to 128 tokens" in evaluate(tmp_path / "m", "accuracy", tmp_path / "labels.tsv")["how"]
+    tokenizer.model_max_length = 60
+    tokenizer.save_pretrained(tmp_path / "m")
+    assert "texts cut to 60 tokens" in evaluate(tmp_path / "m", "accuracy", tmp_path / "labels.tsv")["how"]
+
+
 def test_mean_pooling_ignores_padding(tiny_bert_dir: Path) -> None:
     from rarefy.measure.similarity import module_embed
 

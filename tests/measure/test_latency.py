@@ -9,7 +9,8 @@ import pytest
 from rarefy.core.errors import NonFiniteError, UsageError
 from rarefy.core.results import Spread
 from rarefy.measure.latency import Timings, check_output, interleave
-from rarefy.measure.measurement import Measurement, compare, exact, is_worse
+from rarefy.measure.measurement import Measurement, compare, exact
+from rarefy.report.facts import change_of
 
 
 class Scripted:
@@ -58,20 +59,24 @@ def test_a_really_slower_contestant_is_seen_to_be_slower() -> None:
     assert timings.ratio("quick", "slow", "work").median > 2
     assert timings.ratio("slow", "quick", "work").median < 0.5
     quick, slow = (Measurement("rate", "1/s", True, timings.rate(n, "work", 1), "timed") for n in ("quick", "slow"))
-    assert is_worse(compare(quick, slow))
-    assert not is_worse(compare(slow, quick))
-    assert not is_worse(compare(slow, slow))
+    outcomes = [change_of(compare(*pair)).outcome for pair in ((quick, slow), (slow, quick), (slow, slow))]
+    assert outcomes == ["worse", "better", "same"]
 
 
-def test_worse_needs_spreads_that_do_not_touch() -> None:
-    def quantity(low: float, high: float, higher_is_better: bool) -> Measurement:
-        return Measurement("x", "", higher_is_better, Spread((low + high) / 2, low, high, 3), "how")
+def test_the_same_examples_are_compared_one_by_one() -> None:
+    def quantity(*examples: float, unit: str = "points") -> Measurement:
+        value = Spread(sum(examples) / len(examples), min(examples), max(examples), len(examples))
+        return Measurement("x", "", True, value, "how", examples, unit)
 
-    assert is_worse(compare(quantity(5, 6, True), quantity(3, 4, True)))
-    assert not is_worse(compare(quantity(5, 6, True), quantity(3, 5.5, True)))
-    assert is_worse(compare(quantity(3, 4, False), quantity(5, 6, False)))
-    assert not is_worse(compare(quantity(5, 6, False), quantity(3, 4, False)))
-    assert not is_worse(compare(None, quantity(3, 4, False)))
+    # Examples differ by thousands, and each moves by about one: -1, -3, -2, with a standard deviation of 1.
+    paired = compare(quantity(1000, 5000, 9000), quantity(999, 4997, 8998)).paired
+    assert paired is not None
+    assert (paired.mean, paired.num_pairs, paired.unit) == (-2.0, 3, "points")
+    assert paired.standard_error == pytest.approx(3**-0.5)
+    assert compare(quantity(1, 2), quantity(1, 2, 3)).paired is None
+    assert compare(quantity(1), quantity(2)).paired is None  # one difference has no spread
+    assert compare(None, quantity(1, 2)).paired is None
+    assert compare(quantity(1, 2), Measurement("x", "", True, exact(2), "how")).paired is None
 
 
 def test_only_the_same_quantity_is_compared() -> None:

@@ -72,6 +72,8 @@ def test_spread_is_the_standard_error_over_windows() -> None:
     error = means.std(ddof=1) / math.sqrt(3)
     assert measured.value.low == pytest.approx(math.exp(means.mean() - error))
     assert measured.value.high == pytest.approx(math.exp(means.mean() + error))
+    assert measured.examples == pytest.approx(means)
+    assert perplexity(toy_scorer, [0, 0, 0, 1, 2, 1], window=4, stride=2).examples == ()  # they count differently
     one = perplexity(toy_scorer, [0, 1], window=2).value
     assert one.low == one.median == one.high == pytest.approx(4.0)
 

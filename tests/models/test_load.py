@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from rarefy.core.errors import DamagedFileError, NonFiniteError, PathError, UnsupportedModelError
 from rarefy.models import load_model
+from rarefy.models.store import GgufStore
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
 
@@ -133,6 +135,34 @@ def test_damaged_gguf(tmp_path):
     path.write_bytes(b"GGUF" + b"\x03\x00\x00\x00" + b"\xff" * 40)
     with pytest.raises((DamagedFileError, UnsupportedModelError)):
         load_model(path)
+
+
+@pytest.mark.parametrize("kind", ["Q8_1", "I8"])
+def test_a_gguf_type_that_cannot_be_converted_is_unsupported_and_told_at_once(tmp_path, kind):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    model = tiny.llama()
+    writer.add_tensor("blk.0.ffn_down.weight", model.model.layers[0].mlp.down_proj.weight.detach().numpy())
+    # 40 bytes hold 32 values of Q8_1, a type that llama.cpp computes with and stores nothing in.
+    bytes_of_row = {"Q8_1": 40, "I8": 32}[kind]
+    data = np.zeros((48, bytes_of_row), dtype=np.uint8 if kind == "Q8_1" else np.int8)
+    writer.add_tensor("blk.1.ffn_up.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=rf"m\.gguf: tensor blk\.1\.ffn_up\.weight is stored as {kind}"):
+        GgufStore(tmp_path / "m.gguf", model, model.config.to_dict())
+
+
+def test_what_a_library_says_by_an_exception_without_words_still_has_some(llama_dir, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UnsupportedModelError, match=r"transformers cannot load it \(NotImplementedError\)"):
+        load_model(llama_dir)
 
 
 def test_pickles_are_refused(llama_dir):

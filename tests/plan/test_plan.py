@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rarefy.core.patterns import NM, Pattern, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import pack
 from rarefy.methods import GPTQ, RTN, LayerMethod, Magnitude, SparseGPT, Wanda
-from rarefy.plan import Plan, Rates, make_plan
+from rarefy.plan import Plan, Rates, cost, make_plan
 from rarefy.recipe import Recipe, Step, load_recipe, shipped_names
 from rarefy.testing.method import make_problem
 
@@ -121,6 +122,44 @@ def test_time_and_memory_follow_the_work() -> None:
     assert small.memory_parts["one block"] == deep.memory_parts["one block"]
     no_data = make_plan(load_recipe("int8"), decoder(), rates=RATES)
     assert no_data.seconds_parts["forward passes"] == no_data.seconds_parts["statistics"] == 0
+
+
+@pytest.mark.parametrize(
+    ("walls", "processors", "seconds"),
+    [
+        # Another process took the machine for most of the probes, and shared it in the others.
+        ([9.0] * 5 + [2.0] + [9.0] * 6, [1.6] * 5 + [1.5] + [1.7] * 6, 1.5),
+        # Two threads on a quarter of a processor: no load that goes away.
+        ([20.0] * 12, [1.0] * 12, 5.0),
+    ],
+)
+def test_rates_are_those_of_a_quiet_machine(
+    monkeypatch: pytest.MonkeyPatch, walls: list[float], processors: list[float], seconds: float
+) -> None:
+    monkeypatch.setattr(cost.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cost, "time", FakeTime(walls * 2, [2 * each for each in processors * 2]))
+    rates = cost.measure_rates()
+    assert rates.float32_flops == rates.bfloat16_flops == pytest.approx(2 * 512 * 576 * 1536 / seconds)
+
+
+class FakeTime:
+    """A clock that advances by what is given between two readings of it."""
+
+    def __init__(self, walls: list[float], processors: list[float]) -> None:
+        self.perf_counter = self._clock(walls)
+        self.process_time = self._clock(processors)
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds < 0.1
+
+    @staticmethod
+    def _clock(steps: list[float]) -> Callable[[], float]:
+        readings = iter([reading for step in steps for reading in (0.0, step)])
+        return lambda: next(readings)
+
+
+def test_the_estimate_says_that_it_is_for_a_quiet_machine() -> None:
+    assert "on a quiet machine" in make_plan(load_recipe("int8"), decoder(), rates=RATES).basis
 
 
 def test_rates_are_measured_when_none_are_given() -> None:

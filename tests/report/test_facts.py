@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from rarefy.core.results import CalibrationInfo, Metric, RunReport, Spread, UntouchedLayer
+from rarefy.core.results import NATS, CalibrationInfo, Metric, PairedDifference, RunReport, Spread, UntouchedLayer
 from rarefy.report import facts
 
 
@@ -45,9 +45,39 @@ def test_a_change_is_judged_and_worded(subject: Metric, outcome: str, text: str)
     assert (change.outcome, change.text) == (outcome, text)
 
 
-def test_a_loss_of_quality_does_not_hide_in_the_spread_over_examples() -> None:
-    spread = Metric("perplexity", "", False, Spread(26.0, 24.0, 28.0, 60), Spread(27.0, 25.0, 29.0, 60), "")
-    assert facts.change_of(spread).outcome == "worse"
+@pytest.mark.parametrize(
+    ("higher_is_better", "after", "paired", "outcome", "text"),
+    [
+        # 3.8 % of perplexity is far inside of both spreads. It is a loss if it was one in nearly every window ...
+        (False, 27.0, PairedDifference(math.log(27 / 26), 0.004, 8, NATS), "worse", "+3.8 % ± 0.42 %"),
+        # ... and no finding if it was not.
+        (
+            False,
+            27.0,
+            PairedDifference(math.log(27 / 26), 0.02, 8, NATS),
+            "same",
+            "no measurable change (+3.8 % ± 2.1 %)",
+        ),
+        (False, 25.0, PairedDifference(math.log(25 / 26), 0.004, 8, NATS), "better", "-3.8 % ± 0.38 %"),
+        (False, 26.001, PairedDifference(math.log(26.001 / 26), 1e-6, 8, NATS), "same", "unchanged"),
+        (True, 25.9, PairedDifference(-0.1, 0.01, 8, ""), "worse", "-0.1000 ± 0.0100"),
+        (True, 25.9, PairedDifference(-0.1, 0.05, 8, ""), "same", "no measurable change (-0.1000 ± 0.0500)"),
+        # Too few examples for pairs: what there is decides.
+        (False, 27.0, None, "worse", "+3.8 %"),
+    ],
+)
+def test_quality_is_judged_by_the_difference_on_the_same_examples(
+    higher_is_better: bool, after: float, paired: PairedDifference | None, outcome: str, text: str
+) -> None:
+    spreads = Spread(26.0, 22.6, 29.4, 8), Spread(after, after - 3, after + 3, 8)
+    change = facts.change_of(Metric("x", "", higher_is_better, *spreads, "", paired))
+    assert (change.outcome, change.text) == (outcome, text)
+
+
+def test_what_stands_behind_a_sign_is_explained_where_it_is_used(report: RunReport) -> None:
+    assert facts.paired_note(report) == ""
+    metrics = (*report.metrics, Metric("x", "", True, None, None, "", PairedDifference(0.1, 0.2, 8, "")))
+    assert "each of the same 8 held-out examples" in facts.paired_note(replace(report, metrics=metrics))
 
 
 def test_every_metric_that_got_worse_has_a_plain_warning(report: RunReport) -> None:

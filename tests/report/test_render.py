@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -9,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from rarefy.core.results import RunReport
+from rarefy.core.results import NATS, PairedDifference, RunReport
 from rarefy.report import render_html, render_model_card, render_verdict
 from rarefy.report.charts import error_heatmap, layer_strips, nice_ceiling
 
@@ -111,6 +112,16 @@ def test_the_verdict_fits_80_columns_and_names_all(report: RunReport) -> None:
         "and 57 more",
     ):
         assert expected in text
+
+
+def test_every_reader_is_told_how_quality_was_judged(report: RunReport) -> None:
+    paired = PairedDifference(math.log(41.87 / 26.04), 0.02, 8, NATS)
+    judged = [replace(metric, paired=paired) if metric.name == "perplexity" else metric for metric in report.metrics]
+    for render in (render_html, render_model_card, verdict_text):
+        assert "±" not in render(report)
+        text = " ".join(render(replace(report, metrics=tuple(judged))).split())
+        assert "+60.8 % ± 3.2 %" in text
+        assert "is its standard error, and what is within two of them is no measurable change" in text
 
 
 def test_a_report_without_layers_or_metrics_renders(report: RunReport) -> None:

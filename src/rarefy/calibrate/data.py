@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_wi
 from rarefy.core.errors import CalibrationError
 from rarefy.core.results import CalibrationInfo
 from rarefy.models.loaded import LoadedModel
+from rarefy.models.positions import num_positions
 
 Examples = Iterable[Any]
 
@@ -35,7 +37,7 @@ class CalibrationData:
         calls: the model's arguments for each batch; none where no method reads data.
         held_out: the same for batches that calibration does not see.
         windows_NL: the held-out windows as token ids, for a model that reads text.
-        info: what the report says about `calls`.
+        info: what the report says about `calls`; no path in it.
         source: where the held-out data comes from, in words.
         sequence_length: tokens of a window.
     """
@@ -87,10 +89,11 @@ def gather(
     )
     held_out_NL = windows.held_out_NL
     if evaluation is not None:
-        held_out_NL, source = _evaluation_windows(loaded, evaluation, length), os.fspath(evaluation)
+        held_out_NL = _evaluation_windows(loaded, evaluation, length)
+    told = calibration if evaluation is None else evaluation
     batch_size = max(1, _TOKENS_PER_BATCH // length)
     info = CalibrationInfo(
-        windows.info.source,
+        source if calibration is None else _shown(calibration),
         windows.info.num_samples,
         length,
         windows.info.num_tokens,
@@ -101,9 +104,14 @@ def gather(
         held_out=text_calls(loaded.model, held_out_NL, batch_size) if len(held_out_NL) else [],
         windows_NL=held_out_NL if len(held_out_NL) else None,
         info=info if needs_data else None,
-        source=source,
+        source=source if told is None else _shown(told),
         sequence_length=length,
     )
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """The last part of a path: what is published must not tell where on a disk the text lies."""
+    return (Path.cwd() / path).name or os.fspath(path)
 
 
 def _from_examples(calls: list[Call], sequence_length: int, needs_data: bool) -> CalibrationData:
@@ -138,8 +146,7 @@ def _evaluation_windows(loaded: LoadedModel, evaluation: str | os.PathLike[str],
 
 def fitting_length(loaded: LoadedModel, sequence_length: int) -> tuple[int, str]:
     """The window length, cut to what the model has positions for."""
-    config = getattr(loaded.model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and 0 < limit < sequence_length:
+    limit = num_positions(loaded.model)
+    if limit is not None and limit < sequence_length:
         return limit, f"windows were cut to {limit} tokens, the most that the model has positions for"
     return sequence_length, ""

@@ -53,9 +53,13 @@ def bench(
 ) -> None:
     """Time models side by side: interleaved rounds, median and range, peak memory, bytes on disk.
 
+    A model that is named twice competes with itself, which shows how large the noise is.
+
     Examples:
 
         rarefy bench ORIGINAL OUT
+
+        rarefy bench OUT OUT
 
         rarefy bench OUT --runtime engine --decode-tokens 128 --rounds 9 --json
     """

@@ -41,7 +41,9 @@ def compress(
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of calibration text.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=2, metavar="L", help="Tokens of a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of every random choice.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is a model directory.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT if it is a model directory, and start anew.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; nothing is written.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure quality and speed before and after.")
@@ -59,7 +61,8 @@ def compress(
 ) -> None:
     """Make a model smaller and faster, and say what it cost.
 
-    The plan comes first, then progress, then the verdict; OUT appears at the end, whole or not at all.
+    The plan comes first, then progress, then the verdict; OUT appears at the end, whole or not at all. After an
+    interruption the same command goes on after the last finished block, which it finds in OUT.partial.
 
     Examples:
 
@@ -71,6 +74,7 @@ def compress(
     """
     del debug
     with compress_extra("compress"):
+        from rarefy.checkpoint import what_is_left
         from rarefy.run import compress as run_compress
         from rarefy.run import plan as run_plan
     check_output(out, force=force)
@@ -87,20 +91,24 @@ def compress(
             with display.paused():
                 _print_plan(plan)
 
-        result = run_compress(
-            model,
-            recipe,
-            calibration=calibration,
-            out=out,
-            samples=samples,
-            sequence_length=sequence_length,
-            seed=seed,
-            evaluation=eval_data,
-            measure=measure,
-            force=force,
-            announce=None if as_json else announce,
-            progress=display,
-        )
+        try:
+            result = run_compress(
+                model,
+                recipe,
+                calibration=calibration,
+                out=out,
+                samples=samples,
+                sequence_length=sequence_length,
+                seed=seed,
+                evaluation=eval_data,
+                measure=measure,
+                force=force,
+                announce=None if as_json else announce,
+                progress=display,
+                tell=note,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(what_is_left(out)) from None
     if as_json:
         write_json({"out": str(out), "report": result.report.to_json()})
         return
@@ -136,7 +144,7 @@ def _print_plan(plan: "Plan") -> None:
         Text(
             f"On disk: {format_bytes(plan.input_bytes)} now, {format_bytes(plan.disk_bytes)} afterwards ({direction}). "
             f"Untouched: {len(plan.untouched)} layers, {format_bytes(untouched_bytes)}. "
-            f"About {format_seconds(plan.seconds)} to compress, measuring not included; "
+            f"About {format_seconds(plan.seconds)} to compress on a quiet machine, measuring not included; "
             f"about {format_bytes(plan.memory_bytes)} of memory."
         )
     )

@@ -53,7 +53,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, RarefyError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; nothing was written", EXIT_INTERRUPTED
+        return str(error) or "interrupted; nothing was written", EXIT_INTERRUPTED
     # torch reports a failed allocation as a RuntimeError of its own.
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of memory; hint: fewer --samples or a smaller --sequence-length need less", 1

@@ -16,8 +16,11 @@ import numpy as np
 
 from rarefy.core.errors import DamagedFileError
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+# A perplexity is the exponential of a mean in this unit, so that a difference in it is a ratio of perplexities.
+NATS = "nats per token"
 
 ErrorMetric = Literal["output", "weight"]
 
@@ -55,6 +58,24 @@ class Spread(Record):
 
 @final
 @dataclass(frozen=True)
+class PairedDifference(Record):
+    """How far the same examples moved, after minus before: how hard each is cancels out.
+
+    Args:
+        mean: of the differences.
+        standard_error: of that mean, from how much the differences vary between examples.
+        num_pairs: examples.
+        unit: of the differences, such as NATS; empty for a pure number.
+    """
+
+    mean: float
+    standard_error: float
+    num_pairs: int
+    unit: str
+
+
+@final
+@dataclass(frozen=True)
 class Metric(Record):
     """One measurement before and after compression.
 
@@ -65,6 +86,7 @@ class Metric(Record):
         before: of the input model; None if not measured.
         after: of the result; None if not measured.
         how: how it was measured, in words a reader can repeat.
+        paired: the difference example by example, where both sides saw the same ones.
     """
 
     name: str
@@ -73,6 +95,7 @@ class Metric(Record):
     before: Spread | None
     after: Spread | None
     how: str
+    paired: PairedDifference | None = None
 
 
 @final

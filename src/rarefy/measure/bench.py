@@ -31,7 +31,8 @@ def bench(
     """Time models side by side.
 
     Args:
-        models: artifacts, Hugging Face directories or GGUF files.
+        models: artifacts, Hugging Face directories or GGUF files; one that is given twice competes with itself, and the
+            difference between the two is the noise of the measurement.
         runtimes: which of "engine", "transformers-float32" and "transformers-bfloat16"; None for the first
             that can run an artifact, and on other models for every one that can.
         prompt_tokens: tokens of the prompt of a decoder, or of each sequence of an encoder.
@@ -58,8 +59,8 @@ def bench(
             raise UsageError("runtime", repr(runtime), allowed=", ".join(RUNTIMES))
     with ExitStack() as stack:
         workers: list[Worker] = []
-        for model in models:
-            for worker in _open(model, runtimes, num_threads, _label(model, models)):
+        for model, label in zip(models, _labels(models), strict=True):
+            for worker in _open(model, runtimes, num_threads, label):
                 stack.callback(worker.close)
                 workers.append(worker)
         kinds = {worker.kind for worker in workers}
@@ -110,7 +111,7 @@ def _open(model: str | Path, runtimes: Sequence[str] | None, num_threads: int | 
     compressed = is_artifact(model)
     workers: list[Worker] = []
     refused: list[str] = []
-    for runtime in runtimes or RUNTIMES:
+    for runtime in dict.fromkeys(runtimes or RUNTIMES):
         if runtimes is None and compressed and workers:
             break  # bfloat16 around the same kernels says nothing new
         try:
@@ -127,10 +128,19 @@ def _open(model: str | Path, runtimes: Sequence[str] | None, num_threads: int | 
     return workers
 
 
-def _label(model: str | Path, models: Sequence[str | Path]) -> str:
-    """The last part of the path, or the whole path where two models share it."""
-    name = Path(model).name or str(model)
-    return str(model) if sum(Path(other).name == name for other in models) > 1 else name
+def _labels(models: Sequence[str | Path]) -> list[str]:
+    """The last part of each path, or the whole path where two models share it; a repeated one is numbered."""
+    labels: list[str] = []
+    for model in models:
+        name = Path(model).name or str(model)
+        rivals = {str(other) for other in models if (Path(other).name or str(other)) == name}
+        base = name if len(rivals) == 1 else str(model)
+        label, number = base, 1
+        while label in labels:
+            number += 1
+            label = f"{base} ({number})"
+        labels.append(label)
+    return labels
 
 
 def _disk_bytes(model: str) -> int | None:

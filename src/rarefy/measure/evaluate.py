@@ -14,7 +14,7 @@ from rarefy.engine import Engine
 from rarefy.engine.embedding import Pooling
 from rarefy.measure.accuracy import text_accuracy
 from rarefy.measure.data import read_labelled, read_pairs, read_text
-from rarefy.measure.opening import Opened, is_artifact, is_causal_language_model, open_with_transformers
+from rarefy.measure.opening import Opened, is_artifact, is_causal_language_model, longest_text, open_with_transformers
 from rarefy.measure.perplexity import Scorer, engine_scorer, module_scorer, perplexity
 from rarefy.measure.similarity import Embed, module_embed, similarity
 
@@ -88,7 +88,15 @@ def evaluate(
     else:
         examples = read_labelled(data)
         classifier, tokenizer, note = source.classifier()
-        measured = text_accuracy(classifier, tokenizer, examples, batch_size=batch_size, note=note, progress=progress)
+        measured = text_accuracy(
+            classifier,
+            tokenizer,
+            examples,
+            batch_size=batch_size,
+            max_length=longest_text(classifier, tokenizer),
+            note=note,
+            progress=progress,
+        )
     return {**measured.to_json(), "model": str(model)}
 
 
@@ -126,20 +134,23 @@ class _Source:
         if engine is not None:
             chosen: Pooling = "cls" if pooling == "cls" else "mean"
             embed: Embed = partial(engine.embed, pooling=chosen, batch_size=batch_size)
-            return embed, f"{self.model}, engine, float32, {pooling} pooling"
+            return embed, f"{self.model}, engine, float32, {pooling} pooling, {_cut(engine.max_text_length)}"
         if pooling != "mean":
             raise UsageError("pooling", repr(pooling), allowed="mean with the transformers runtime")
         opened = open_with_transformers(self.model, dtype=DTYPES[self.dtype])
         base = getattr(opened.model, str(getattr(opened.model, "base_model_prefix", "")), opened.model)
-        embed = module_embed(base, self._tokenizer(opened), batch_size=batch_size)
-        return embed, f"{self._note()}, mean pooling"
+        tokenizer = self._tokenizer(opened)
+        length = longest_text(base, tokenizer)
+        embed = module_embed(base, tokenizer, batch_size=batch_size, max_length=length)
+        return embed, f"{self._note()}, mean pooling, {_cut(length)}"
 
     def classifier(self) -> tuple[nn.Module, Any, str]:
         """A classification model, its tokenizer, and words for the description."""
         if self.runtime == "engine":
             raise UsageError("runtime", "'engine'", allowed="transformers", hint="the engine runs no classifiers")
         opened = open_with_transformers(self.model, dtype=DTYPES[self.dtype])
-        return opened.model, self._tokenizer(opened), self._note()
+        tokenizer = self._tokenizer(opened)
+        return opened.model, tokenizer, f"{self._note()}, {_cut(longest_text(opened.model, tokenizer))}"
 
     def _engine(self, kind: str) -> Engine | None:
         if self.runtime == "transformers" or (self.runtime == "auto" and not is_artifact(self.model)):
@@ -163,3 +174,7 @@ class _Source:
 
     def _note(self) -> str:
         return f"{self.model}, transformers, {self.dtype}"
+
+
+def _cut(length: int) -> str:
+    return f"texts cut to {length} tokens"

@@ -1,10 +1,13 @@
 """One measured quantity of one model, with the words that say how it was measured."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
+
 from rarefy.core.errors import UsageError
-from rarefy.core.results import Metric, Spread
+from rarefy.core.results import Metric, PairedDifference, Spread
 
 
 @final
@@ -18,6 +21,9 @@ class Measurement:
         higher_is_better: direction of improvement.
         value: the value and its spread.
         how: what was measured and how, complete enough to repeat it.
+        examples: what the value is the mean of (for a perplexity its logarithm is), one number for each example, if
+            every example counts the same; empty elsewhere.
+        examples_unit: of those numbers.
     """
 
     name: str
@@ -25,6 +31,8 @@ class Measurement:
     higher_is_better: bool
     value: Spread
     how: str
+    examples: tuple[float, ...] = ()
+    examples_unit: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict that `json.dumps` accepts."""
@@ -76,16 +84,13 @@ def compare(before: Measurement | None, after: Measurement | None) -> Metric:
         before=None if before is None else before.value,
         after=None if after is None else after.value,
         how=how,
+        paired=None if before is None or after is None else _paired(before, after),
     )
 
 
-def is_worse(metric: Metric) -> bool:
-    """Whether the compressed model is measurably worse: its whole spread lies on the bad side of the input's.
-
-    A difference within the spread is no finding; a metric that lacks one side is none either.
-    """
-    if metric.before is None or metric.after is None:
-        return False
-    if metric.higher_is_better:
-        return metric.after.high < metric.before.low
-    return metric.after.low > metric.before.high
+def _paired(before: Measurement, after: Measurement) -> PairedDifference | None:
+    if len(before.examples) != len(after.examples) or len(after.examples) < 2:
+        return None
+    differences = np.subtract(after.examples, before.examples)
+    error = float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return PairedDifference(float(differences.mean()), error, len(differences), after.examples_unit)

@@ -13,6 +13,9 @@ from transformers.utils import logging as hf_logging
 from rarefy.artifact import read_artifact
 from rarefy.core.errors import DamagedFileError, UnsupportedModelError
 from rarefy.models import load_model
+from rarefy.models.positions import num_positions
+
+LONGEST_TEXT = 512
 
 
 @final
@@ -47,6 +50,11 @@ def is_causal_language_model(model: Any) -> bool:
     """Whether a model predicts the next token of running text: it generates, and is no encoder-decoder."""
     can_generate = getattr(model, "can_generate", None)
     return can_generate is not None and can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def longest_text(model: nn.Module, tokenizer: Any) -> int:
+    """Tokens of a text that a measurement reads: 512, or as many as the model and its tokenizer allow."""
+    return min(LONGEST_TEXT, num_positions(model) or LONGEST_TEXT, int(tokenizer.model_max_length))
 
 
 def open_with_transformers(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Opened:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from rarefy.core.errors import NonFiniteError, UsageError
-from rarefy.core.results import Spread
+from rarefy.core.results import NATS, Spread
 from rarefy.engine import Engine
 from rarefy.measure.measurement import Measurement
 
@@ -49,7 +49,8 @@ def perplexity(
         progress: called with (windows done, windows in all).
 
     Returns:
-        The perplexity; the spread is one standard error of the mean over windows, taken to the exponent.
+        The perplexity; the spread is one standard error of the mean over windows, taken to the exponent. Without
+        overlap the mean of each window comes with it, so that two models can be compared window by window.
 
     Raises:
         UsageError: the text is shorter than one window; a window or stride is impossible.
@@ -91,8 +92,8 @@ def perplexity(
             progress(done + 1, len(starts))
     mean = math.fsum(sums) / sum(counts)
     low, high = mean, mean
+    means = np.array(sums) / np.array(counts)
     if len(sums) > 1:
-        means = np.array(sums) / np.array(counts)
         error = float(means.std(ddof=1)) / math.sqrt(len(sums))
         low, high = mean - error, mean + error
     overlap = "without overlap" if stride == window else f"with stride {stride}"
@@ -101,7 +102,8 @@ def perplexity(
         f"{ids.size} tokens, tokenized whole; spread: one standard error over windows"
     )
     value = Spread(median=_exp(mean), low=_exp(low), high=_exp(high), num_runs=len(sums))
-    return Measurement("perplexity", "", False, value, f"{note}; {how}" if note else how)
+    examples = tuple(map(float, means)) if len(set(counts)) == 1 else ()
+    return Measurement("perplexity", "", False, value, f"{note}; {how}" if note else how, examples, NATS)
 
 
 def module_scorer(model: nn.Module) -> Scorer:

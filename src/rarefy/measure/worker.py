@@ -2,7 +2,7 @@
 
 Run as `python -m rarefy.measure.worker`. Requests and answers are JSON, one a line, on stdin and stdout. A process per
 contestant keeps the thread pools of different runtimes out of each other's way and makes peak memory a fact of one
-model.
+model. It gets the environment that the user had: what the command line sets for its own good may slow torch down.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, TextIO, final
 
+from rarefy.core.environment import users_environment
 from rarefy.core.errors import RarefyError, UsageError
 from rarefy.measure.memory import peak_memory_bytes
 from rarefy.measure.runners import Kind, Runner, open_runner
@@ -38,9 +39,8 @@ class Worker:
     def __init__(self, name: str, model: str | Path, runtime: str, *, num_threads: int | None = None) -> None:
         self.name = name
         self.model = str(model)
-        self.runtime = runtime
         self._work: dict[str, Any] = {}
-        environment = dict(os.environ)
+        environment = users_environment()
         if num_threads is not None:
             environment |= {"OMP_NUM_THREADS": str(num_threads), "RAREFY_NUM_THREADS": str(num_threads)}
         # The parent may have found rarefy through sys.path; the child has to find the same one.
@@ -53,11 +53,18 @@ class Worker:
             text=True,
             env=environment,
         )
+        self._num_threads = num_threads
         try:
-            loaded = self._ask({"op": "load", "model": self.model, "runtime": runtime, "num_threads": num_threads})
+            self.load(runtime)
         except BaseException:
             self.close()
             raise
+
+    def load(self, runtime: str) -> None:
+        """Load the model again, under another runtime; the one before is dropped first."""
+        self.runtime = runtime
+        request = {"op": "load", "model": self.model, "runtime": runtime, "num_threads": self._num_threads}
+        loaded = self._ask(request)
         self.kind: Kind = loaded["kind"]
         self.vocabulary_size = int(loaded["vocabulary_size"])
 
@@ -121,6 +128,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         request = json.loads(line)
         try:
             if request["op"] == "load":
+                runner = None  # two models might not fit
                 runner = open_runner(request["model"], request["runtime"], num_threads=request["num_threads"])
                 answer: dict[str, Any] = {"kind": runner.kind, "vocabulary_size": runner.vocabulary_size}
             elif request["op"] == "peak":

@@ -380,8 +380,6 @@ def _translated(text: str) -> Iterator[None]:
         raise
     except (SafetensorError, EOFError) as error:
         raise DamagedFileError(text, f"a weight file cannot be read ({error})") from error
-    except NotImplementedError as error:
-        raise UnsupportedModelError(text, str(error)) from error
     except Exception as error:  # the libraries document no closed set of exceptions
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedModelError(text, f"transformers cannot load it ({first_line})") from error

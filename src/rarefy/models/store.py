@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -156,6 +157,10 @@ class GgufStore:
         file: the GGUF file.
         model: the (meta) model that the tensors are for; transformers' own table maps the names.
         config: the model's configuration, which the row permutation of q and k needs.
+
+    Raises:
+        UnsupportedModelError: a tensor is of a type that the installed gguf cannot convert.
+        DamagedFileError: a tensor does not have the bytes that its shape asks for.
     """
 
     def __init__(self, file: Path, model: torch.nn.Module, config: Mapping[str, Any]) -> None:
@@ -174,6 +179,10 @@ class GgufStore:
         self._shapes = {
             name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in self._tensors.items()
         }
+        # One row of each type: what cannot be converted is told now, and not an hour into a run.
+        for name in {tensor.tensor_type: name for name, tensor in self._tensors.items()}.values():
+            rows = slice(1) if len(self._shapes[name]) > 1 else slice(None)
+            self._dequantize_into(np.empty(self._shapes[name], np.float32)[rows], self._tensors[name], rows)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Name and shape of every tensor, without reading any."""
@@ -198,17 +207,27 @@ class GgufStore:
         values = np.empty(self._shapes[name], dtype=np.float32)
         # Rows are quantized independently; a few at a time keep the temporaries of the conversion small.
         rows = max(1, _DEQUANTIZED_AT_ONCE // max(1, values[:1].size)) if values.ndim > 1 else max(1, len(values))
-        try:
-            for start in range(0, len(values), rows):
-                part = slice(start, start + rows)
-                values[part] = self._dequantize(tensor.data[part], tensor.tensor_type)
-        except (ValueError, NotImplementedError, IndexError) as error:
-            raise DamagedFileError(str(self._file), f"tensor {tensor.name} cannot be read ({error})") from error
+        for start in range(0, len(values), rows):
+            part = slice(start, start + rows)
+            self._dequantize_into(values[part], tensor, part)
         self._forget_pages()
         result = self._processor.process(weights=values, name=tensor.name)
         if result.name is None:
             raise UnsupportedModelError(str(self._file), f"tensor {tensor.name} cannot be read on its own")
         return torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
+
+    def _dequantize_into(self, values: npt.NDArray[np.float32], tensor: Any, part: slice) -> None:
+        """Fill `values` with the rows `part` of a tensor."""
+        try:
+            values[...] = self._dequantize(tensor.data[part], tensor.tensor_type)
+        except NotImplementedError as error:  # how gguf says that it knows a type but cannot convert it
+            raise UnsupportedModelError(
+                str(self._file),
+                f"tensor {tensor.name} is stored as {tensor.tensor_type.name}, which the installed gguf cannot convert",
+                hint="a newer gguf may; or start from another file of the same model",
+            ) from error
+        except (ValueError, IndexError) as error:
+            raise DamagedFileError(str(self._file), f"tensor {tensor.name} cannot be read ({error})") from error
 
 
 def _gguf_names(

@@ -82,7 +82,7 @@ def make_plan(
         seconds=sum(seconds_parts.values()),
         seconds_parts=seconds_parts,
         basis=(
-            f"bytes: from shapes; time: a matrix product timed on this machine just now "
+            f"bytes: from shapes; time: on a quiet machine, from a matrix product timed on this one just now "
             f"({rates.float32_flops / 1e9:.0f} GFLOP/s float32, {rates.bfloat16_flops / 1e9:.0f} bfloat16), "
             f"operations counted for {num_samples} windows of {sequence_length} tokens"
         ),

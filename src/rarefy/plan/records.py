@@ -62,7 +62,7 @@ class Plan(Record):
         disk_bytes: of all tensors that will be written, the layouts included; tokenizer and reports come on top.
         memory_bytes: estimate of the peak of memory in use.
         memory_parts: what it is made of.
-        seconds: estimate of the time of the compression itself; measuring comes on top.
+        seconds: estimate of the time of the compression itself on a quiet machine; measuring comes on top.
         seconds_parts: what it is made of.
         basis: what the estimates rest on, in words.
         notes: what else a user should know, such as optional steps that match nothing.

@@ -9,7 +9,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from rarefy.core.results import CalibrationInfo, LayerResult, Metric, RunReport, Spread, UntouchedLayer
+from rarefy.core.results import (
+    NATS,
+    CalibrationInfo,
+    LayerResult,
+    Metric,
+    PairedDifference,
+    RunReport,
+    Spread,
+    UntouchedLayer,
+)
 from rarefy.report.units import format_bytes, format_number, format_percent, format_value
 
 Kind = Literal["size", "speed", "quality"]
@@ -35,6 +44,9 @@ _WHERE = {
     "prompt_tokens_per_s": "at reading the prompt",
     "sequences_per_s": "at encoding",
 }
+# A mean difference of so many standard errors or fewer may be chance: a larger one comes by chance in one case of
+# twenty-two where examples are many, in one of twelve where they are eight.
+DECISIVE_ERRORS = 2.0
 # Relative changes below these are called no change, where the spread of repeated runs does not decide.
 _SAME_WITHIN: dict[Kind, float] = {"size": 0.005, "speed": 0.02, "quality": 0.001}
 
@@ -90,8 +102,9 @@ def kind_of(metric: Metric) -> Kind:
 def change_of(metric: Metric) -> Change:
     """Compare a metric's two sides.
 
-    Speeds and memory are repeated runs: overlapping spreads count as no measurable change. The spread of a quality is
-    over the examples, and both sides saw the same ones: the medians are compared, or a real loss would hide in it.
+    Speeds and memory are repeated runs: overlapping spreads count as no measurable change. A quality is judged by the
+    difference example by example, since both sides saw the same ones: within two of its standard errors it is no
+    measurable change. The spread of the quality itself, over examples that are easy and hard, would hide a real loss.
     """
     kind = kind_of(metric)
     title = title_of(metric.name)
@@ -104,7 +117,24 @@ def change_of(metric: Metric) -> Change:
         return Change(metric, title, kind, "same", "unchanged" if kind == "quality" else "no measurable change")
     rose = after.median > before.median
     outcome: Outcome = "better" if rose == metric.higher_is_better else "worse"
-    return Change(metric, title, kind, outcome, _change_words(metric, kind, before.median, after.median, outcome))
+    words = _change_words(metric, kind, before.median, after.median, outcome)
+    if metric.paired is not None:
+        words = f"{words} ± {_error_words(metric.paired)}"
+        if abs(metric.paired.mean) <= DECISIVE_ERRORS * metric.paired.standard_error:
+            return Change(metric, title, kind, "same", f"no measurable change ({words})")
+    return Change(metric, title, kind, outcome, words)
+
+
+def paired_note(report: RunReport) -> str:
+    """Return what "±" means in the words of a quality's change; "" where no metric has it."""
+    num_pairs = {metric.paired.num_pairs for metric in report.metrics if metric.paired is not None}
+    if not num_pairs:
+        return ""
+    return (
+        f"Quality is judged by the difference on each of the same {' or '.join(map(str, sorted(num_pairs)))} held-out "
+        "examples before and after: ± is its standard error, and what is within two of them is no measurable change. "
+        "Ranges are those of the value itself, which differs far more from one example to the next."
+    )
 
 
 def changes(report: RunReport) -> tuple[Change, ...]:
@@ -244,6 +274,12 @@ def _change_words(metric: Metric, kind: Kind, before: float, after: float, outco
     if metric.higher_is_better:
         return f"{after - before:+.4f}"
     return f"{'+' if after > before else '-'}{format_percent(abs(after / before - 1))}"
+
+
+def _error_words(paired: PairedDifference) -> str:
+    if paired.unit == NATS:
+        return format_percent(math.exp(min(paired.mean, 700.0)) * paired.standard_error)
+    return f"{paired.standard_error:.4f}"
 
 
 def format_ratio(ratio: float) -> str:

@@ -16,6 +16,7 @@ from rarefy.report.facts import (
     group_untouched,
     headline,
     num_weights_of,
+    paired_note,
     repeat_commands,
     samples_text,
     totals,
@@ -107,8 +108,8 @@ def _verdict(report: RunReport) -> str:
         parts.append(f'<div class="cards">{"".join(map(_card, compared))}</div>')
         parts.append(
             '<p class="note">Upper bar: before. Lower bar: after. The range of a speed or of memory is that of '
-            "several runs; where the ranges before and after overlap there is no measurable change. The range of a "
-            "quality is one standard error over the examples.</p>"
+            "several runs; where the ranges before and after overlap there is no measurable change. "
+            f"{paired_note(report)}</p>"
         )
     return "".join(parts)
 

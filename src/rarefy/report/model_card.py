@@ -4,7 +4,16 @@ import json
 import re
 
 from rarefy.core.results import RunReport
-from rarefy.report.facts import changes, group_untouched, headline, repeat_commands, samples_text, totals, warnings
+from rarefy.report.facts import (
+    changes,
+    group_untouched,
+    headline,
+    paired_note,
+    repeat_commands,
+    samples_text,
+    totals,
+    warnings,
+)
 from rarefy.report.units import (
     format_bytes,
     format_count,
@@ -99,7 +108,8 @@ def _measured(report: RunReport) -> str:
         cells = (format_spread(change.metric.before, unit), format_spread(change.metric.after, unit), change.text)
         lines.append(f"| {_plain(change.title)} | {' | '.join(map(_plain, cells))} |")
     how = [f"- {_plain(change.title)}: {_plain(change.metric.how)}" for change in compared if change.metric.how]
-    return "\n".join([*lines, "", *how, ""])
+    note = [paired_note(report), ""] if paired_note(report) else []
+    return "\n".join([*lines, "", *note, *how, ""])
 
 
 def _compressed(report: RunReport) -> str:

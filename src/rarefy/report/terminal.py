@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rarefy.core.results import RunReport, Spread
-from rarefy.report.facts import Change, changes, group_untouched, headline, totals, warnings
+from rarefy.report.facts import Change, changes, group_untouched, headline, paired_note, totals, warnings
 from rarefy.report.units import format_bytes, format_number, format_percent, format_range, format_value, printable
 
 _STYLES = {"better": "green", "worse": "red", "same": "", "unknown": "dim"}
@@ -30,6 +30,8 @@ def render_verdict(report: RunReport) -> RenderableType:
     compared = changes(report)
     if compared:
         parts += [_metric_table(compared), Text()]
+    if paired_note(report):
+        parts += [Text(paired_note(report), style="dim"), Text()]
     notes = warnings(report)
     if notes:
         parts += [_hanging("warning: ", note, "yellow") for note in notes]

@@ -1,0 +1,104 @@
+"""What a run gained and what it cost: the same measurements before and after."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from rarefy.core.errors import UnsupportedModelError
+from rarefy.core.results import Metric
+from rarefy.engine import Engine
+from rarefy.layouts import AnyLayout
+from rarefy.measure.measurement import Measurement, compare, exact
+from rarefy.measure.size import disk_bytes
+from rarefy.models.loaded import LoadedModel
+from rarefy.nn import replace_linear
+from rarefy.verdict.quality import ENGINE, Baseline, quality
+from rarefy.verdict.speed import speed
+
+
+def judge(
+    loaded: LoadedModel,
+    baseline: Baseline,
+    artifact: Path,
+    layouts: Mapping[str, AnyLayout],
+    tied: Mapping[str, str],
+    *,
+    tick: Callable[[str], None],
+) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
+    """Measure the compressed model beside the original.
+
+    Args:
+        loaded: the model; what it holds has the shapes, if not the weights, of the original.
+        baseline: from `measure_before`.
+        artifact: the directory with the compressed model.
+        layouts: its packed layers.
+        tied: alias -> layer that shares its layout.
+        tick: told what is measured next.
+
+    Returns:
+        The metrics, and warnings about what could not be measured.
+    """
+    warnings: list[str] = []
+    engine: Engine | None = None
+    if baseline.role != "other":
+        try:
+            engine = Engine(artifact)
+        except UnsupportedModelError as error:
+            # The report is published; where the artifact lay while it was measured is nobody's business.
+            why = str(error).replace(f"{artifact}{os.sep}", "")
+            warnings.append(f"rarefy's engine does not run this model ({why}); measured with torch instead")
+    metrics = [_size(loaded, artifact)]
+    tick("speed")
+    packed = None if engine is not None else _packed_model(loaded, layouts, tied)
+    metrics.append(_weight_bytes(loaded, engine, packed, layouts))
+    metrics.extend(speed(loaded, baseline, engine, packed))
+    tick("quality")
+    judged = quality(baseline, engine, packed)
+    if judged is None:
+        warnings.append("quality was not measured: no calibration data was left over to judge it by")
+    else:
+        metrics.append(judged)
+    return tuple(metrics), tuple(warnings)
+
+
+def _packed_model(loaded: LoadedModel, layouts: Mapping[str, AnyLayout], tied: Mapping[str, str]) -> nn.Module:
+    """A copy of the model that computes with the packed layers."""
+    loaded.materialize("")
+    packed = copy.deepcopy(loaded.model).eval()
+    loaded.release("")
+    replace_linear(packed, layouts, tied)
+    return packed
+
+
+def _size(loaded: LoadedModel, artifact: Path) -> Metric:
+    after = disk_bytes(artifact)
+    if loaded.kind == "module":
+        words = "weights of the module in memory"
+        before = Measurement("disk_bytes", "bytes", False, exact(loaded.stored_bytes()), words)
+    else:
+        before = disk_bytes(loaded.path)
+    return compare(before, after)
+
+
+def _weight_bytes(
+    loaded: LoadedModel,
+    engine: Engine | None,
+    packed: nn.Module | None,
+    layouts: Mapping[str, AnyLayout],
+) -> Metric:
+    """Bytes of weights that a running model holds: transformers in float32 before, the runtime after."""
+    before = sum(p.numel() for p in loaded.model.parameters()) * 4
+    if engine is not None:
+        after, words = engine.nbytes, ENGINE
+    else:
+        assert packed is not None
+        after = sum(layout.nbytes for layout in layouts.values())
+        after += sum(p.numel() * p.element_size() for p in packed.parameters())
+        words = "torch with packed layers"
+    how = f"weights in memory; before: float32 in torch; after: {words}"
+    return Metric("weight_bytes", "bytes", False, exact(before), exact(after), how)
