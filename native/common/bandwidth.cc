@@ -27,7 +27,7 @@ constexpr int kPiecesPerThread = 8;
 constexpr struct {
     int num_streams;
     int64_t prefetch_bytes;
-} kVariants[] = {{1, 0}, {2, 1024}, {3, 2048}, {4, 0}, {4, 1024}, {6, 0}, {6, 1024}, {8, 512}, {12, 0}};
+} kVariants[] = {{1, 1024}, {2, 1024}, {3, 2048}, {4, 0}, {4, 1024}, {6, 0}, {6, 1024}, {8, 1024}, {12, 0}};
 
 ReadFunction fastest_read() {
 #if RAREFY_X86

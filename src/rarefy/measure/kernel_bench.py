@@ -24,7 +24,7 @@ from rarefy.kernels import (
     prepare,
     set_num_threads,
 )
-from rarefy.kernels.reference import quantize_activations
+from rarefy.kernels.reference import BLOCK, quantize_activations
 from rarefy.layouts import FORMATS, Layout
 from rarefy.measure.kernel_samples import Sample, samples_of
 from rarefy.measure.latency import Timings, interleave
@@ -38,6 +38,7 @@ MAX_SIZE: Final = 1 << 20
 ROUNDS: Final = 9
 
 _CACHE_MULTIPLE: Final = 3
+_MAX_COPIES: Final = 4096
 _MEMORY_BUDGET_BYTES: Final = 2_000_000_000
 _BATCH_SECONDS: Final = 0.006
 
@@ -142,7 +143,8 @@ def bench_kernels(
         One row per product: layout, parameters, shape, rows, threads, isa, ms (median), ms_low, ms_high, num_rounds,
         bytes (of the packed weight in memory, all of which a product reads), layout_bytes (on disk),
         bandwidth_bytes_per_s (median of the readings with the same threads in the same rounds), bandwidth_fraction
-        (bytes / ms over that), num_copies, checked.
+        (bytes / ms over that), num_copies, cache_multiple (bytes of all copies over the last-level cache; they are cold
+        where it is well above 1, which only tiny weights fail to reach), checked.
 
     Raises:
         UsageError: an unknown layout, or a number out of range.
@@ -153,7 +155,7 @@ def bench_kernels(
     for where, numbers, limit in (("rows", rows, MAX_ROWS), ("threads", threads, num_cpus), ("rounds", [rounds], 1000)):
         for number in numbers:
             if not 1 <= number <= limit:
-                what = f", the CPUs of this process, and not {number}" if where == "threads" else ""
+                what = ", the CPUs of this process" if where == "threads" else ""
                 raise UsageError(f"--{where}", str(number), allowed=f"1 to {limit}{what}")
     for shape in shapes:
         if not all(1 <= size <= MAX_SIZE for size in shape):
@@ -167,16 +169,18 @@ def bench_kernels(
             )
     before = get_num_threads()
     num_threads = tuple(dict.fromkeys(threads or (1, before)))
+    shapes, rows = tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(rows))
     total = len(samples) * len(shapes) * len(rows) * len(num_threads) * (rounds + 1)
     done = 0
     probe = BandwidthProbe()
     found: list[dict[str, Any]] = []
     try:
         set_num_threads(before)
-        for group in _groups(samples, tuple(dict.fromkeys(shapes))):
-            report = None if progress is None else _offset(progress, done, total)
-            found += _time_group(group, tuple(dict.fromkeys(rows)), num_threads, rounds, probe, report)
-            done += len(group) * len(rows) * len(num_threads) * (rounds + 1)
+        for group in _groups(samples, shapes):
+            share = len(group) * len(rows) * len(num_threads) * (rounds + 1)
+            report = None if progress is None else _part_of(progress, done, share, total)
+            found += _time_group(group, rows, num_threads, rounds, probe, report)
+            done += share
             set_num_threads(before)
     finally:
         set_num_threads(before)
@@ -194,8 +198,9 @@ def _samples(layouts: Sequence[str]) -> list[Sample]:
     return [sample for name in dict.fromkeys(layouts or compiled) for sample in samples_of(name)]
 
 
-def _offset(progress: Callable[[int, int], None], done: int, total: int) -> Callable[[int, int], None]:
-    return lambda now, _: progress(min(done + now, total), total)
+def _part_of(progress: Callable[[int, int], None], start: int, share: int, total: int) -> Callable[[int, int], None]:
+    """Progress of a part of the work that counts its own steps."""
+    return lambda done, steps: progress(start + share * done // steps, total)
 
 
 def _groups(samples: Sequence[Sample], shapes: Sequence[tuple[int, int]]) -> Iterator[list[_Weight]]:
@@ -207,7 +212,8 @@ def _groups(samples: Sequence[Sample], shapes: Sequence[tuple[int, int]]) -> Ite
         for sample in samples:
             layout, small = sample.make(shape)
             first = prepare(layout)
-            count = max(2, math.ceil(min(target_bytes, _MEMORY_BUDGET_BYTES / 4) / first.nbytes))
+            count = math.ceil(min(target_bytes, _MEMORY_BUDGET_BYTES / 4) / first.nbytes)
+            count = min(max(count, 2), _MAX_COPIES)
             if group and used + count * first.nbytes > _MEMORY_BUDGET_BYTES:
                 yield group
                 group, used = [], 0
@@ -265,6 +271,7 @@ def _row(weight: _Weight, product: _Product, timings: Timings, reading: _Reading
         "bandwidth_bytes_per_s": bandwidth.median,
         "bandwidth_fraction": first.nbytes / seconds.median / bandwidth.median,
         "num_copies": len(weight.copies.prepared),
+        "cache_multiple": len(weight.copies.prepared) * first.nbytes / last_level_cache_bytes(),
         "checked": True,
     }
 
@@ -279,10 +286,11 @@ def _verified(weight: _Weight, x_TI: Float32Array) -> Float32Array:
     """
     num_inputs = weight.shape[1]
     dense_PI = weight.small.to_dense().astype(np.float64)
-    x_hat_TI = x_TI.astype(np.float64)
+    x_hat_TI: NDArray[np.float64] = x_TI.astype(np.float64)
     if "int" in weight.sample.format:
         q, scale_TB = quantize_activations(x_TI)
-        x_hat_TI = (q * np.repeat(scale_TB.astype(np.float64), 64, axis=1))[:, :num_inputs]
+        scale_TI = np.repeat(scale_TB.astype(np.float64), BLOCK, axis=1)
+        x_hat_TI = (q.astype(np.float64) * scale_TI)[:, :num_inputs]
         num_additions = math.ceil(num_inputs / 32)
     else:
         num_additions = 64 + math.ceil(num_inputs / 64)
@@ -292,7 +300,7 @@ def _verified(weight: _Weight, x_TI: Float32Array) -> Float32Array:
     row_of_O = np.arange(weight.shape[0]) % dense_PI.shape[0]
     error_TO = np.abs(first - expected_TP[:, row_of_O])
     if not np.all(error_TO <= bound_TP[:, row_of_O]):
-        worst = float(np.nanmax(error_TO / np.maximum(bound_TP[:, row_of_O], 1e-300)))
+        worst = float(np.max(error_TO / np.maximum(bound_TP[:, row_of_O], 1e-300)))
         raise NonFiniteError(
             f"{weight.sample.name}, {weight.shape[0]}x{weight.shape[1]}, {x_TI.shape[0]} rows",
             f"the product is {worst:.3g} times as far from the reference as rounding explains, or not a number",

@@ -76,7 +76,9 @@ class Sample:
             self._pack(rows, mask_PI, (period, width)),
         )
 
-    def _pack(self, rows: Mapping[str, _Array], mask_OI: npt.NDArray[np.bool_] | None, shape: tuple[int, int]) -> Layout:
+    def _pack(
+        self, rows: Mapping[str, _Array], mask_OI: npt.NDArray[np.bool_] | None, shape: tuple[int, int]
+    ) -> Layout:
         meta = {"shape": list(shape), **self.parameters}
         arrays = dict(rows)
         stored = "codes" if "codes" in arrays else "values"
@@ -124,11 +126,11 @@ def _keep_smallest(
     random_PI: npt.NDArray[np.float32], mask_PI: npt.NDArray[np.bool_], columns: slice, num_groups: int, keep: int
 ) -> None:
     """Set the `keep` places with the smallest numbers in each of `num_groups` groups of the columns."""
+    if not num_groups:
+        return
     groups = random_PI[:, columns].reshape(random_PI.shape[0], num_groups, -1)
     kept = np.zeros(groups.shape, dtype=np.bool_)
-    if num_groups:
-        chosen = np.argpartition(groups, keep - 1, axis=2)[:, :, :keep]
-        np.put_along_axis(kept, chosen, True, axis=2)
+    np.put_along_axis(kept, np.argpartition(groups, keep - 1, axis=2)[:, :, :keep], True, axis=2)
     mask_PI[:, columns] = kept.reshape(random_PI.shape[0], -1)
 
 
