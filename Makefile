@@ -82,7 +82,8 @@ $(BENCH_VENV)/.ggml: benchmarks/requirements.txt | $(BENCH_VENV)/.peers
 	$(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/build \
 		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DGGML_BUILD_TESTS=OFF \
 		-DGGML_BUILD_EXAMPLES=OFF >$(BENCH_VENV)/ggml/cmake.log
-	$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/build --target ggml --parallel 2 >>$(BENCH_VENV)/ggml/cmake.log
+	$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/build --target ggml --parallel 2 \
+		>>$(BENCH_VENV)/ggml/cmake.log 2>&1 || (tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
 	touch $@
 
 clean:
