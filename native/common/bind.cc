@@ -2,7 +2,9 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
 
 #include "common/bandwidth.h"
 #include "common/cpu.h"
@@ -36,8 +38,27 @@ void bind_common(nb::module_& module) {
     });
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
     module.def("num_threads", &common::num_threads);
-    module.def("read_seconds", &common::read_seconds, nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("repeats"),
-               nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<common::BandwidthProbe>(module, "BandwidthProbe")
+        .def(nb::init<int64_t>(), nb::arg("num_bytes"))
+        .def_prop_ro("num_bytes", &common::BandwidthProbe::num_bytes)
+        .def(
+            "read",
+            [](common::BandwidthProbe& probe, int64_t num_bytes, int num_streams, int64_t prefetch_bytes) {
+                return probe.read(num_bytes, num_streams, prefetch_bytes).bytes_per_s;
+            },
+            nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("prefetch_bytes"),
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "read_best",
+            [](common::BandwidthProbe& probe, int64_t num_bytes) {
+                common::ReadRate rate;
+                {
+                    const nb::gil_scoped_release unlocked;
+                    rate = probe.read_best(num_bytes);
+                }
+                return std::make_tuple(rate.bytes_per_s, rate.num_streams, rate.prefetch_bytes);
+            },
+            nb::arg("num_bytes"));
 }
 
 }  // namespace rarefy

@@ -97,11 +97,10 @@ int main(int argc, char** argv) {
         }
     }
     common::set_num_threads(options.threads);
+    common::BandwidthProbe probe(int64_t{256} << 20);
     double bandwidth = 0;
-    for (const int num_streams : {1, 2, 4, 8}) {
-        for (const double seconds : common::read_seconds(int64_t{256} << 20, num_streams, 4))
-            bandwidth = std::max(bandwidth, static_cast<double>(256 << 20) / seconds);
-    }
+    for (int repeat = 0; repeat < 8; ++repeat)
+        bandwidth = std::max(bandwidth, probe.read_best(int64_t{64} << 20).bytes_per_s);
     std::printf("%ldx%ld, rows %ld, threads %d, read bandwidth %.1f GB/s\n", options.outputs, options.inputs,
                 options.rows, options.threads, bandwidth / 1e9);
     for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {

@@ -9,6 +9,10 @@ from collections.abc import Callable
 import pytest
 
 LIGHT_COMMANDS = (["--help"], ["--version"], ["doctor", "--no-bandwidth"], ["recipes", "list"], ["compress", "--help"])
+SMALL_KERNELS = [
+    *("bench", "--kernels", "--layout", "dense-int4-v1", "--shape", "1024x2048", "--rows", "1", "--threads", "1"),
+    *("--rounds", "1", "--json"),
+]
 HEAVY_MODULES = {"torch", "transformers", "yaml", "scipy", "accelerate", "gguf"}
 
 # Runs a command, then writes the names of all imported modules to stderr as JSON.
@@ -56,6 +60,9 @@ def test_without_the_extra_light_commands_work(run_process: Callable) -> None:
     for arguments in (["doctor", "--no-bandwidth"], ["recipes", "list"], ["recipes", "show", "sparse-50-int4"]):
         done = run_process(*arguments, python=["-c", WITHOUT_EXTRA])
         assert (done.code, done.err) == (0, "")
+    done = run_process(*SMALL_KERNELS, python=["-c", WITHOUT_EXTRA])
+    assert done.code == 0, done.err
+    assert [row["layout"] for row in json.loads(done.out)] == ["dense-int4-v1"]
 
 
 def test_a_closed_pipe_ends_the_command_quietly() -> None:

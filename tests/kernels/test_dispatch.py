@@ -10,7 +10,7 @@ import pytest
 from rarefy import kernels
 from rarefy.core.errors import UsageError
 from rarefy.kernels import CpuFlags, Kernel, select
-from rarefy.kernels.cpu import available_cpus, default_num_threads, parse_cpuinfo
+from rarefy.kernels.cpu import available_cpus, default_num_threads, last_level_cache_bytes, parse_cpuinfo
 from rarefy.layouts import FORMATS
 
 AVX2 = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True)
@@ -137,7 +137,53 @@ def test_describe_cpu_is_complete() -> None:
     assert facts["extension"] is (facts["extension_error"] == "")
 
 
-def test_bandwidth_is_positive() -> None:
-    bandwidth = kernels.measure_bandwidth(num_bytes=8 << 20, num_streams=(1, 4), repeats=2)
-    assert bandwidth.low > 0
-    assert bandwidth.low <= bandwidth.bytes_per_s <= bandwidth.high
+def test_bandwidth_is_a_plausible_number_with_its_range() -> None:
+    bandwidth = kernels.measure_bandwidth(num_bytes=16 << 20, repeats=3)
+    assert 1e8 < bandwidth.low <= bandwidth.bytes_per_s <= bandwidth.high < 1e13
+    assert bandwidth.num_threads == kernels.get_num_threads()
+    assert bandwidth.num_bytes == 16 << 20
+
+
+def test_every_way_of_reading_reads_everything() -> None:
+    """The probe itself compares the sum of what it read with what it wrote, and raises where they differ."""
+    native = pytest.importorskip("rarefy._native")
+    probe = native.BandwidthProbe(16 << 20)
+    before = native.num_threads()
+    try:
+        for num_threads in (1, 3):
+            native.set_num_threads(num_threads)
+            for num_streams in range(1, 17):
+                for prefetch_bytes in (0, 64, 1 << 20):
+                    assert probe.read(8 << 20, num_streams, prefetch_bytes) > 0
+    finally:
+        native.set_num_threads(before)
+    for wrong in (
+        (8 << 20, 0, 0),
+        (8 << 20, 17, 0),
+        (8 << 20, 4, -1),
+        (8 << 20, 4, 2 << 20),
+        (32 << 20, 4, 0),
+        (63, 1, 0),
+    ):
+        with pytest.raises(ValueError, match="BandwidthProbe"):
+            probe.read(*wrong)
+    for num_bytes in (0, -1, 1 << 41):
+        with pytest.raises(ValueError, match="BandwidthProbe"):
+            native.BandwidthProbe(num_bytes)
+
+
+def test_the_last_level_cache_is_the_sum_of_its_instances(tmp_path: Path) -> None:
+    assert last_level_cache_bytes(tmp_path) == 32 << 20
+    for cpu in range(4):
+        for index, (level, size, shared_by) in enumerate(
+            ((1, "48K", str(cpu)), (2, "1024K", str(cpu)), (3, "16M", "0-1" if cpu < 2 else "2-3"))
+        ):
+            folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{index}"
+            folder.mkdir(parents=True)
+            for name, text in (("level", str(level)), ("size", size), ("shared_cpu_list", shared_by)):
+                (folder / name).write_text(text + "\n")
+    assert last_level_cache_bytes(tmp_path) == 32 << 20
+    (tmp_path / "cpu0/cache/index2/size").write_text("nonsense\n")
+    assert last_level_cache_bytes(tmp_path) == 32 << 20, "the other CPU of the pair still tells it"
+    (tmp_path / "cpu1/cache/index2/size").write_text("nonsense\n")
+    assert last_level_cache_bytes(tmp_path) == 16 << 20

@@ -1,6 +1,6 @@
 """Kernels: products of activations with packed weights, chosen at run time for the CPU."""
 
-from rarefy.kernels.cpu import CpuFlags
+from rarefy.kernels.cpu import CpuFlags, available_cpus, last_level_cache_bytes
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import (
     SlowReferenceWarning,
@@ -9,20 +9,23 @@ from rarefy.kernels.extension import (
     get_num_threads,
     set_num_threads,
 )
-from rarefy.kernels.machine import Bandwidth, describe_cpu, measure_bandwidth
+from rarefy.kernels.machine import Bandwidth, BandwidthProbe, describe_cpu, measure_bandwidth
 from rarefy.kernels.products import Prepared, matmul, matmul_many, prepare
 
 __all__ = [
     "Bandwidth",
+    "BandwidthProbe",
     "CpuFlags",
     "Kernel",
     "Prepared",
     "SlowReferenceWarning",
+    "available_cpus",
     "compiled_kernels",
     "describe_cpu",
     "detect_cpu",
     "extension_status",
     "get_num_threads",
+    "last_level_cache_bytes",
     "matmul",
     "matmul_many",
     "measure_bandwidth",

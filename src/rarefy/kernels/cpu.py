@@ -94,6 +94,25 @@ def available_cpus() -> int:
     return max(1, min(affinity, ceil(min(_cgroup_cpus(), MAX_THREADS))))
 
 
+def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Bytes of the last level of cache, all instances that this machine's CPUs share together; 32 MiB if unknown.
+
+    Args:
+        root: where Linux describes the CPUs.
+    """
+    instances: dict[int, dict[str, int]] = {}
+    for index in root.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level = int((index / "level").read_text(encoding="ascii"))
+            size = (index / "size").read_text(encoding="ascii").strip()
+            shared_by = (index / "shared_cpu_list").read_text(encoding="ascii").strip()
+            num_bytes = int(size.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(size[-1:], 0)
+        except (OSError, ValueError):
+            continue
+        instances.setdefault(level, {})[shared_by] = num_bytes
+    return sum(instances[max(instances)].values()) if instances else 32 << 20
+
+
 def default_num_threads() -> int:
     """RAREFY_NUM_THREADS if set, else `available_cpus()`.
 

@@ -7,7 +7,7 @@ from typing import Any, final
 
 import numpy as np
 
-from rarefy.kernels.cpu import available_cpus, cpu_model
+from rarefy.kernels.cpu import available_cpus, cpu_model, last_level_cache_bytes
 from rarefy.kernels.dispatch import compiled_kernels, select
 from rarefy.kernels.extension import ISAS, detect_cpu, extension_status, get_num_threads, isa_cap, native
 from rarefy.layouts import FORMATS
@@ -23,8 +23,9 @@ class Bandwidth:
         low: slowest repeat, bytes/s.
         high: fastest repeat, bytes/s.
         num_threads: threads that read together.
-        num_bytes: size of the buffer, read once per repeat.
-        num_streams: places far apart that each thread reads in turn; the number that is fastest here.
+        num_bytes: size of the buffer that the passes go through.
+        num_streams: places far apart that each thread read side by side in the fastest pass.
+        prefetch_bytes: how far ahead it prefetched in each, 0 for not at all.
         how: "native" or "numpy".
     """
 
@@ -34,39 +35,57 @@ class Bandwidth:
     num_threads: int
     num_bytes: int
     num_streams: int
+    prefetch_bytes: int
     how: str
 
 
-def measure_bandwidth(
-    *, num_bytes: int = 256 << 20, num_streams: tuple[int, ...] = (1, 2, 4, 8), repeats: int = 5
-) -> Bandwidth:
-    """Read a buffer larger than the caches with every thread of the pool: what a product of one row can reach.
+@final
+class BandwidthProbe:
+    """A buffer several times the last-level cache, to be read between other measurements.
 
-    Args:
-        num_bytes: buffer size; should be several times the last-level cache.
-        num_streams: numbers of streams per thread to try, each 1 to 16; the best one is the answer.
-        repeats: timed passes for each, after one that is not timed.
+    One reading is the best of short passes with several numbers of streams and prefetch distances, so that it is what
+    the machine gives at that moment and not what one way of reading happens to reach. Without the extension numpy
+    sums the buffer, on one thread.
     """
-    num_threads = get_num_threads()
-    module = native()
-    if module is None:
-        buffer = np.ones(num_bytes // 8, np.int64)
-        rates = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            buffer.sum()
-            rates.append(buffer.nbytes / (time.perf_counter() - start))
-        return _bandwidth(rates, num_threads, num_bytes, 1, "numpy")
-    results = []
-    for streams in num_streams:
-        seconds = module.read_seconds(num_bytes, streams, repeats + 1)
-        results.append(_bandwidth([num_bytes / s for s in seconds], num_threads, num_bytes, streams, "native"))
-    return max(results, key=lambda result: result.bytes_per_s)
+
+    def __init__(self, num_bytes: int | None = None) -> None:
+        """Allocate the buffer.
+
+        Args:
+            num_bytes: its size; default: eight times the last-level cache, between 256 MiB and 1 GiB.
+        """
+        if num_bytes is None:
+            num_bytes = min(max(8 * last_level_cache_bytes(), 256 << 20), 1 << 30)
+        self.num_bytes = num_bytes
+        module = native()
+        self._native = None if module is None else module.BandwidthProbe(num_bytes)
+        self._words = np.ones(num_bytes // 8, np.int64) if module is None else None
+
+    def read(self) -> tuple[float, int, int]:
+        """Read once, with the threads of the pool: bytes/s, streams and prefetch distance of the fastest pass."""
+        if self._native is not None:
+            rate, num_streams, prefetch_bytes = self._native.read_best(max(self.num_bytes // 4, 1 << 20))
+            return float(rate), int(num_streams), int(prefetch_bytes)
+        assert self._words is not None
+        start = time.perf_counter()
+        self._words.sum()
+        return self._words.nbytes / (time.perf_counter() - start), 1, 0
+
+    def measure(self, *, repeats: int) -> Bandwidth:
+        """Read `repeats` times, after one reading that does not count."""
+        self.read()
+        readings = [self.read() for _ in range(repeats)]
+        rates = [rate for rate, _, _ in readings]
+        best = max(readings)
+        how = "numpy" if self._native is None else "native"
+        return Bandwidth(
+            median(rates), min(rates), max(rates), get_num_threads(), self.num_bytes, best[1], best[2], how
+        )
 
 
-def _bandwidth(rates: list[float], num_threads: int, num_bytes: int, num_streams: int, how: str) -> Bandwidth:
-    timed = rates[1:]
-    return Bandwidth(median(timed), min(timed), max(timed), num_threads, num_bytes, num_streams, how)
+def measure_bandwidth(*, num_bytes: int | None = None, repeats: int = 15) -> Bandwidth:
+    """The most that a product of one row can reach on this machine; see `BandwidthProbe`."""
+    return BandwidthProbe(num_bytes).measure(repeats=repeats)
 
 
 def describe_cpu() -> dict[str, Any]:

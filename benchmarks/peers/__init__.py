@@ -1,0 +1,1 @@
+"""The contestants of benchmarks/performance.py, one file for each library."""

@@ -1,0 +1,48 @@
+"""`rarefy bench --kernels`: what it prints, and what it refuses."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+COMMAND = ("bench", "--kernels", "--shape", "1024x2048", "--shape", "64x96", "--rounds", 1, "--threads", 1)
+
+
+def test_the_table_fits_a_terminal_and_names_every_product(run: Callable) -> None:
+    done = run(*COMMAND, "--layout", "bitmask-int4-v1", "--layout", "nm-bf16-v1", "--rows", 1, "--rows", 2)
+    assert done.code == 0, done.err
+    assert max(len(line) for line in done.out.splitlines()) <= 80
+    titles = [line for line in done.out.splitlines() if " x " in line]
+    assert [title.split(",")[0] for title in titles] == ["1024 x 2048", "64 x 96"]
+    assert all("B/s (1 thr)" in title for title in titles)
+    for name in ("bitmask-int4-v1", "nm-bf16-v1 2:4", "nm-bf16-v1 8:64"):
+        assert sum(line.startswith(name + " ") for line in done.out.splitlines()) == 4
+
+
+def test_json_is_a_list_of_rows(run: Callable) -> None:
+    rows = json.loads(run(*COMMAND, "--layout", "dense-int8-v1", "--rows", 1, "--json").out)
+    assert [row["shape"] for row in rows] == [[1024, 2048], [64, 96]]
+    fields = {"layout", "shape", "rows", "threads", "isa", "ms", "bytes", "bandwidth_fraction", "checked"}
+    assert fields <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("--kernels", "--layout", "nonsense"), "--layout: 'nonsense'; allowed: dense-f32-v1"),
+        (("--kernels", "--shape", "5"), "--shape: '5'; allowed: OUTxIN"),
+        (("--kernels", "--shape", "5x-1"), "--shape: '5x-1'"),
+        (("--kernels", "--threads", 99_999), "--threads: 99999; allowed: 1 to"),
+        (("--kernels", "--rows", 0), "--rows: 0"),
+        (("--kernels", "model"), "MODEL: given together with --kernels"),
+        (("--kernels", "--decode-tokens", 4), "--decode-tokens: given together with --kernels"),
+        (("model", "--layout", "dense-int4-v1"), "--layout: given without --kernels"),
+        (("model", "--threads", 1, "--threads", 2), "--threads: given more than once"),
+        ((), "no model; allowed: one MODEL or more, or --kernels"),
+    ],
+)
+def test_what_is_refused(run: Callable, arguments: tuple, complaint: str) -> None:
+    done = run("bench", *arguments)
+    assert done.code == 2
+    assert complaint in done.err
+    assert done.out == ""

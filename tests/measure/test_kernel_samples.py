@@ -1,0 +1,38 @@
+"""Every format has a sample, and what a sample repeats is what it says."""
+
+import numpy as np
+import pytest
+
+from rarefy.layouts import FORMATS
+from rarefy.measure.kernel_samples import PERIOD, samples_of
+
+
+@pytest.mark.parametrize("layout_format", sorted(FORMATS))
+@pytest.mark.parametrize("shape", [(1, 1), (3, 65), (PERIOD, 64), (2 * PERIOD + 7, 130)])
+def test_rows_repeat_those_of_the_small_weight(layout_format: str, shape: tuple[int, int]) -> None:
+    samples = samples_of(layout_format)
+    assert samples, "a format that `rarefy bench --kernels` cannot time: describe it in kernel_samples.py"
+    assert len({sample.name for sample in samples}) == len(samples)
+    for sample in samples:
+        layout, small = sample.make(shape)
+        assert (layout.format, layout.shape) == (layout_format, shape)
+        assert small.shape == (min(PERIOD, shape[0]), shape[1])
+        np.testing.assert_array_equal(layout.to_dense(), small.to_dense()[np.arange(shape[0]) % PERIOD])
+
+
+@pytest.mark.parametrize("layout_format", sorted(FORMATS))
+def test_values_and_zeros_are_random(layout_format: str) -> None:
+    for sample in samples_of(layout_format):
+        dense = sample.make((PERIOD, 512))[1].to_dense()
+        kept = sample.parameters.get("keep", 1) / sample.parameters.get("group", 1)
+        density = 0.5 if layout_format.startswith("bitmask") else kept
+        # A stored value is 0 by chance in at most 1 of 16 cases.
+        assert density * 0.9 < np.count_nonzero(dense) / dense.size < density * 1.05
+        assert len(np.unique(dense, axis=0)) == PERIOD
+        assert np.array_equal(dense, sample.make((PERIOD, 512))[1].to_dense()), "the same seed, the same weight"
+        assert not np.array_equal(dense, sample.make((PERIOD, 512), seed=1)[1].to_dense())
+
+
+def test_an_unknown_format_has_no_sample() -> None:
+    assert samples_of("origami-int4-v1") == ()
+    assert samples_of("dense-complex-v1") == ()
