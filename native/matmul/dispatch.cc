@@ -1,8 +1,11 @@
 #include "matmul/dispatch.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
+#include <new>
 #include <stdexcept>
 
 #include "common/cpu.h"
@@ -55,7 +58,9 @@ public:
     uint8_t* reserve(int64_t num_bytes) {
         if (num_bytes > size_) {
             bytes_ = nullptr;  // first, so that both never exist together
-            bytes_ = allocate_aligned(num_bytes);
+            bytes_.reset(
+                static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(num_bytes, 64) * 64))));
+            if (bytes_ == nullptr) throw std::bad_alloc();
             size_ = num_bytes;
         }
         return bytes_.get();
@@ -69,7 +74,10 @@ public:
     }
 
 private:
-    AlignedBytes bytes_;
+    struct Free {
+        void operator()(uint8_t* pointer) const { std::free(pointer); }
+    };
+    std::unique_ptr<uint8_t[], Free> bytes_;
     int64_t size_ = 0;
 };
 

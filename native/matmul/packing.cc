@@ -1,9 +1,7 @@
 // What the packers of all encodings share: finding arrays and numbers by name, memory, scales, and threads.
 #include "matmul/packing.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 #include "common/pool.h"
@@ -16,16 +14,6 @@ constexpr int64_t kMaxSize = int64_t{1} << 31;
 constexpr int64_t kMaxElements = int64_t{1} << 48;
 
 }  // namespace
-
-void FreeAligned::operator()(uint8_t* pointer) const { std::free(pointer); }
-
-AlignedBytes allocate_aligned(int64_t num_bytes) {
-    const size_t size = static_cast<size_t>(round_up(num_bytes > 0 ? num_bytes : 1, 64));
-    auto* bytes = static_cast<uint8_t*>(std::aligned_alloc(64, size));
-    if (bytes == nullptr) throw std::bad_alloc();
-    std::memset(bytes, 0, size);
-    return AlignedBytes(bytes);
-}
 
 void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
@@ -88,7 +76,7 @@ void Packing::check_all_taken() const {
 }
 
 uint8_t* Packing::allocate(int64_t num_bytes) {
-    memory_.push_back(allocate_aligned(num_bytes + kReadBeyond));
+    memory_.push_back(common::allocate_aligned(num_bytes + kReadBeyond));
     num_bytes_ += num_bytes + kReadBeyond;
     return memory_.back().get();
 }

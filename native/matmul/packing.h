@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "common/memory.h"
 #include "matmul/contract.h"
 
 namespace rarefy::matmul {
@@ -34,13 +35,6 @@ struct PackedArrays {
     std::vector<NamedArray> arrays;
     std::vector<NamedInteger> integers;
 };
-
-struct FreeAligned {
-    void operator()(uint8_t* pointer) const;
-};
-using AlignedBytes = std::unique_ptr<uint8_t[], FreeAligned>;
-// Zeroed bytes, aligned to 64.
-AlignedBytes allocate_aligned(int64_t num_bytes);
 
 // Throws std::invalid_argument.
 void require(bool condition, const std::string& message);
@@ -82,14 +76,14 @@ public:
     void for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const;
 
     int64_t num_bytes() const { return num_bytes_; }
-    std::vector<AlignedBytes> release_memory() { return std::move(memory_); }
+    std::vector<common::AlignedBytes> release_memory() { return std::move(memory_); }
 
     PanelWeights& view;
 
 private:
     const PackedArrays& packed_;
     std::vector<bool> taken_;
-    std::vector<AlignedBytes> memory_;
+    std::vector<common::AlignedBytes> memory_;
     int64_t num_bytes_ = 0;
 };
 

@@ -39,7 +39,7 @@ private:
     Values values_{};
     PanelWeights view_{};
     int64_t num_bytes_ = 0;
-    std::vector<AlignedBytes> memory_;
+    std::vector<common::AlignedBytes> memory_;
 };
 
 }  // namespace rarefy::matmul
