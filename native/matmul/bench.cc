@@ -1,6 +1,7 @@
 // Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
 // NAME]
-// [--format PART] [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds.
+// [--format PART] [--nm KEEP:GROUP] [--warm]. Cold (the default) rotates over more copies of the weight than any cache
+// holds.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -24,6 +25,7 @@ struct Options {
     int threads = 1;
     long rows = 1, outputs = 4096, inputs = 4096;
     std::string isa, format;
+    int keep = 32, group = 64;
     bool warm = false;
 };
 
@@ -32,8 +34,8 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 void bench(const matmul::ListedKernel& kernel, const Options& options, double bandwidth) {
-    const matmul::Sample sample =
-        matmul::make_sample({kernel.format, options.outputs, options.inputs, 64, true, 0.5, 1});
+    const matmul::Sample sample = matmul::make_sample(
+        {kernel.format, options.outputs, options.inputs, 64, true, 0.5, 1, options.keep, options.group});
     const matmul::PackedArrays packed = sample.packed();
     std::vector<std::unique_ptr<matmul::Weights>> copies;
     double packing = 1e9;
@@ -91,6 +93,8 @@ int main(int argc, char** argv) {
             options.isa = value;
         } else if (name == "--format") {
             options.format = value;
+        } else if (name == "--nm" && std::sscanf(value, "%d:%d", &options.keep, &options.group) == 2) {
+            continue;
         } else if (name != "--shape" || std::sscanf(value, "%ldx%ld", &options.outputs, &options.inputs) != 2) {
             std::fprintf(stderr, "unknown argument %s\n", name.c_str());
             return 2;

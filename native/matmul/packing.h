@@ -13,6 +13,7 @@
 
 namespace rarefy::matmul {
 
+enum class Isa { reference, avx2, avx512 };
 enum class Element { u8, u16, u32, i8, i16, i32, f32, other };
 
 struct NamedArray {
@@ -49,8 +50,10 @@ class Packing {
 public:
     // `view` has the sizes, and scales and zero points where the values are integers. No product of its two axes
     // overflows, not even times the bits of a float.
-    Packing(const PackedArrays& packed, PanelWeights& weights);
+    Packing(const PackedArrays& packed, Isa isa, PanelWeights& weights);
 
+    // Whose kernel will read the weight.
+    Isa isa() const { return isa_; }
     const std::string& format() const { return packed_.format; }
     // Throw std::invalid_argument where there is no such array, or one of other elements. take_optional: or gives null.
     const NamedArray& take(const std::string& name, Element element);
@@ -82,6 +85,7 @@ public:
 
 private:
     const PackedArrays& packed_;
+    const Isa isa_;
     std::vector<bool> taken_;
     std::vector<common::AlignedBytes> memory_;
     int64_t num_bytes_ = 0;

@@ -2,6 +2,7 @@
 // Every encoding has a maker, samples::<encoding>.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <random>
 #include <stdexcept>
@@ -19,6 +20,9 @@ struct SampleSpec {
     bool symmetric;
     double density;  // probability that an entry is kept, where the format has zeros
     unsigned seed;
+    int keep = 0, group = 64;  // of N:M; keep 0: what the density says
+    bool is_nm() const { return format.rfind("nm-", 0) == 0; }
+    int num_kept() const { return keep > 0 ? keep : std::max(1, static_cast<int>(density * group + 0.5)); }
 };
 
 struct SampleArray {
@@ -71,12 +75,25 @@ struct SampleMaker {
     }
 
     // 1 where an entry is kept, row by row; adds the array `mask`.
-    std::vector<uint8_t> add_mask(Sample& sample, double density) {
+    std::vector<uint8_t> add_mask(Sample& sample, const SampleSpec& spec) {
         const int64_t row_bytes = (sample.num_inputs + 7) / 8;
         std::vector<uint8_t> kept, bytes(static_cast<size_t>(sample.num_outputs * row_bytes), 0);
+        int64_t left = 0;  // entries that the group of N:M still keeps
+        if (spec.is_nm()) {
+            sample.integers.push_back({"keep", spec.num_kept()});
+            sample.integers.push_back({"group", spec.group});
+        }
         for (int64_t row = 0; row < sample.num_outputs; ++row) {
             for (int64_t column = 0; column < sample.num_inputs; ++column) {
-                kept.push_back(chance(density));
+                if (spec.is_nm()) {
+                    const int64_t begin = column / spec.group * spec.group;
+                    const int64_t size = std::min<int64_t>(spec.group, sample.num_inputs - begin);
+                    if (column == begin) left = (spec.num_kept() * size + spec.group - 1) / spec.group;
+                    kept.push_back(below(static_cast<int>(begin + size - column)) < left);
+                    left -= kept.back();
+                } else {
+                    kept.push_back(chance(spec.density));
+                }
                 bytes[static_cast<size_t>(row * row_bytes + column / 8)] |=
                     static_cast<uint8_t>(kept.back() << column % 8);
             }
@@ -115,7 +132,7 @@ inline Sample make_float_sample(const SampleSpec& spec, Element element, bool ma
     Sample sample(spec);
     SampleMaker maker(spec.seed);
     std::vector<uint8_t> kept(static_cast<size_t>(spec.num_outputs * spec.num_inputs), 1);
-    if (masked) kept = maker.add_mask(sample, spec.density);
+    if (masked) kept = maker.add_mask(sample, spec);
     SampleArray values{"values", element, {}};
     for (const uint8_t is_kept : kept) {
         const uint16_t bits = maker.bf16();
@@ -133,7 +150,7 @@ inline Sample make_code_sample(const SampleSpec& spec, int num_bits, bool masked
     Sample sample(spec);
     SampleMaker maker(spec.seed);
     std::vector<uint8_t> kept(static_cast<size_t>(spec.num_outputs * spec.num_inputs), 1);
-    if (masked) kept = maker.add_mask(sample, spec.density);
+    if (masked) kept = maker.add_mask(sample, spec);
     const std::vector<int> zero_points = maker.add_grid(sample, spec, num_bits);
     SampleArray codes{"codes", Element::u8, {}};
     int64_t num_nibbles = 0;

@@ -25,6 +25,7 @@ using matmul::Isa;
 using matmul::PackedArrays;
 using matmul::Sample;
 using matmul::SampleArray;
+using matmul::SampleSpec;
 using matmul::Weights;
 
 int num_checks = 0;
@@ -129,6 +130,67 @@ void test_products() {
                                      " x " + std::to_string(c.inputs) + ", rows " + std::to_string(num_rows));
                     if (num_threads == 1) first = y;
                     check(y == first, "the same bits for every number of threads");
+                }
+            }
+        }
+    }
+}
+
+// Every arrangement of N:M, against the reference, whose N:M is a mask.
+void test_patterns() {
+    constexpr struct {
+        int keep, group;
+    } kPatterns[] = {{1, 64},  {3, 64},  {4, 64},  {7, 64},  {8, 64}, {9, 64},  {16, 64}, {17, 64},
+                     {32, 64}, {33, 64}, {63, 64}, {64, 64}, {4, 32}, {11, 32}, {2, 16},  {5, 16},
+                     {1, 8},   {3, 8},   {1, 4},   {2, 4},   {1, 2},  {1, 1},   {5, 12}};
+    constexpr struct {
+        int64_t outputs, inputs, group_size;
+        bool symmetric;
+    } kCases[] = {{1, 7, 0, true},     {17, 61, 32, false}, {16, 64, 64, false},  {33, 65, 128, true},
+                  {31, 127, 0, false}, {18, 131, 32, true}, {50, 640, 64, false}, {130, 1091, 128, true}};
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (!runs(kernel.isa) || kernel.isa == Isa::reference || kernel.format.rfind("nm-int", 0) != 0) continue;
+        for (const auto& pattern : kPatterns) {
+            for (const auto& c : kCases) {
+                const Sample sample = matmul::make_sample({kernel.format, c.outputs, c.inputs, c.group_size,
+                                                           c.symmetric, 0.5, 13, pattern.keep, pattern.group});
+                const Weights weights(sample.packed(), kernel.isa), reference(sample.packed(), Isa::reference);
+                for (const int64_t num_rows : {1, 2, 5, 17, 30}) {
+                    const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
+                    common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
+                    check(product(weights, x, num_rows, c.inputs) == product(reference, x, num_rows, c.inputs),
+                          kernel.format + " on " + matmul::name(kernel.isa) + ", " + std::to_string(pattern.keep) +
+                              " of " + std::to_string(pattern.group) + ", " + std::to_string(c.outputs) + " x " +
+                              std::to_string(c.inputs) + ", rows " + std::to_string(num_rows));
+                }
+            }
+        }
+    }
+}
+
+// As many entries as there should be, but a group has one too many and another one too few.
+void test_groups_that_keep_too_many() {
+    for (const char* const format : {"nm-int4-v1", "nm-int8-v1"}) {
+        for (const int group : {64, 32, 16, 4}) {
+            for (const int keep : {1, group / 4, group / 2}) {
+                const SampleSpec spec{format, 20, 192, 64, false, 0.5, 17, keep, group};
+                Sample sample = matmul::make_sample(spec);
+                std::vector<uint8_t>& mask = sample.arrays[0].bytes;
+                const auto kept = [&](int column) { return mask[24 * 7 + column / 8] >> column % 8 & 1; };
+                int from = 0, to = group;  // row 7: an entry of the first group moves to the second
+                while (!kept(from)) ++from;
+                while (kept(to)) ++to;
+                mask[24 * 7 + from / 8] ^= static_cast<uint8_t>(1 << from % 8);
+                mask[24 * 7 + to / 8] ^= static_cast<uint8_t>(1 << to % 8);
+                for (const Isa isa : {Isa::reference, Isa::avx2, Isa::avx512}) {
+                    if (!runs(isa)) continue;
+                    try {
+                        const Weights weights(sample.packed(), isa);
+                        check(weights.view().mask != nullptr, std::string(format) + ": lists without room are refused");
+                        product(weights, random_rows(192 * 3, 1), 3, 192);
+                    } catch (const std::invalid_argument&) {
+                        check(isa == Isa::avx512, std::string(format) + ": a mask has room for every entry");
+                    }
                 }
             }
         }
@@ -244,6 +306,8 @@ void test_pool() {
 int main() {
     test_pool();
     test_products();
+    test_patterns();
+    test_groups_that_keep_too_many();
     test_damaged_arrays();
     test_non_finite_rows();
     std::printf("%d checks, %d failures\n", num_checks, num_failures);

@@ -35,7 +35,7 @@ Weights::Weights(const PackedArrays& arrays, Isa isa) : isa_(isa) {
     const Description description = describe(arrays.format);
     encoding_ = description.encoding;
     values_ = description.values;
-    Packing packing(arrays, view_);
+    Packing packing(arrays, isa, view_);
     if (is_integer()) packing.pack_scales(code_bits());
     description.pack(packing);
     packing.check_all_taken();

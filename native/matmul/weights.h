@@ -10,7 +10,6 @@
 
 namespace rarefy::matmul {
 
-enum class Isa { reference, avx2, avx512 };
 // What the kernels multiply: floats, or codes of so many bits with quantized activations.
 enum class Values { floats = 0, int1 = 1, int2 = 2, int3 = 3, int4 = 4, int8 = 8 };
 enum class Encoding {

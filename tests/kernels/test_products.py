@@ -70,6 +70,36 @@ def test_integers_are_exact_where_every_sum_is(weight, int_format, isa, group_si
             np.testing.assert_array_equal(prepared.matmul(x), expected.astype(np.float32))
 
 
+PATTERNS = [(keep, 64) for keep in (1, 3, 4, 7, 8, 9, 12, 16, 17, 32, 33, 63, 64)]
+PATTERNS += [(4, 32), (9, 32), (2, 16), (5, 16), (1, 8), (3, 8), (1, 4), (2, 4), (1, 2), (1, 1), (7, 48)]
+
+
+@pytest.mark.parametrize("value", ["int4", "int8"])
+@pytest.mark.parametrize(("keep", "group"), PATTERNS)
+def test_every_arrangement_of_a_pattern_is_exact(weight, isa, num_threads, value, keep, group) -> None:
+    rng = np.random.default_rng(12)
+    for index, (num_outputs, num_inputs) in enumerate([(3, 53), (17, 64), (33, 127), (18, 191), (40, 193), (16, 449)]):
+        group_size, symmetric = GRIDS[(index + keep) % len(GRIDS)]
+        w = weight(
+            f"nm-{value}-v1",
+            num_outputs,
+            num_inputs,
+            group_size=group_size,
+            symmetric=symmetric,
+            scales=(0.5, 1.0, 2.0),
+            keep=keep,
+            group=group,
+        )
+        prepared = kernels.prepare(w.layout, isa=isa)
+        x = rng.integers(-127, 128, (128, num_inputs)).astype(np.float32)
+        x[:, ::64] = 127.0  # blocks of scale 1
+        expected = x.astype(np.float64) @ w.dense_OI.T
+        assert np.all(np.abs(2 * expected) < 2**24)
+        for num_rows, threads in ((1, 1), (1, 3), (2, 1), (5, 2), (17, 1), (128, 3)):
+            num_threads(threads)
+            np.testing.assert_array_equal(prepared.matmul(x[:num_rows]), expected[:num_rows].astype(np.float32))
+
+
 def test_integers_of_any_activations(weight, int_format, isa) -> None:
     rng = np.random.default_rng(2)
     for index, (num_outputs, num_inputs) in enumerate(SHAPES):

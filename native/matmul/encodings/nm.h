@@ -1,0 +1,162 @@
+// What the encodings of N:M share: lists of as many entries as the pattern keeps, for AVX-512. Nothing is counted, and
+// nothing expanded to 64 columns.
+//
+// A segment of 64 (or 32) columns keeps the same number of entries in every output. They are listed in order, four to a
+// step; a step is one vector of 16 outputs by 4 entries. Places of a list that no entry takes have the zero point as
+// their code. The values of a panel are its segments, one after the other:
+//   with indices    step by step: the indices, a stream of 64 numbers of few bits, the lowest bits first; the codes. An
+//                   index counts from the first column of its group. `table` has two vectors that unpack the indices,
+//                   and one for each step with the groups' first columns.
+//   with a mask     64 bits for each output; then the codes of all steps
+// The codes of a step are 64 bytes, or 32 with elements 0 to 31 in the low nibbles and 32 to 63 in the high ones.
+// parameter = 256 * bits of an index (0: a mask) + steps of a segment. 0, and always on other instruction sets: no
+// lists, but the arrangement of mask.h.
+#pragma once
+
+#include "matmul/encodings/mask.h"
+
+#if RAREFY_PASS_REFERENCE
+
+namespace rarefy::matmul {
+
+struct NmPlan {
+    int keep, group;
+    int columns;     // of a segment
+    int index_bits;  // 0: a mask
+    int steps;       // 0: no lists
+    int segment_bytes;
+};
+
+// How to arrange a pattern. The limits are measured.
+inline NmPlan plan_nm(int keep, int group, int columns, int code_bits) {
+    const NmPlan no_lists{keep, group, columns, 0, 0, 0};
+    const int count = columns % group == 0 ? columns / group * keep : columns;
+    if (count > columns / 2) return no_lists;  // dense products are as fast
+    int index_bits = 1;
+    while (1 << index_bits < group) ++index_bits;
+    const int steps = static_cast<int>(ceil_div(count, 4));
+    const int code_bytes = steps * 8 * code_bits;
+    const int index_bytes = steps * 8 * index_bits;
+    const int mask_bytes = kPanelOutputs * columns / 8;
+    // Indices take half the time of a mask; up to an eighth more bytes are worth that.
+    if (8 * index_bytes <= 9 * mask_bytes) return {keep, group, columns, index_bits, steps, index_bytes + code_bytes};
+    if (columns < kBlockInputs) return no_lists;
+    if (code_bits == 4 && count > 16) return no_lists;  // many rows would be faster, but one row slower
+    return {keep, group, columns, 0, steps, mask_bytes + code_bytes};
+}
+
+// The kept entries of one output in one segment, in their places of its list.
+struct NmList {
+    uint8_t columns[kBlockInputs];  // within the group
+    uint8_t codes[kBlockInputs];
+};
+
+// No group keeps more than plan.keep, so that the list has room.
+inline void fill_list(const NmPlan& plan, uint64_t mask, const uint8_t* codes, int code_bits, int64_t& cursor,
+                      NmList& list) {
+    int place = 0, last_group = 0;
+    for (; mask != 0; mask &= mask - 1, ++place, ++cursor) {
+        const int column = __builtin_ctzll(mask);
+        const int group = column / plan.group;
+        if (plan.index_bits > 0 && group != last_group) place = group * plan.keep;
+        last_group = group;
+        list.columns[place] = static_cast<uint8_t>(column % plan.group);
+        list.codes[place] = code_bits == 4 ? nibble(codes, cursor) : codes[cursor];
+    }
+}
+
+// Throws where a group keeps more entries than the plan has room for. Groups lie within blocks.
+inline void check_groups(const NmPlan& plan, const DiskMask& mask, int64_t num_outputs, int64_t num_blocks) {
+    const uint64_t group_bits = plan.group == 64 ? ~uint64_t{0} : (uint64_t{1} << plan.group) - 1;
+    for (int64_t row = 0; row < num_outputs; ++row) {
+        for (int64_t block = 0; block < num_blocks; ++block) {
+            const uint64_t bits = mask.block(row, block);
+            for (int first = 0; first < kBlockInputs; first += plan.group)
+                require(popcount(bits >> first & group_bits) <= plan.keep, "a group keeps too many entries");
+        }
+    }
+}
+
+// put_*: element `element` of a step whose bytes were 0 before.
+inline void put_index(uint8_t* indices, int element, int index_bits, int index) {
+    const int bit = element * index_bits;
+    const int shifted = index << bit % 8;
+    indices[bit / 8] |= static_cast<uint8_t>(shifted);
+    if (shifted > 255) indices[bit / 8 + 1] |= static_cast<uint8_t>(shifted >> 8);
+}
+
+inline void put_code(uint8_t* codes, int element, int code_bits, int code) {
+    if (code_bits == 8)
+        codes[element] = static_cast<uint8_t>(code);
+    else
+        codes[element % 32] |= static_cast<uint8_t>(code << (element / 32 * 4));
+}
+
+inline uint8_t* make_nm_table(Packing& packing, const NmPlan& plan) {
+    uint8_t* table = packing.allocate((2 + plan.steps) * 64);
+    for (int element = 0; element < 64; ++element) {
+        table[element] = static_cast<uint8_t>(element / 8 * plan.index_bits + element % 8);
+        table[64 + element] = static_cast<uint8_t>(element % 8 * plan.index_bits);
+        for (int step = 0; step < plan.steps; ++step) {
+            const int first = (4 * step + element % 4) / plan.keep * plan.group;
+            table[(2 + step) * 64 + element] = static_cast<uint8_t>(first < plan.columns ? first : 0);
+        }
+    }
+    return table;
+}
+
+template <int kBits>
+void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&)) {
+    const int keep = static_cast<int>(packing.integer("keep", 1, 64));
+    const int group = static_cast<int>(packing.integer("group", keep, 64));
+    const NmPlan plan = plan_nm(keep, group, packing.view.steps_per_segment * 4, kBits);
+    if (packing.isa() != Isa::avx512 || plan.steps == 0) {
+        pack_as_mask(packing);
+        return;
+    }
+    const DiskMask mask(packing);
+    const NamedArray& codes = packing.take("codes", Element::u8);
+    require(codes.num_bytes == ceil_div(mask.row_starts.back() * kBits, 8), "the mask does not fit the codes");
+    PanelWeights& view = packing.view;
+    check_groups(plan, mask, view.num_outputs, view.num_blocks);
+    view.parameter = 256 * plan.index_bits + plan.steps;
+    if (plan.index_bits > 0) view.table = make_nm_table(packing, plan);
+    const int segments = kBlockInputs / plan.columns;
+    uint8_t* const values =
+        packing.place_values([&](int64_t) { return view.num_blocks * segments * plan.segment_bytes; });
+    const int step_bytes = 8 * kBits + 8 * plan.index_bits;
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        for (int row = 0; row < num_rows; ++row) {
+            int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
+            uint8_t* out = values + view.value_offsets[panel];
+            for (int64_t segment = 0; segment < view.num_blocks * segments; ++segment, out += plan.segment_bytes) {
+                uint64_t bits = mask.block(first + row, segment / segments);
+                if (segments == 2) bits = bits >> (segment % 2 * 32) & 0xffffffff;
+                const int64_t scale_group = panel * view.num_groups + segment / view.segments_per_group;
+                const int zero_point =
+                    view.zero_points == nullptr ? view.zero_point : view.zero_points[scale_group * kPanelOutputs + row];
+                NmList list{};
+                std::memset(list.codes, zero_point, sizeof(list.codes));
+                fill_list(plan, bits, codes.bytes, kBits, cursor, list);
+                uint8_t* steps = out;
+                if (plan.index_bits == 0) {
+                    std::memcpy(out + row * 8, &bits, 8);
+                    steps += kMaskBytes;
+                }
+                for (int i = 0; i < 4 * plan.steps; ++i) {
+                    uint8_t* step = steps + i / 4 * step_bytes;
+                    if (plan.index_bits > 0) put_index(step, row * 4 + i % 4, plan.index_bits, list.columns[i]);
+                    put_code(step + 8 * plan.index_bits, row * 4 + i % 4, kBits, list.codes[i]);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_AVX512
+
+#include "matmul/encodings/nm_avx512.h"
+
+#endif

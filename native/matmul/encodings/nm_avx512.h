@@ -1,0 +1,336 @@
+// The AVX-512 kernels of lists (nm.h). The activations of a segment are one vector, from which the indices gather.
+#pragma once
+
+#include "matmul/core_avx512.h"
+
+namespace rarefy::matmul::avx512 {
+
+// How a panel's lists lie in memory.
+struct ListShape {
+    int64_t index_bytes, code_bytes;  // of one step
+    int64_t mask_bytes;               // of one segment
+    int steps;
+    int64_t segment_bytes;
+    __m512i spread, shifts, low_bits;
+    const uint8_t* firsts = nullptr;
+    ListShape(const PanelWeights& w, int code_bits) {
+        const int64_t index_bits = w.parameter / 256;
+        steps = static_cast<int>(w.parameter % 256);
+        index_bytes = 8 * index_bits;
+        code_bytes = 8 * code_bits;
+        mask_bytes = index_bits == 0 ? 128 : 0;
+        segment_bytes = mask_bytes + steps * (index_bytes + code_bytes);
+        spread = shifts = low_bits = _mm512_setzero_si512();
+        if (index_bits == 0) return;
+        spread = load(w.table);
+        shifts = load(w.table + 64);
+        low_bits = _mm512_set1_epi8(static_cast<char>((1 << index_bits) - 1));
+        firsts = w.table + 128;
+    }
+    // Columns of the segment, one byte each.
+    __m512i columns(const uint8_t* indices, int step) const {
+        const __m512i bytes = _mm512_permutexvar_epi8(spread, load(indices));
+        const __m512i unpacked = _mm512_multishift_epi64_epi8(shifts, bytes);
+        return _mm512_ternarylogic_epi32(unpacked, low_bits, load(firsts + 64 * step), 0xea);  // (a & b) | c
+    }
+};
+
+template <int kBits>
+inline __m512i load_codes(const uint8_t* from) {
+    if (kBits == 8) return load(from);
+    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m512i nibbles = _mm512_multishift_epi64_epi8(
+        _mm512_set_epi64(0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04,
+                         0x3830282018100800, 0x3830282018100800, 0x3830282018100800, 0x3830282018100800),
+        twice);
+    return _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+}
+
+// What each output's mask keeps of `source`, as lists: steps[s] has entries 4s to 4s + 3 of every output. Places that
+// no entry takes keep what `source` has there: their codes are zero points. (Where a mask zeroes them, vpcompressb
+// waits for the old value of its register on Zen 5.)
+template <int kQuarters>
+inline void compress_lists(__m512i source, const uint8_t* masks, __m512i* steps) {
+    const auto compress = [&](int output) {
+        return _mm512_mask_compress_epi8(source, load_u64(masks + 8 * output), source);
+    };
+    // rows[quarter][i]: entries 16 * quarter on of outputs i, 4 + i, 8 + i, 12 + i
+    __m512i rows[kQuarters][4];
+    UNROLL for (int i = 0; i < 4; ++i) {
+        const __m512i a = compress(i), b = compress(4 + i), c = compress(8 + i), d = compress(12 + i);
+        if constexpr (kQuarters == 1) {
+            const __m256i ab = _mm256_inserti128_si256(_mm512_castsi512_si256(a), _mm512_castsi512_si128(b), 1);
+            const __m256i cd = _mm256_inserti128_si256(_mm512_castsi512_si256(c), _mm512_castsi512_si128(d), 1);
+            rows[0][i] = _mm512_inserti64x4(_mm512_castsi256_si512(ab), cd, 1);
+        } else {
+            const __m512i ab = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1);
+            const __m512i cd = _mm512_inserti64x4(c, _mm512_castsi512_si256(d), 1);
+            rows[0][i] = _mm512_shuffle_i64x2(ab, cd, 0x88);
+            rows[1][i] = _mm512_shuffle_i64x2(ab, cd, 0xdd);
+        }
+    }
+    UNROLL for (int quarter = 0; quarter < kQuarters; ++quarter) {
+        const __m512i* r = rows[quarter];
+        const __m512i low_01 = _mm512_unpacklo_epi32(r[0], r[1]), low_23 = _mm512_unpacklo_epi32(r[2], r[3]);
+        const __m512i high_01 = _mm512_unpackhi_epi32(r[0], r[1]), high_23 = _mm512_unpackhi_epi32(r[2], r[3]);
+        steps[4 * quarter] = _mm512_unpacklo_epi64(low_01, low_23);
+        steps[4 * quarter + 1] = _mm512_unpackhi_epi64(low_01, low_23);
+        steps[4 * quarter + 2] = _mm512_unpacklo_epi64(high_01, high_23);
+        steps[4 * quarter + 3] = _mm512_unpackhi_epi64(high_01, high_23);
+    }
+}
+
+template <int kColumns>
+inline __m512i load_q(const int8_t* q) {
+    if (kColumns == 64) return load(q);
+    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
+}
+
+// Zero points, one per lane, in every byte.
+inline __m512i every_byte(__m512i lanes) { return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101)); }
+
+// One row by kPanels panels, `distance` apart. kQuarters: 0 for indices, or sixteens of entries under a mask.
+template <int kBits, int kPanels, int kColumns, int kQuarters>
+void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
+    const ListShape shape(w, kBits);
+    const int8_t* q = rows.q + part.row_begin * rows.stride;
+    const float* row_scales = rows.scales + part.row_begin * rows.num_blocks;
+    const uint8_t* streams[kPanels];
+    __m512 totals[kPanels];
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        streams[p] = w.values + w.value_offsets[panel + p * distance];
+        totals[p] = _mm512_setzero_ps();
+    }
+    constexpr int kSegments = kBlockInputs / kColumns;
+    Groups groups(w, 0);
+    for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment, q += kColumns) {
+        const __m512i segment_q = load_q<kColumns>(q);
+        Sums sums[kPanels], offsets[kPanels];
+        __m512i zero_points[kPanels], lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            for (int64_t offset = 0; offset < shape.segment_bytes; offset += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(streams[p] + 4096 + offset), _MM_HINT_T0);
+            sums[p] = offsets[p] = Sums{};
+            zero_points[p] = every_byte(groups.zero_points(panel + p * distance));
+            if constexpr (kQuarters > 0) {
+                compress_lists<kQuarters>(segment_q, streams[p], lists[p]);
+                streams[p] += 128;
+            }
+        }
+        for (int step = 0; step < shape.steps; ++step) {
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                __m512i gathered;
+                if constexpr (kQuarters == 0) {
+                    gathered = _mm512_permutexvar_epi8(shape.columns(streams[p], step), segment_q);
+                    streams[p] += shape.index_bytes;
+                } else {
+                    gathered = lists[p][step];
+                }
+                sums[p] = dot_4(sums[p], load_codes<kBits>(streams[p]), gathered);
+                offsets[p] = dot_4(offsets[p], zero_points[p], gathered);
+                streams[p] += shape.code_bytes;
+            }
+        }
+        const __m512 row_scale = _mm512_set1_ps(row_scales[segment / kSegments]);
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(panel + p * distance));
+            totals[p] = _mm512_fmadd_ps(to_floats(sums[p] - offsets[p]), scales, totals[p]);
+        }
+        groups.advance();
+    }
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output).store(totals[p]);
+    }
+}
+
+// Many rows: the lists of a few segments and panels are unpacked to columns and signed levels, and the activations of a
+// few rows moved to [1, 255], where they are the unsigned side of the products.
+
+constexpr int kListSegments = 8;
+constexpr int kListBytes = 24 << 10;  // of unpacked lists: they stay in the L1 cache
+
+// An unpacked segment: what the sums start from, which takes the move back; for each step the columns and the levels.
+// kWide: 8-bit codes minus zero points may need 9 bits, so that both come apart, each less 128: the zero points and
+// what their sums start from are the second and third vector.
+template <bool kWide>
+inline int64_t unpacked_bytes(const ListShape& shape) {
+    return 64 * ((kWide ? 3 : 1) + 2 * shape.steps);
+}
+
+template <int kBits, int kColumns, int kQuarters, bool kWide>
+void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, int64_t begin, int64_t end,
+                  int64_t ahead, uint8_t* out) {
+    const uint8_t* from = w.values + w.value_offsets[panel] + begin * shape.segment_bytes;
+    const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
+    alignas(64) uint8_t identity[64];
+    for (int i = 0; i < 64; ++i) identity[i] = static_cast<uint8_t>(i);
+    Groups groups(w, begin);
+    for (int64_t segment = begin; segment < end; ++segment) {
+        for (int64_t offset = 0; offset < shape.segment_bytes; offset += 64)
+            _mm_prefetch(reinterpret_cast<const char*>(from + ahead + offset), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(w.scales + (panel * w.num_groups + groups.group + kListSegments) *
+                                                                  kPanelOutputs),
+                     _MM_HINT_T0);
+        __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
+        const __m512i zero_points = every_byte(groups.zero_points(panel));
+        if constexpr (kQuarters > 0) {
+            compress_lists<kQuarters>(load(identity), from, lists);
+            from += 128;
+        }
+        Sums start{}, zero_start{};
+        uint8_t* to = out + (kWide ? 192 : 64);
+        for (int step = 0; step < shape.steps; ++step, to += 128) {
+            __m512i columns;
+            if constexpr (kQuarters == 0)
+                columns = shape.columns(from, step);
+            else
+                columns = lists[step];
+            from += shape.index_bytes;
+            const __m512i codes = load_codes<kBits>(from);
+            from += shape.code_bytes;
+            const __m512i levels = kWide ? _mm512_xor_si512(codes, moved_by) : _mm512_sub_epi8(codes, zero_points);
+            start = dot_4(start, moved_by, levels);
+            _mm512_store_si512(to, columns);
+            _mm512_store_si512(to + 64, levels);
+        }
+        if (kWide) {
+            const __m512i moved = _mm512_xor_si512(zero_points, moved_by);
+            for (int step = 0; step < shape.steps; ++step) zero_start = dot_4(zero_start, moved_by, moved);
+            _mm512_store_si512(out + 64, moved);
+            _mm512_store_si512(out + 128, reinterpret_cast<__m512i>(-zero_start));
+        }
+        _mm512_store_si512(out, reinterpret_cast<__m512i>(-start));
+        out = to;
+        groups.advance();
+    }
+}
+
+struct ListTile {
+    const uint8_t* lists;
+    int64_t panel, num_panels;
+    int64_t segment_begin, segment_end;
+    int steps;
+};
+
+// kRows rows from `row` on by the panels of a tile; adds to y unless the tile starts at segment 0.
+template <int kRows, int kColumns, bool kWide>
+void tile_lists(const PanelWeights& w, const Rows& rows, const Part& part, const ListTile& tile, int64_t row) {
+    constexpr int kSegments = kBlockInputs / kColumns;
+    alignas(64) uint8_t moved_q[kListSegments][kRows][64];
+    const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
+    const int64_t num_segments = tile.segment_end - tile.segment_begin;
+    for (int r = 0; r < kRows; ++r) {
+        const int8_t* q = rows.q + (row + r) * rows.stride + tile.segment_begin * kColumns;
+        for (int64_t i = 0; i < num_segments; ++i)
+            _mm512_store_si512(moved_q[i][r], _mm512_xor_si512(load_q<kColumns>(q + i * kColumns), moved_by));
+    }
+    const float* row_scales = rows.scales + row * rows.num_blocks;
+    const uint8_t* from = tile.lists;
+    for (int64_t panel = tile.panel; panel < tile.panel + tile.num_panels; ++panel) {
+        float* y = part.y + row * part.y_stride + panel * kPanelOutputs;
+        __m512 totals[kRows];
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            totals[r] = Lanes(w, panel, y + r * part.y_stride).load_unless(tile.segment_begin == 0);
+        }
+        Groups groups(w, tile.segment_begin);
+        for (int64_t i = 0; i < num_segments; ++i) {
+            Sums sums[kRows], zero_sums[kRows];
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                sums[r] = reinterpret_cast<Sums>(load(from));
+                if (kWide) zero_sums[r] = reinterpret_cast<Sums>(load(from + 128));
+            }
+            __m512i zero_points = _mm512_setzero_si512();
+            if (kWide) zero_points = load(from + 64);
+            from += kWide ? 192 : 64;
+            for (int step = 0; step < tile.steps; ++step, from += 128) {
+                const __m512i columns = load(from), levels = load(from + 64);
+                const uint8_t* step_q = moved_q[i][0];
+                __asm__ volatile("" : "+r"(step_q));  // or gcc keeps all rows in registers, and the sums in memory
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m512i gathered = _mm512_permutexvar_epi8(columns, load(step_q + 64 * r));
+                    sums[r] = dot_4(sums[r], gathered, levels);
+                    if (kWide) zero_sums[r] = dot_4(zero_sums[r], gathered, zero_points);
+                }
+            }
+            const __m512 scales = groups.scales(panel);
+            const int64_t block = (tile.segment_begin + i) / kSegments;
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                const __m512 both = _mm512_mul_ps(_mm512_set1_ps(row_scales[r * rows.num_blocks + block]), scales);
+                totals[r] = _mm512_fmadd_ps(to_floats(kWide ? sums[r] - zero_sums[r] : sums[r]), both, totals[r]);
+            }
+            groups.advance();
+        }
+        UNROLL for (int r = 0; r < kRows; ++r) { Lanes(w, panel, y + r * part.y_stride).store(totals[r]); }
+    }
+}
+
+using ListTileFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const ListTile&, int64_t);
+
+template <int kColumns, bool kWide>
+inline constexpr ListTileFunction kListTiles[6] = {tile_lists<1, kColumns, kWide>, tile_lists<2, kColumns, kWide>,
+                                                   tile_lists<3, kColumns, kWide>, tile_lists<4, kColumns, kWide>,
+                                                   tile_lists<5, kColumns, kWide>, tile_lists<6, kColumns, kWide>};
+
+template <int kColumns, bool kWide>
+void multiply_list_tile(const PanelWeights& w, const Rows& rows, const Part& part, const ListTile& tile) {
+    int64_t row = part.row_begin;
+    if constexpr (!kWide) {
+        for (; part.row_end - row >= 12; row += 12) tile_lists<12, kColumns, kWide>(w, rows, part, tile, row);
+    }
+    while (row < part.row_end) {
+        const int64_t count = part.row_end - row < 6 ? part.row_end - row : 6;
+        kListTiles<kColumns, kWide>[count - 1](w, rows, part, tile, row);
+        row += count;
+    }
+}
+
+template <int kBits, int kColumns, int kQuarters, bool kWide>
+void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
+    const ListShape shape(w, kBits);
+    const int64_t segment_bytes = unpacked_bytes<kWide>(shape);
+    alignas(64) uint8_t unpacked[kListBytes];
+    const int64_t fit = kListBytes / (segment_bytes * kListSegments);
+    const int64_t num_segments = w.num_blocks * (kBlockInputs / kColumns);
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += fit) {
+        const int64_t num_panels = part.panel_end - panel < fit ? part.panel_end - panel : fit;
+        for (int64_t begin = 0; begin < num_segments; begin += kListSegments) {
+            const int64_t end = begin + kListSegments < num_segments ? begin + kListSegments : num_segments;
+            // The next tile: of these panels, or of the next ones.
+            const int64_t ahead = end < num_segments ? kListSegments * shape.segment_bytes
+                                                     : fit * w.value_offsets[1] - begin * shape.segment_bytes;
+            for (int64_t p = 0; p < num_panels; ++p)
+                unpack_lists<kBits, kColumns, kQuarters, kWide>(w, shape, panel + p, begin, end, ahead,
+                                                                unpacked + p * (end - begin) * segment_bytes);
+            const ListTile tile{unpacked, panel, num_panels, begin, end, shape.steps};
+            multiply_list_tile<kColumns, kWide>(w, rows, part, tile);
+        }
+    }
+}
+
+template <int kBits, int kColumns, int kQuarters>
+void multiply_lists_as(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (part.row_end - part.row_begin == 1) {
+        walk_panels(w, rows, part, walk_lists<kBits, 2, kColumns, kQuarters>,
+                    walk_lists<kBits, 1, kColumns, kQuarters>);
+    } else if (kBits == 8 && w.zero_points != nullptr) {
+        many_rows_lists<kBits, kColumns, kQuarters, true>(w, rows, part);
+    } else {
+        many_rows_lists<kBits, kColumns, kQuarters, false>(w, rows, part);
+    }
+}
+
+template <int kBits>
+void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
+    const int64_t index_bits = w.parameter / 256, steps = w.parameter % 256;
+    if (w.steps_per_segment == 8)
+        multiply_lists_as<kBits, 32, 0>(w, rows, part);
+    else if (index_bits > 0)
+        multiply_lists_as<kBits, 64, 0>(w, rows, part);
+    else if (steps <= 4)
+        multiply_lists_as<kBits, 64, 1>(w, rows, part);
+    else
+        multiply_lists_as<kBits, 64, 2>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::avx512

@@ -1,0 +1,41 @@
+// 8-bit codes under N:M: lists of entries, or a mask where that is smaller (nm.h).
+#include "matmul/encodings/nm.h"
+
+#if RAREFY_PASS_REFERENCE
+
+namespace rarefy::matmul {
+
+void packers::nm_int8(Packing& packing) { pack_nm<8>(packing, packers::mask_int8); }
+
+void reference::nm_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mask_int8(w, rows, part); }
+
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_AVX2
+
+void rarefy::matmul::avx2::nm_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    mask_int8(w, rows, part);
+}
+
+#elif RAREFY_PASS_AVX512
+
+namespace rarefy::matmul {
+
+void avx512::nm_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.parameter == 0)
+        mask_int8(w, rows, part);
+    else
+        multiply_lists<8>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_SAMPLES
+
+namespace rarefy::matmul {
+
+Sample samples::nm_int8(const SampleSpec& spec) { return make_code_sample(spec, 8, true); }
+
+}  // namespace rarefy::matmul
+
+#endif
