@@ -21,8 +21,17 @@ class Weight:
     scale_OI: np.ndarray
 
     @property
+    def is_integer(self) -> bool:
+        return is_integer(self.layout.format)
+
+    @property
     def dense_OI(self) -> np.ndarray:  # noqa: N802 (shape suffix)
         return self.level_OI * self.scale_OI
+
+
+def is_integer(layout_format: str) -> bool:
+    """Whether the kernels round activations for weights of this format."""
+    return "int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -32,9 +41,10 @@ def bits_of(values: np.ndarray) -> np.ndarray:
     return (bits >> 16).astype(np.uint16)
 
 
-def nibbles(codes: list[int]) -> list[int]:
-    padded = [*codes, 0] if len(codes) % 2 else codes
-    return [padded[i] | padded[i + 1] << 4 for i in range(0, len(padded), 2)]
+def packed_codes(codes: list[int], num_bits: int) -> list[int]:
+    """A run of bits, least significant first, as bytes."""
+    run = sum(code << (num_bits * k) for k, code in enumerate(codes))
+    return list(run.to_bytes(-(-len(codes) * num_bits // 8), "little"))
 
 
 def make_weight(
@@ -48,11 +58,14 @@ def make_weight(
     keep: int = 5,
     group: int = 12,
     scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5),
+    scaled: bool = True,
     seed: int = 0,
 ) -> Weight:
     """Make a weight with random codes, and with random mask in the formats that have one."""
     rng = np.random.default_rng([seed, num_outputs, num_inputs])
     shape = (num_outputs, num_inputs)
+    if not layout_format.startswith(("dense", "bitmask", "nm")):
+        return make_codebook(layout_format, shape, group_size, scales, scaled, rng)
     kind, value, _ = layout_format.split("-")
     mask_OI = np.ones(shape, bool)
     meta: dict[str, object] = {"shape": list(shape)}
@@ -85,12 +98,11 @@ def make_weight(
         code_OI[rng.random(shape) < 0.05] = 2**num_bits - 1
         rows = [code_OI[o][mask_OI[o]].tolist() for o in range(num_outputs)]
         if kind == "dense":
-            packed = [nibbles(row) if num_bits == 4 else row for row in rows]
-            width = -(-num_inputs // 2) if num_bits == 4 else num_inputs
-            arrays["codes"] = np.array(packed, np.uint8).reshape(num_outputs, width)
+            packed = [packed_codes(row, num_bits) for row in rows]
+            arrays["codes"] = np.array(packed, np.uint8).reshape(num_outputs, -(-num_inputs * num_bits // 8))
         else:
             stream = [code for row in rows for code in row]
-            arrays["codes"] = np.array(nibbles(stream) if num_bits == 4 else stream, np.uint8)
+            arrays["codes"] = np.array(packed_codes(stream, num_bits), np.uint8)
         meta |= {"group_size": group_size, "symmetric": symmetric}
         level_OI = np.where(mask_OI, code_OI - zero_OG[:, group_of_I], 0).astype(np.float64)
         scale_OI = scale_OG[:, group_of_I].astype(np.float64)
@@ -103,6 +115,53 @@ def make_weight(
         level_OI = np.where(mask_OI, floats, 0).astype(np.float64)
     layout = FORMATS[layout_format].from_arrays(layout_format, meta, arrays)
     assert layout.format == layout_format
+    return Weight(layout, level_OI, scale_OI)
+
+
+def make_codebook(
+    layout_format: str,
+    shape: tuple[int, int],
+    group_size: int | None,
+    scales: tuple[float, ...],
+    scaled: bool,
+    rng: np.random.Generator,
+) -> Weight:
+    """Make a weight of a format whose values are entries of a small table, times a scale."""
+    num_outputs, num_inputs = shape
+    num_groups = 1 if group_size is None else -(-num_inputs // group_size)
+    scale_OG = rng.choice(np.array(scales, np.float32), (num_outputs, num_groups))
+    group_of_I = np.zeros(num_inputs, int) if group_size is None else np.arange(num_inputs) // group_size
+    scale_OI = scale_OG[:, group_of_I].astype(np.float64)
+    meta: dict[str, object] = {"shape": list(shape), "group_size": group_size}
+    arrays = {"scales": bits_of(scale_OG)}
+    if layout_format == "ternary-v1":
+        code_OI = rng.integers(0, 3, shape)
+        padded = np.zeros((num_outputs, -(-num_inputs // 5) * 5), int)
+        padded[:, :num_inputs] = code_OI
+        packed = padded.reshape(num_outputs, -1, 5) @ np.array([1, 3, 9, 27, 81]) if num_inputs else padded
+        arrays["codes"] = packed.astype(np.uint8)
+        level_OI = code_OI - 1.0
+    elif layout_format == "binary-v1":
+        code_OI = rng.integers(0, 2, shape)
+        arrays["codes"] = np.packbits(code_OI.astype(bool), axis=1, bitorder="little")
+        level_OI = code_OI * 2.0 - 1.0
+    else:
+        num_bits = int(layout_format[3])
+        table = rng.standard_normal(2**num_bits).astype(np.float32)
+        if num_bits == 8:
+            table = (table.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        code_OI = rng.integers(0, 2**num_bits, shape)
+        rows = [packed_codes(row, num_bits) for row in code_OI.tolist()]
+        arrays["codes"] = np.array(rows, np.uint8).reshape(num_outputs, -(-num_inputs * num_bits // 8))
+        arrays["table"] = bits_of(table) if num_bits == 8 else table
+        meta["scaled"] = scaled
+        level_OI, scale_OI = table[code_OI].astype(np.float64), np.ones(shape)
+        if scaled:  # float32(entry * scale) is the value
+            level_OI = (table[code_OI] * scale_OG[:, group_of_I]).astype(np.float64)
+        else:
+            meta["group_size"] = None
+            del arrays["scales"]
+    layout = FORMATS[layout_format].from_arrays(layout_format, meta, arrays)
     return Weight(layout, level_OI, scale_OI)
 
 
@@ -127,12 +186,12 @@ def layout_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=sorted(name for name in FORMATS if "int" in name))
+@pytest.fixture(params=sorted(name for name in FORMATS if is_integer(name)))
 def int_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=sorted(name for name in FORMATS if "int" not in name))
+@pytest.fixture(params=sorted(name for name in FORMATS if not is_integer(name)))
 def float_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -10,7 +10,8 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
-from rarefy.layouts import Layout
+from rarefy.core.grids import expand_groups, from_bf16_bits
+from rarefy.layouts import Binary, BitmaskInt, DenseInt, Layout, NMInt, Ternary
 
 Float32Array = NDArray[np.float32]
 
@@ -49,47 +50,34 @@ def quantize_activations(x_TI: Float32Array) -> tuple[NDArray[np.int8], Float32A
     return q.reshape(num_rows, num_blocks * BLOCK), scale_TB
 
 
-def _unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
-
-
 def group_size_of(meta: Mapping[str, Any]) -> int:
     """Columns per scale of a layout with this meta(); 0 where a row has one scale, and for floats."""
     return int(meta.get("group_size") or 0)
 
 
-def integer_levels(
-    layout_format: str, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-) -> tuple[NDArray[np.int16], Float32Array]:
-    """Integers and scales of an int layout: weight = scale_OG[o, i // group_size] * level_OI[o, i].
+def integer_levels(layout: Layout) -> tuple[NDArray[np.int16], Float32Array] | None:
+    """Integers and scales of a layout: weight = scale_OG[o, i // group_size] * level_OI[o, i].
 
     Args:
-        layout_format: a format with int4 or int8 values.
-        meta: the layout's meta().
-        arrays: the layout's arrays().
+        layout: any.
 
     Returns:
-        level = code - zero_point, 0 where pruned, int16 (O, I); scale float32 (O, G).
+        level = code - zero_point, 0 where pruned, int16 (O, I); scale float32 (O, G). None if the weights are floats.
     """
-    num_outputs, num_inputs = meta["shape"]
-    codes = arrays["codes"]
-    num_bits = 4 if "int4" in layout_format else 8
-    scale_OG = (arrays["scales"].astype(np.uint32) << 16).view(np.float32)
-    if "zero_points" in arrays:
-        zero_point_OG = arrays["zero_points"].astype(np.int16)
-    else:
-        zero_point_OG = np.full(scale_OG.shape, 1 << (num_bits - 1), np.int16)
-    group_of_I = np.arange(num_inputs) // (group_size_of(meta) or max(num_inputs, 1))
-    zero_point_OI = zero_point_OG[:, group_of_I]
-    if "mask" in arrays:
-        mask_OI = np.unpackbits(arrays["mask"], axis=1, count=num_inputs, bitorder="little").astype(bool)
-        stream = _unpack_nibbles(codes) if num_bits == 4 else codes
-        level_OI = np.zeros((num_outputs, num_inputs), np.int16)
-        kept = int(mask_OI.sum())
-        level_OI[mask_OI] = stream[:kept].astype(np.int16) - zero_point_OI[mask_OI]
-        return level_OI, scale_OG
-    dense = _unpack_nibbles(codes)[:, :num_inputs] if num_bits == 4 else codes
-    return dense.astype(np.int16) - zero_point_OI, scale_OG
+    match layout:
+        case DenseInt() | BitmaskInt() | NMInt():
+            fitted, width = layout.fitted, layout.shape[1]
+            zero_point = np.broadcast_to(expand_groups(fitted.zero_point_OG, fitted.grid, width), layout.shape)
+            if isinstance(layout, DenseInt):
+                return layout.codes_OI().astype(np.int16) - zero_point, fitted.scale_OG
+            mask_OI = layout.mask_OI()
+            level_OI = np.zeros(layout.shape, np.int16)
+            level_OI[mask_OI] = layout.stream().astype(np.int16) - zero_point[mask_OI]
+            return level_OI, fitted.scale_OG
+        case Ternary() | Binary():
+            return layout.levels_OI().astype(np.int16), from_bf16_bits(layout.scales)
+        case _:
+            return None
 
 
 @final
@@ -98,14 +86,14 @@ class ReferenceWeights:
 
     def __init__(self, layout: Layout) -> None:
         self.shape = layout.shape
-        if "int" not in layout.format:
+        integers = integer_levels(layout)
+        if integers is None:
             self._weight_OI = np.ascontiguousarray(layout.to_dense())
             self._scale_OG = None
             return
-        meta = layout.meta()
-        level_OI, self._scale_OG = integer_levels(layout.format, meta, layout.arrays())
+        level_OI, self._scale_OG = integers
         self._weight_OI = level_OI.astype(np.float32)
-        self._group_size = group_size_of(meta) or max(self.shape[1], 1)
+        self._group_size = group_size_of(layout.meta()) or max(self.shape[1], 1)
 
     @property
     def nbytes(self) -> int:
