@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "common/cpu.h"
@@ -18,8 +19,10 @@ struct Row {
 };
 
 constexpr Row kKernels[] = {
-#define RAREFY_KERNEL(encoding, isa) {Encoding::encoding, Isa::isa, encoding##_##isa},
+#define RAREFY_KERNEL(name, isa) {Encoding::name, Isa::isa, isa::name},
+#define RAREFY_ENCODING(name, values, isas, ...) RAREFY_##isas(RAREFY_KERNEL, name)
 #include "matmul/kernels.inc"
+#undef RAREFY_KERNEL
 };
 
 constexpr Isa kIsas[] = {Isa::reference, Isa::avx2, Isa::avx512};
@@ -45,8 +48,6 @@ QuantizeFunction find_quantizer(Isa isa) {
         default: return quantize_row_reference;
     }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps from call to call, so that small products allocate nothing.
 class Scratch {
@@ -85,8 +86,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     for (const Product& product : products) {
         const Weights& weights = *product.weights;
         (weights.is_integer() ? integers : floats) = true;
-        const bool int8 = weights.encoding() == Encoding::dense_int8 || weights.encoding() == Encoding::mask_int8;
-        wide |= int8 && weights.isa() == Isa::avx2;
+        wide |= weights.code_bits() > 4 && weights.isa() == Isa::avx2;
         isa = std::max(isa, weights.isa());
     }
     const int64_t num_blocks = ceil_div(num_inputs, kBlockInputs);
@@ -209,11 +209,13 @@ Isa runnable_isa(const std::string& wanted) {
 
 std::vector<ListedKernel> list_kernels() {
     std::vector<ListedKernel> list;
-    for (const Row& row : kKernels) {
-#define RAREFY_FORMAT(format, encoding_name) \
-    if (row.encoding == Encoding::encoding_name) list.push_back({format, row.isa});
+    const auto add = [&](Encoding encoding, std::initializer_list<const char*> formats) {
+        for (const Row& row : kKernels)
+            for (const char* format : formats)
+                if (row.encoding == encoding) list.push_back({format, row.isa});
+    };
+#define RAREFY_ENCODING(name, values, isas, ...) add(Encoding::name, {__VA_ARGS__});
 #include "matmul/kernels.inc"
-    }
     return list;
 }
 

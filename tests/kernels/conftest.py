@@ -1,7 +1,8 @@
 """Random packed weights, packed here by plain loops, with the numbers they stand for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ class Weight:
 
 def is_integer(layout_format: str) -> bool:
     """Whether the kernels round activations for weights of this format."""
-    return "int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
+    return "-int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -47,122 +48,166 @@ def packed_codes(codes: list[int], num_bits: int) -> list[int]:
     return list(run.to_bytes(-(-len(codes) * num_bits // 8), "little"))
 
 
-def make_weight(
-    layout_format: str,
-    num_outputs: int,
-    num_inputs: int,
-    *,
-    group_size: int | None = 64,
-    symmetric: bool = True,
-    density: float = 0.5,
-    keep: int = 5,
-    group: int = 12,
-    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5),
-    scaled: bool = True,
-    seed: int = 0,
-) -> Weight:
-    """Make a weight with random codes, and with random mask in the formats that have one."""
-    rng = np.random.default_rng([seed, num_outputs, num_inputs])
-    shape = (num_outputs, num_inputs)
-    if not layout_format.startswith(("dense", "bitmask", "nm")):
-        return make_codebook(layout_format, shape, group_size, scales, scaled, rng)
-    kind, value, _ = layout_format.split("-")
-    mask_OI = np.ones(shape, bool)
-    meta: dict[str, object] = {"shape": list(shape)}
+@dataclass(frozen=True)
+class Spec:
+    """What a weight should look like; a maker heeds what its format has."""
+
+    format: str
+    num_outputs: int
+    num_inputs: int
+    group_size: int | None = 64
+    symmetric: bool = True
+    density: float = 0.5
+    keep: int = 5
+    group: int = 12
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
+    scaled: bool = True
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_outputs, self.num_inputs
+
+    @property
+    def value(self) -> str:
+        """f32, bf16, int4, ...: the second word of the format's name."""
+        return self.format.split("-")[1]
+
+
+def make_masked(spec: Spec, rng: np.random.Generator) -> Weight:
+    """Dense, or under a random mask of bits."""
+    kind = spec.format.split("-")[0]
+    mask_OI = np.ones(spec.shape, bool)
+    meta: dict[str, object] = {"shape": list(spec.shape)}
     arrays: dict[str, np.ndarray] = {}
     if kind == "bitmask":
-        mask_OI = rng.random(shape) < density
+        mask_OI = rng.random(spec.shape) < spec.density
         meta["num_values"] = int(mask_OI.sum())
     if kind == "nm":
-        mask_OI = np.zeros(shape, bool)
-        for row in range(num_outputs):
-            for start in range(0, num_inputs, group):
-                width = min(group, num_inputs - start)
-                mask_OI[row, start + rng.permutation(width)[: -(-keep * width // group)]] = True
-        meta |= {"keep": keep, "group": group}
+        mask_OI = np.zeros(spec.shape, bool)
+        for row in range(spec.num_outputs):
+            for start in range(0, spec.num_inputs, spec.group):
+                width = min(spec.group, spec.num_inputs - start)
+                mask_OI[row, start + rng.permutation(width)[: -(-spec.keep * width // spec.group)]] = True
+        meta |= {"keep": spec.keep, "group": spec.group}
     if kind != "dense":
         arrays["mask"] = np.packbits(mask_OI, axis=1, bitorder="little")
-    scale_OI = np.ones(shape)
-    if "int" in value:
-        num_bits = int(value[3:])
-        num_groups = 1 if group_size is None else -(-num_inputs // group_size)
-        group_of_I = np.zeros(num_inputs, int) if group_size is None else np.arange(num_inputs) // group_size
-        scale_OG = rng.choice(np.array(scales, np.float32), (num_outputs, num_groups))
-        zero_OG = rng.integers(0, 2**num_bits, (num_outputs, num_groups))
-        if symmetric:
-            zero_OG[:] = 2 ** (num_bits - 1)
-        else:
-            arrays["zero_points"] = zero_OG.astype(np.uint8)
-        arrays["scales"] = bits_of(scale_OG)
-        code_OI = rng.integers(0, 2**num_bits, shape)
-        code_OI[rng.random(shape) < 0.05] = 2**num_bits - 1
-        rows = [code_OI[o][mask_OI[o]].tolist() for o in range(num_outputs)]
+    if "int" in spec.value:
+        num_bits = int(spec.value[3:])
+        scale_OI, zero_OI = make_grid(spec, rng, num_bits, meta, arrays)
+        code_OI = make_codes(spec, rng, num_bits)
+        rows = [code_OI[o][mask_OI[o]].tolist() for o in range(spec.num_outputs)]
         if kind == "dense":
-            packed = [packed_codes(row, num_bits) for row in rows]
-            arrays["codes"] = np.array(packed, np.uint8).reshape(num_outputs, -(-num_inputs * num_bits // 8))
+            arrays["codes"] = packed_rows(spec, rows, num_bits)
         else:
             stream = [code for row in rows for code in row]
             arrays["codes"] = np.array(packed_codes(stream, num_bits), np.uint8)
-        meta |= {"group_size": group_size, "symmetric": symmetric}
-        level_OI = np.where(mask_OI, code_OI - zero_OG[:, group_of_I], 0).astype(np.float64)
-        scale_OI = scale_OG[:, group_of_I].astype(np.float64)
+        level_OI = np.where(mask_OI, code_OI - zero_OI, 0)
     else:
-        floats = rng.standard_normal(shape).astype(np.float32)
-        if value == "bf16":
+        floats = rng.standard_normal(spec.shape).astype(np.float32)
+        if spec.value == "bf16":
             floats = (floats.view(np.uint32) & 0xFFFF0000).view(np.float32)
         stored = floats[mask_OI] if kind != "dense" else floats
-        arrays["values"] = bits_of(stored) if value == "bf16" else stored
-        level_OI = np.where(mask_OI, floats, 0).astype(np.float64)
-    layout = FORMATS[layout_format].from_arrays(layout_format, meta, arrays)
-    assert layout.format == layout_format
-    return Weight(layout, level_OI, scale_OI)
+        arrays["values"] = bits_of(stored) if spec.value == "bf16" else stored
+        level_OI, scale_OI = np.where(mask_OI, floats, 0), np.ones(spec.shape)
+    return finish(spec, meta, arrays, level_OI, scale_OI)
 
 
-def make_codebook(
-    layout_format: str,
-    shape: tuple[int, int],
-    group_size: int | None,
-    scales: tuple[float, ...],
-    scaled: bool,
-    rng: np.random.Generator,
-) -> Weight:
-    """Make a weight of a format whose values are entries of a small table, times a scale."""
-    num_outputs, num_inputs = shape
-    num_groups = 1 if group_size is None else -(-num_inputs // group_size)
-    scale_OG = rng.choice(np.array(scales, np.float32), (num_outputs, num_groups))
-    group_of_I = np.zeros(num_inputs, int) if group_size is None else np.arange(num_inputs) // group_size
-    scale_OI = scale_OG[:, group_of_I].astype(np.float64)
-    meta: dict[str, object] = {"shape": list(shape), "group_size": group_size}
-    arrays = {"scales": bits_of(scale_OG)}
-    if layout_format == "ternary-v1":
-        code_OI = rng.integers(0, 3, shape)
-        padded = np.zeros((num_outputs, -(-num_inputs // 5) * 5), int)
-        padded[:, :num_inputs] = code_OI
-        packed = padded.reshape(num_outputs, -1, 5) @ np.array([1, 3, 9, 27, 81]) if num_inputs else padded
-        arrays["codes"] = packed.astype(np.uint8)
-        level_OI = code_OI - 1.0
-    elif layout_format == "binary-v1":
-        code_OI = rng.integers(0, 2, shape)
-        arrays["codes"] = np.packbits(code_OI.astype(bool), axis=1, bitorder="little")
-        level_OI = code_OI * 2.0 - 1.0
+def make_grid(
+    spec: Spec, rng: np.random.Generator, num_bits: int, meta: dict[str, object], arrays: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds scales and zero points of a random grid; returns those of every entry, (O, I) each."""
+    num_groups = 1 if spec.group_size is None else -(-spec.num_inputs // spec.group_size)
+    group_of_I = np.arange(spec.num_inputs) // (spec.group_size or max(spec.num_inputs, 1))
+    scale_OG = rng.choice(np.array(spec.scales, np.float32), (spec.num_outputs, num_groups))
+    zero_OG = rng.integers(0, 2**num_bits, (spec.num_outputs, num_groups))
+    if spec.symmetric:
+        zero_OG[:] = 2 ** (num_bits - 1)
     else:
-        num_bits = int(layout_format[3])
-        table = rng.standard_normal(2**num_bits).astype(np.float32)
-        if num_bits == 8:
-            table = (table.view(np.uint32) & 0xFFFF0000).view(np.float32)
-        code_OI = rng.integers(0, 2**num_bits, shape)
-        rows = [packed_codes(row, num_bits) for row in code_OI.tolist()]
-        arrays["codes"] = np.array(rows, np.uint8).reshape(num_outputs, -(-num_inputs * num_bits // 8))
-        arrays["table"] = bits_of(table) if num_bits == 8 else table
-        meta["scaled"] = scaled
-        level_OI, scale_OI = table[code_OI].astype(np.float64), np.ones(shape)
-        if scaled:  # float32(entry * scale) is the value
-            level_OI = (table[code_OI] * scale_OG[:, group_of_I]).astype(np.float64)
-        else:
-            meta["group_size"] = None
-            del arrays["scales"]
-    layout = FORMATS[layout_format].from_arrays(layout_format, meta, arrays)
-    return Weight(layout, level_OI, scale_OI)
+        arrays["zero_points"] = zero_OG.astype(np.uint8)
+    arrays["scales"] = bits_of(scale_OG)
+    meta |= {"group_size": spec.group_size, "symmetric": spec.symmetric}
+    return scale_OG[:, group_of_I].astype(np.float64), zero_OG[:, group_of_I]
+
+
+def make_codes(spec: Spec, rng: np.random.Generator, num_bits: int) -> np.ndarray:
+    """Random codes (O, I), the largest one often."""
+    code_OI = rng.integers(0, 2**num_bits, spec.shape)
+    code_OI[rng.random(spec.shape) < 0.05] = 2**num_bits - 1
+    return code_OI
+
+
+def finish(
+    spec: Spec, meta: dict[str, object], arrays: dict[str, np.ndarray], level_OI: np.ndarray, scale_OI: np.ndarray
+) -> Weight:
+    layout = FORMATS[spec.format].from_arrays(spec.format, meta, arrays)
+    assert layout.format == spec.format
+    return Weight(layout, level_OI.astype(np.float64), scale_OI)
+
+
+def packed_rows(spec: Spec, rows: list[list[int]], num_bits: int) -> np.ndarray:
+    """Each row a run of its own."""
+    packed = [packed_codes(row, num_bits) for row in rows]
+    return np.array(packed, np.uint8).reshape(spec.num_outputs, -(-spec.num_inputs * num_bits // 8))
+
+
+def make_levels(spec: Spec, rng: np.random.Generator) -> Weight:
+    """Ternary or binary."""
+    meta: dict[str, object] = {"shape": list(spec.shape)}
+    arrays: dict[str, np.ndarray] = {}
+    scale_OI, _ = make_grid(replace(spec, symmetric=True), rng, 8, meta, arrays)
+    del meta["symmetric"]
+    if spec.format == "binary-v1":
+        code_OI = rng.integers(0, 2, spec.shape)
+        arrays["codes"] = packed_rows(spec, code_OI.tolist(), 1)
+        return finish(spec, meta, arrays, code_OI * 2 - 1, scale_OI)
+    code_OI = rng.integers(0, 3, spec.shape)
+    padded = np.zeros((spec.num_outputs, -(-spec.num_inputs // 5), 5), int)
+    padded.reshape(spec.num_outputs, padded.shape[1] * 5)[:, : spec.num_inputs] = code_OI
+    arrays["codes"] = (padded @ np.array([1, 3, 9, 27, 81])).astype(np.uint8)
+    return finish(spec, meta, arrays, code_OI - 1, scale_OI)
+
+
+def make_table(spec: Spec, rng: np.random.Generator) -> Weight:
+    """A lookup table of 16 or 256 entries."""
+    meta: dict[str, object] = {"shape": list(spec.shape)}
+    arrays: dict[str, np.ndarray] = {}
+    scale_OI, _ = make_grid(replace(spec, symmetric=True), rng, 8, meta, arrays)
+    del meta["symmetric"]
+    num_bits = int(spec.format[3])
+    table = rng.standard_normal(2**num_bits).astype(np.float32)
+    if num_bits == 8:
+        table = (table.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    arrays["table"] = bits_of(table) if num_bits == 8 else table
+    code_OI = rng.integers(0, 2**num_bits, spec.shape)
+    arrays["codes"] = packed_rows(spec, code_OI.tolist(), num_bits)
+    meta["scaled"] = spec.scaled
+    value_OI = table[code_OI]
+    if spec.scaled:
+        value_OI *= scale_OI.astype(np.float32)  # rounded to float32 once
+    else:
+        meta["group_size"] = None
+        del arrays["scales"]
+    return finish(spec, meta, arrays, value_OI, np.ones(spec.shape))
+
+
+# By the first word of the format's name: a new kind of layout adds its maker here.
+MAKERS: dict[str, Callable[[Spec, np.random.Generator], Weight]] = {
+    "dense": make_masked,
+    "bitmask": make_masked,
+    "nm": make_masked,
+    "ternary": make_levels,
+    "binary": make_levels,
+    "lut4": make_table,
+    "lut8": make_table,
+}
+
+
+def make_weight(layout_format: str, num_outputs: int, num_inputs: int, **options: Any) -> Weight:
+    """Make a random weight in any format; see Spec for the options."""
+    spec = Spec(layout_format, num_outputs, num_inputs, **options)
+    kind = layout_format.split("-", maxsplit=1)[0]
+    return MAKERS[kind](spec, np.random.default_rng([spec.seed, num_outputs, num_inputs]))
 
 
 @pytest.fixture(scope="session")

@@ -14,13 +14,12 @@ native = pytest.importorskip("rarefy._native")
 
 
 def arguments(w, isa: str = "reference") -> dict[str, object]:
-    meta = w.layout.meta()
     return {
         "format": w.layout.format,
         "isa": isa,
         "num_outputs": w.layout.shape[0],
         "num_inputs": w.layout.shape[1],
-        "group_size": int(meta.get("group_size") or 0),
+        "integers": {name: int(value) for name, value in w.layout.meta().items() if isinstance(value, int)},
         "arrays": {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()},
     }
 
@@ -51,7 +50,7 @@ def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format
         {"num_outputs": -5},
         {"num_outputs": 2**62},
         {"num_inputs": 79},
-        {"num_inputs": 67},
+        {"num_inputs": 63},
         {"num_inputs": -1},
         {"num_inputs": 2**40},
         {"num_outputs": 2**31 - 1, "num_inputs": 2**31 - 1},
@@ -59,9 +58,9 @@ def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format
         {"format": "dense-int4-v2"},
         {"format": ""},
         {"isa": "sse"},
-        {"group_size": 33},
-        {"group_size": -64},
-        {"group_size": 2**62},
+        {"integers": {"group_size": 33}},
+        {"integers": {"group_size": -64}},
+        {"integers": {"group_size": 2**62}},
     ],
 )
 def test_wrong_numbers(weight, layout_format, wrong) -> None:
@@ -86,9 +85,11 @@ def test_masks_that_do_not_fit(weight, layout_format) -> None:
         native.prepare(**{**good, "arrays": {**good["arrays"], "mask": padding}})
 
 
-def test_zero_points_out_of_range(weight) -> None:
-    good = arguments(weight("bitmask-int4-v1", 5, 70, symmetric=False))
-    good["arrays"]["zero_points"] = np.full_like(good["arrays"]["zero_points"], 16)
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["dense", "bitmask", "nm"])
+def test_zero_points_out_of_range(weight, kind, num_bits) -> None:
+    good = arguments(weight(f"{kind}-int{num_bits}-v1", 5, 70, symmetric=False))
+    good["arrays"]["zero_points"] = np.full_like(good["arrays"]["zero_points"], 2**num_bits)
     with pytest.raises(ValueError, match="zero point"):
         native.prepare(**good)
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from rarefy.core.errors import UsageError
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import ISAS, detect_cpu, isa_cap, native
-from rarefy.kernels.reference import ReferenceWeights, group_size_of
+from rarefy.kernels.reference import ReferenceWeights
 from rarefy.layouts import Layout
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Prepared:
                 self.isa,
                 self.shape[0],
                 self.shape[1],
-                group_size_of(layout.meta()),
+                {name: int(value) for name, value in layout.meta().items() if isinstance(value, int)},
                 {name: np.ascontiguousarray(array) for name, array in layout.arrays().items()},
             )
         self.nbytes = int(self.weights.nbytes)

@@ -3,15 +3,13 @@
 Shapes: T rows of activations, O outputs, I inputs, B blocks of 64 inputs, G weight groups.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Final, final
+from typing import Final, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rarefy.core.grids import expand_groups, from_bf16_bits
-from rarefy.layouts import Binary, BitmaskInt, DenseInt, Layout, NMInt, Ternary
+from rarefy.layouts import Layout
 
 Float32Array = NDArray[np.float32]
 
@@ -50,34 +48,31 @@ def quantize_activations(x_TI: Float32Array) -> tuple[NDArray[np.int8], Float32A
     return q.reshape(num_rows, num_blocks * BLOCK), scale_TB
 
 
-def group_size_of(meta: Mapping[str, Any]) -> int:
-    """Columns per scale of a layout with this meta(); 0 where a row has one scale, and for floats."""
-    return int(meta.get("group_size") or 0)
+def is_integer(layout_format: str) -> bool:
+    """Whether products with weights of this format round the activations: their values are scale * integer."""
+    return "-int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
 
 
-def integer_levels(layout: Layout) -> tuple[NDArray[np.int16], Float32Array] | None:
-    """Integers and scales of a layout: weight = scale_OG[o, i // group_size] * level_OI[o, i].
+def integer_levels(layout: Layout) -> tuple[Float32Array, Float32Array, int]:
+    """Integers and scales of an int layout: weight = scale_OG[o, i // group_size] * level_OI[o, i].
+
+    The scales are bfloat16 and the integers have at most 9 bits, so that the float32 weights are exact, and dividing
+    them by their scales gives the integers back.
 
     Args:
-        layout: any.
+        layout: a layout with the array `scales`, and `group_size` in its metadata: columns per scale, None for one
+            scale per row.
 
     Returns:
-        level = code - zero_point, 0 where pruned, int16 (O, I); scale float32 (O, G). None if the weights are floats.
+        level = code - zero_point, 0 where pruned, float32 (O, I); scale float32 (O, G); the group size.
     """
-    match layout:
-        case DenseInt() | BitmaskInt() | NMInt():
-            fitted, width = layout.fitted, layout.shape[1]
-            zero_point = np.broadcast_to(expand_groups(fitted.zero_point_OG, fitted.grid, width), layout.shape)
-            if isinstance(layout, DenseInt):
-                return layout.codes_OI().astype(np.int16) - zero_point, fitted.scale_OG
-            mask_OI = layout.mask_OI()
-            level_OI = np.zeros(layout.shape, np.int16)
-            level_OI[mask_OI] = layout.stream().astype(np.int16) - zero_point[mask_OI]
-            return level_OI, fitted.scale_OG
-        case Ternary() | Binary():
-            return layout.levels_OI().astype(np.int16), from_bf16_bits(layout.scales)
-        case _:
-            return None
+    num_inputs = layout.shape[1]
+    group_size = int(layout.meta().get("group_size") or max(num_inputs, 1))  # type: ignore[arg-type]  # an int or None
+    scale_OG = (layout.arrays()["scales"].astype(np.uint32) << 16).view(np.float32)
+    level_OI = layout.to_dense()
+    for group in range(scale_OG.shape[1]):
+        level_OI[:, group * group_size : (group + 1) * group_size] /= scale_OG[:, group, None]
+    return level_OI, scale_OG, group_size
 
 
 @final
@@ -86,14 +81,11 @@ class ReferenceWeights:
 
     def __init__(self, layout: Layout) -> None:
         self.shape = layout.shape
-        integers = integer_levels(layout)
-        if integers is None:
+        self._scale_OG: Float32Array | None = None
+        if is_integer(layout.format):
+            self._weight_OI, self._scale_OG, self._group_size = integer_levels(layout)
+        else:
             self._weight_OI = np.ascontiguousarray(layout.to_dense())
-            self._scale_OG = None
-            return
-        level_OI, self._scale_OG = integers
-        self._weight_OI = level_OI.astype(np.float32)
-        self._group_size = group_size_of(layout.meta()) or max(self.shape[1], 1)
 
     @property
     def nbytes(self) -> int:
