@@ -42,6 +42,10 @@ def _int4(group_size: int | None, symmetric: bool) -> dict[str, Any]:
     return {"num_bits": 4, "group_size": group_size, "symmetric": symmetric}
 
 
+def _low_bits(num_bits: int, group_size: int) -> dict[str, Any]:
+    return {"num_bits": num_bits, "group_size": group_size, "symmetric": False}
+
+
 RECIPES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "magnitude-50": _step("magnitude", pattern={"sparsity": 0.5}),
@@ -56,6 +60,10 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "gptq-int4-g128": _step("gptq", values=_int4(128, False)),
     "rtn-int4-g64": _step("rtn", values=_int4(64, True)),
     "rtn-int4-g64-asym": _step("rtn", values=_int4(64, False)),
+    "gptq-int3-g64-asym": _step("gptq", values=_low_bits(3, 64)),
+    "gptq-int2-g32-asym": _step("gptq", values=_low_bits(2, 32)),
+    "rtn-int3-g64-asym": _step("rtn", values=_low_bits(3, 64), search="error"),
+    "rtn-int2-g32-asym": _step("rtn", values=_low_bits(2, 32), search="error"),
     "rtn-int8": _step("rtn", values={"num_bits": 8, "group_size": None, "symmetric": True}),
 }
 

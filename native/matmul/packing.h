@@ -43,8 +43,17 @@ void require(bool condition, const std::string& message);
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Element `index` of a row or stream of 4-bit codes, the first in the low nibble.
+// Code `index` of a run of 4-bit codes, the first in the low nibble.
 inline uint8_t nibble(const uint8_t* bytes, int64_t index) { return bytes[index >> 1] >> (4 * (index & 1)) & 15; }
+
+// Code `index` of a run of codes of 1 to 8 bits, the least significant bit first.
+inline uint8_t code_of_run(const uint8_t* run, int64_t index, int num_bits) {
+    const int64_t bit = index * num_bits;
+    const int shift = static_cast<int>(bit % 8);
+    int code = run[bit / 8] >> shift;
+    if (shift + num_bits > 8) code |= run[bit / 8 + 1] << (8 - shift);
+    return static_cast<uint8_t>(code & ((1 << num_bits) - 1));
+}
 
 class Packing {
 public:

@@ -145,7 +145,7 @@ inline Sample make_float_sample(const SampleSpec& spec, Element element, bool ma
     return sample;
 }
 
-// `codes` of 4 or 8 bits; two 4-bit codes share a byte, the first in the low nibble.
+// `codes` of 2, 3, 4 or 8 bits: runs of bits, the least significant first. Dense rows start at a byte.
 inline Sample make_code_sample(const SampleSpec& spec, int num_bits, bool masked) {
     Sample sample(spec);
     SampleMaker maker(spec.seed);
@@ -153,16 +153,16 @@ inline Sample make_code_sample(const SampleSpec& spec, int num_bits, bool masked
     if (masked) kept = maker.add_mask(sample, spec);
     const std::vector<int> zero_points = maker.add_grid(sample, spec, num_bits);
     SampleArray codes{"codes", Element::u8, {}};
-    int64_t num_nibbles = 0;
+    int num_bits_used = 0;  // of the last byte
     for (size_t i = 0; i < kept.size(); ++i) {
-        if (!masked && i % static_cast<size_t>(spec.num_inputs) == 0) num_nibbles = 0;  // dense rows start at a byte
+        if (!masked && i % static_cast<size_t>(spec.num_inputs) == 0) num_bits_used = 0;
         const int code = maker.below(1 << num_bits);
         sample.levels.push_back(kept[i] ? code - zero_points[i] : 0);
-        if (!kept[i]) continue;
-        if (num_bits == 8 || num_nibbles++ % 2 == 0)
-            codes.bytes.push_back(static_cast<uint8_t>(code));
-        else
-            codes.bytes.back() |= static_cast<uint8_t>(code << 4);
+        for (int bit = 0; kept[i] && bit < num_bits; ++bit) {
+            if (num_bits_used == 0) codes.bytes.push_back(0);
+            codes.bytes.back() |= static_cast<uint8_t>((code >> bit & 1) << num_bits_used);
+            num_bits_used = (num_bits_used + 1) % 8;
+        }
     }
     sample.arrays.push_back(codes);
     return sample;

@@ -80,7 +80,8 @@ def test_bf16_keeps_the_shape(shape):
 @pytest.mark.parametrize(
     ("num_bits", "group_size", "symmetric"),
     [
-        (3, 64, True),
+        (1, 64, True),
+        (5, 64, True),
         (True, 64, True),
         (4, 0, True),
         (4, 33, True),
@@ -100,7 +101,7 @@ def test_number_of_groups():
     assert IntGrid(4, None, True).num_groups(1000) == 1
 
 
-@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
 def test_every_value_is_exact_in_float32(num_bits):
     grid = IntGrid(num_bits, None, False)
     codes = np.arange(2**num_bits, dtype=np.uint8)[None, :]

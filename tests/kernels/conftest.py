@@ -1,7 +1,7 @@
 """Random packed weights, packed here by plain loops, with the numbers they stand for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,17 @@ class Weight:
     scale_OI: np.ndarray
 
     @property
+    def is_integer(self) -> bool:
+        return is_integer(self.layout.format)
+
+    @property
     def dense_OI(self) -> np.ndarray:  # noqa: N802 (shape suffix)
         return self.level_OI * self.scale_OI
+
+
+def is_integer(layout_format: str) -> bool:
+    """Whether the kernels round activations for weights of this format."""
+    return "-int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -33,9 +42,10 @@ def bits_of(values: np.ndarray) -> np.ndarray:
     return (bits >> 16).astype(np.uint16)
 
 
-def nibbles(codes: list[int]) -> list[int]:
-    padded = [*codes, 0] if len(codes) % 2 else codes
-    return [padded[i] | padded[i + 1] << 4 for i in range(0, len(padded), 2)]
+def packed_codes(codes: list[int], num_bits: int) -> list[int]:
+    """A run of bits, least significant first, as bytes."""
+    run = sum(code << (num_bits * k) for k, code in enumerate(codes))
+    return list(run.to_bytes(-(-len(codes) * num_bits // 8), "little"))
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ class Spec:
     keep: int = 5
     group: int = 12
     scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
+    scaled: bool = True
     seed: int = 0
 
     @property
@@ -87,12 +98,10 @@ def make_masked(spec: Spec, rng: np.random.Generator) -> Weight:
         code_OI = make_codes(spec, rng, num_bits)
         rows = [code_OI[o][mask_OI[o]].tolist() for o in range(spec.num_outputs)]
         if kind == "dense":
-            packed = [nibbles(row) if num_bits == 4 else row for row in rows]
-            width = -(-spec.num_inputs // 2) if num_bits == 4 else spec.num_inputs
-            arrays["codes"] = np.array(packed, np.uint8).reshape(spec.num_outputs, width)
+            arrays["codes"] = packed_rows(spec, rows, num_bits)
         else:
             stream = [code for row in rows for code in row]
-            arrays["codes"] = np.array(nibbles(stream) if num_bits == 4 else stream, np.uint8)
+            arrays["codes"] = np.array(packed_codes(stream, num_bits), np.uint8)
         level_OI = np.where(mask_OI, code_OI - zero_OI, 0)
     else:
         floats = rng.standard_normal(spec.shape).astype(np.float32)
@@ -136,11 +145,61 @@ def finish(
     return Weight(layout, level_OI.astype(np.float64), scale_OI)
 
 
+def packed_rows(spec: Spec, rows: list[list[int]], num_bits: int) -> np.ndarray:
+    """Each row a run of its own."""
+    packed = [packed_codes(row, num_bits) for row in rows]
+    return np.array(packed, np.uint8).reshape(spec.num_outputs, -(-spec.num_inputs * num_bits // 8))
+
+
+def make_levels(spec: Spec, rng: np.random.Generator) -> Weight:
+    """Ternary or binary."""
+    meta: dict[str, object] = {"shape": list(spec.shape)}
+    arrays: dict[str, np.ndarray] = {}
+    scale_OI, _ = make_grid(replace(spec, symmetric=True), rng, 8, meta, arrays)
+    del meta["symmetric"]
+    if spec.format == "binary-v1":
+        code_OI = rng.integers(0, 2, spec.shape)
+        arrays["codes"] = packed_rows(spec, code_OI.tolist(), 1)
+        return finish(spec, meta, arrays, code_OI * 2 - 1, scale_OI)
+    code_OI = rng.integers(0, 3, spec.shape)
+    padded = np.zeros((spec.num_outputs, -(-spec.num_inputs // 5), 5), int)
+    padded.reshape(spec.num_outputs, padded.shape[1] * 5)[:, : spec.num_inputs] = code_OI
+    arrays["codes"] = (padded @ np.array([1, 3, 9, 27, 81])).astype(np.uint8)
+    return finish(spec, meta, arrays, code_OI - 1, scale_OI)
+
+
+def make_table(spec: Spec, rng: np.random.Generator) -> Weight:
+    """A lookup table of 16 or 256 entries."""
+    meta: dict[str, object] = {"shape": list(spec.shape)}
+    arrays: dict[str, np.ndarray] = {}
+    scale_OI, _ = make_grid(replace(spec, symmetric=True), rng, 8, meta, arrays)
+    del meta["symmetric"]
+    num_bits = int(spec.format[3])
+    table = rng.standard_normal(2**num_bits).astype(np.float32)
+    if num_bits == 8:
+        table = (table.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    arrays["table"] = bits_of(table) if num_bits == 8 else table
+    code_OI = rng.integers(0, 2**num_bits, spec.shape)
+    arrays["codes"] = packed_rows(spec, code_OI.tolist(), num_bits)
+    meta["scaled"] = spec.scaled
+    value_OI = table[code_OI]
+    if spec.scaled:
+        value_OI *= scale_OI.astype(np.float32)  # rounded to float32 once
+    else:
+        meta["group_size"] = None
+        del arrays["scales"]
+    return finish(spec, meta, arrays, value_OI, np.ones(spec.shape))
+
+
 # By the first word of the format's name: a new kind of layout adds its maker here.
 MAKERS: dict[str, Callable[[Spec, np.random.Generator], Weight]] = {
     "dense": make_masked,
     "bitmask": make_masked,
     "nm": make_masked,
+    "ternary": make_levels,
+    "binary": make_levels,
+    "lut4": make_table,
+    "lut8": make_table,
 }
 
 
@@ -172,12 +231,12 @@ def layout_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=sorted(name for name in FORMATS if "int" in name))
+@pytest.fixture(params=sorted(name for name in FORMATS if is_integer(name)))
 def int_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=sorted(name for name in FORMATS if "int" not in name))
+@pytest.fixture(params=sorted(name for name in FORMATS if not is_integer(name)))
 def float_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -50,7 +50,7 @@ def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format
         {"num_outputs": -5},
         {"num_outputs": 2**62},
         {"num_inputs": 79},
-        {"num_inputs": 67},
+        {"num_inputs": 63},
         {"num_inputs": -1},
         {"num_inputs": 2**40},
         {"num_outputs": 2**31 - 1, "num_inputs": 2**31 - 1},
@@ -85,9 +85,11 @@ def test_masks_that_do_not_fit(weight, layout_format) -> None:
         native.prepare(**{**good, "arrays": {**good["arrays"], "mask": padding}})
 
 
-def test_zero_points_out_of_range(weight) -> None:
-    good = arguments(weight("bitmask-int4-v1", 5, 70, symmetric=False))
-    good["arrays"]["zero_points"] = np.full_like(good["arrays"]["zero_points"], 16)
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+@pytest.mark.parametrize("kind", ["dense", "bitmask", "nm"])
+def test_zero_points_out_of_range(weight, kind, num_bits) -> None:
+    good = arguments(weight(f"{kind}-int{num_bits}-v1", 5, 70, symmetric=False))
+    good["arrays"]["zero_points"] = np.full_like(good["arrays"]["zero_points"], 2**num_bits)
     with pytest.raises(ValueError, match="zero point"):
         native.prepare(**good)
 

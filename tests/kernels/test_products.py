@@ -142,14 +142,40 @@ def test_the_comparison_sees_one_wrong_bit(weight) -> None:
     assert not np.all(np.full_like(expected, np.nan) <= 1)
 
 
+@pytest.mark.parametrize("layout_format", ["lut4-v1", "lut8-v1"])
+@pytest.mark.parametrize(("group_size", "scaled"), [(None, True), (None, False), (32, True), (64, True), (96, True)])
+def test_lookup_tables_are_exact_where_every_sum_is(weight, layout_format, isa, group_size, scaled) -> None:
+    rng = np.random.default_rng(13)
+    for num_outputs, num_inputs in SHAPES:
+        w = weight(layout_format, num_outputs, num_inputs, group_size=group_size, scaled=scaled, scales=(0.5, 1.0, 2.0))
+        arrays = w.layout.arrays()
+        entries = rng.integers(-64, 65, len(arrays["table"])).astype(np.float32)
+        arrays["table"] = entries if layout_format == "lut4-v1" else (entries.view(np.uint32) >> 16).astype(np.uint16)
+        layout = type(w.layout).from_arrays(layout_format, w.layout.meta(), arrays)
+        scale_OI = np.ones(layout.shape)
+        if scaled:
+            scale_OG = (arrays["scales"].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            scale_OI = scale_OG[:, np.arange(num_inputs) // (group_size or num_inputs)]
+        dense_OI = entries.astype(np.float64)[layout.codes_OI()] * scale_OI
+        prepared = kernels.prepare(layout, isa=isa)
+        for num_rows in ROWS:
+            x = rng.integers(-20, 21, (num_rows, num_inputs)).astype(np.float32)
+            np.testing.assert_array_equal(prepared.matmul(x), (x.astype(np.float64) @ dense_OI.T).astype(np.float32))
+
+
 @pytest.mark.parametrize("value", [127.0, -127.0])
 def test_extreme_codes_do_not_saturate(weight, int_format, isa, value) -> None:
     w = weight(int_format, 33, 192, scales=(1.0,), density=1.0, keep=12)
     arrays = {name: array.copy() for name, array in w.layout.arrays().items()}
-    for fill, code in ((0xFF, 15 if "int4" in int_format else 255), (0, 0)):
+    num_bits = int(int_format.split("-int")[1][0]) if "int" in int_format else 0
+    ends = {"ternary-v1": ((242, 1), (0, -1)), "binary-v1": ((0xFF, 1), (0, -1))}.get(
+        int_format, ((0xFF, (1 << num_bits) // 2 - 1), (0, -(1 << num_bits) // 2))
+    )
+    for fill, level in ends:
         arrays["codes"][...] = fill
+        if int_format == "ternary-v1" and fill:
+            arrays["codes"][:, -1] = 8  # two columns
         layout = type(w.layout).from_arrays(int_format, w.layout.meta(), arrays)
-        level = code - (8 if "int4" in int_format else 128)
         x = np.full((3, 192), value, np.float32)
         for num_rows in (1, 3):
             y = kernels.prepare(layout, isa=isa).matmul(x[:num_rows])
@@ -159,7 +185,7 @@ def test_extreme_codes_do_not_saturate(weight, int_format, isa, value) -> None:
 def test_extreme_activations(weight, layout_format, isa) -> None:
     w = weight(layout_format, 18, 200)
     prepared = kernels.prepare(w.layout, isa=isa)
-    integer = "int" in layout_format
+    integer = w.is_integer
     for magnitude in (3e38, 1e30, 1e-30, 1e-37, 1e-40, 1e-45, 0.0):
         x = np.zeros((2, 200), np.float32)
         x[0, 70] = magnitude
@@ -186,7 +212,7 @@ def test_a_non_finite_activation_spoils_its_row_only(weight, layout_format, isa,
     x[2, 129] = bad
     y = prepared.matmul(x)
     np.testing.assert_array_equal(y[[0, 1, 3]], clean[[0, 1, 3]])
-    if "int" in layout_format:
+    if w.is_integer:
         assert np.all(np.isnan(y[2]))
         assert np.all(np.isnan(prepared.matmul(x[2:3])))
     else:
@@ -217,7 +243,7 @@ def test_numpy_and_native_agree(weight, layout_format, isa) -> None:
     x = np.random.default_rng(7).standard_normal((9, 333)).astype(np.float32)
     expected = kernels.prepare(w.layout, isa="numpy").matmul(x)
     y = kernels.prepare(w.layout, isa=isa).matmul(x)
-    if "int" in layout_format:
+    if w.is_integer:
         q, scale = quantize_exactly(x)
         bound = 2 * segment_bound(x, scale, q, w.dense_OI)
     else:

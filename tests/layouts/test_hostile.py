@@ -11,6 +11,7 @@ from rarefy.layouts import FORMATS
 # 2 rows of 5 columns; five entries stored in bitmasks, 2 of 4 and 1 of 1 in N:M
 MASK = np.array([[0b00010101], [0b00001010]], dtype=np.uint8)
 NM_MASK = np.array([[0b00010101], [0b00011010]], dtype=np.uint8)
+CODEBOOKS = ("ternary-v1", "binary-v1", "lut4-v1", "lut8-v1")
 KEYS = ("shape", "num_values", "keep", "group", "group_size", "symmetric")
 SCALES = np.array([[0x3F80], [0x4000]], dtype=np.uint16)
 ZERO_POINTS = np.array([[0], [15]], dtype=np.uint8)
@@ -20,6 +21,8 @@ ASYMMETRIC = {"group_size": None, "symmetric": False}
 
 
 def example(format):
+    if format in CODEBOOKS:
+        return codebook_example(format)
     packing, values, _ = format.split("-")
     meta = {"shape": [2, 5]}
     arrays = {}
@@ -36,18 +39,48 @@ def example(format):
         stream = np.resize(VALUES, count)
         arrays["values"] = stream.reshape(2, 5) if packing == "dense" else stream
     else:
-        meta |= GRID if values == "int4" else ASYMMETRIC
+        meta |= ASYMMETRIC if values == "int8" else GRID
         arrays["scales"] = SCALES
         if values == "int8":
             arrays["zero_points"] = ZERO_POINTS
             arrays["codes"] = np.arange(count, dtype=np.uint8)
-        elif packing == "dense":
+        elif values == "int4" and packing == "dense":
             arrays["codes"] = np.array([0x21, 0x43, 0x05, 0x21, 0x43, 0x05], dtype=np.uint8)
-        else:
+        elif values == "int4":
             arrays["codes"] = np.array([0x21, 0x43, 0x05 if count % 2 else 0x65], dtype=np.uint8)
+        elif packing == "dense":  # five codes of 3 or 2 bits in two bytes
+            arrays["codes"] = np.array([0x9C, 0x02, 0x63, 0x01], dtype=np.uint8)
+        else:  # five or six codes; of six codes of 3 bits, the last two bits are in a third byte
+            arrays["codes"] = np.array([0x9C, 0x02, 0x03][: (count * int(values[3:]) + 7) // 8], dtype=np.uint8)
         if packing == "dense":
             arrays["codes"] = arrays["codes"].reshape(2, -1)
     return meta, arrays
+
+
+def codebook_example(format):
+    scales = SCALES
+    match format:
+        case "ternary-v1":
+            return {"shape": [2, 4], "group_size": 32}, {
+                "codes": np.array([[80], [0]], dtype=np.uint8),
+                "scales": scales,
+            }
+        case "binary-v1":
+            return {"shape": [2, 5], "group_size": None}, {
+                "codes": np.array([[0b10101], [0b11111]], dtype=np.uint8),
+                "scales": scales,
+            }
+        case "lut4-v1":
+            return {"shape": [2, 5], "group_size": 32, "scaled": True}, {
+                "codes": np.array([[0x21, 0x43, 0x0F], [0xFF, 0, 0]], dtype=np.uint8),
+                "table": np.linspace(-255, 255, 16, dtype=np.float32),
+                "scales": scales,
+            }
+        case _:
+            return {"shape": [2, 5], "group_size": None, "scaled": False}, {
+                "codes": np.arange(10, dtype=np.uint8).reshape(2, 5) * np.uint8(28),
+                "table": np.arange(256, dtype=np.uint16) * np.uint16(128 + 1) % np.uint16(0x7F80),
+            }
 
 
 def refuse(format, meta, arrays, match=None):
@@ -148,12 +181,15 @@ def test_scales(format, bits):
         refuse(format, meta, {**arrays, "scales": changed(SCALES, (1, 0), bits)}, "scale out of range")
 
 
-@pytest.mark.parametrize("format", ["dense-int4-v1", "bitmask-int4-v1", "nm-int4-v1"])
-def test_zero_point_beyond_the_codes(format):
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+@pytest.mark.parametrize("packing", ["dense", "bitmask", "nm"])
+def test_zero_point_beyond_the_codes(packing, num_bits):
+    format = f"{packing}-int{num_bits}-v1"
     meta, arrays = example(format)
     meta = {**meta, **ASYMMETRIC}
-    FORMATS[format].from_arrays(format, meta, {**arrays, "zero_points": ZERO_POINTS})
-    refuse(format, meta, {**arrays, "zero_points": changed(ZERO_POINTS, (0, 0), 16)}, "zero point")
+    zero_points = np.array([[0], [2**num_bits - 1]], dtype=np.uint8)
+    FORMATS[format].from_arrays(format, meta, {**arrays, "zero_points": zero_points})
+    refuse(format, meta, {**arrays, "zero_points": changed(zero_points, (0, 0), 2**num_bits)}, "zero point")
 
 
 def test_mask_padding_bits(format):
@@ -178,10 +214,55 @@ def test_nm_counts_hold_in_every_group_not_only_in_sum(format):
         refuse(format, meta, {**arrays, "mask": changed(NM_MASK, (0, 0), 0b00001101)}, "group with a wrong number")
 
 
-@pytest.mark.parametrize("format", ["dense-int4-v1", "bitmask-int4-v1"])
-def test_padding_nibble(format):
+@pytest.mark.parametrize(
+    ("format", "last_byte"),
+    [
+        ("dense-int4-v1", 0x15),
+        ("bitmask-int4-v1", 0x15),
+        ("lut4-v1", 0x10),
+        ("dense-int3-v1", 0x80),
+        ("bitmask-int3-v1", 0x80),
+        ("nm-int3-v1", 0x04),
+        ("dense-int2-v1", 0x04),
+        ("bitmask-int2-v1", 0x80),
+        ("nm-int2-v1", 0x10),
+        ("binary-v1", 0x20),
+        ("ternary-v1", 81),
+    ],
+)
+def test_padding_of_codes(format, last_byte):
     meta, arrays = example(format)
-    refuse(format, meta, {**arrays, "codes": changed(arrays["codes"], (..., -1), 0x15)}, "padding nibble")
+    refuse(format, meta, {**arrays, "codes": changed(arrays["codes"], (..., -1), last_byte)}, "padding that is not 0")
+
+
+@pytest.mark.parametrize("byte", [243, 255])
+def test_bytes_that_are_no_five_ternary_digits(byte):
+    meta, arrays = example("ternary-v1")
+    refuse("ternary-v1", meta, {**arrays, "codes": changed(arrays["codes"], (1, 0), byte)}, "above 242")
+
+
+@pytest.mark.parametrize("entry", [np.nan, np.inf, -np.inf, 255.5, -1e30])
+def test_entries_of_a_table(entry):
+    meta, arrays = example("lut4-v1")
+    refuse("lut4-v1", meta, {**arrays, "table": changed(arrays["table"], 3, entry)}, "entry out of range")
+    unscaled = {"codes": arrays["codes"], "table": changed(arrays["table"], 3, entry)}
+    meta = {"shape": [2, 5], "group_size": None, "scaled": False}
+    if np.isfinite(entry):
+        FORMATS["lut4-v1"].from_arrays("lut4-v1", meta, unscaled)
+    else:
+        refuse("lut4-v1", meta, unscaled, "entry out of range")
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFFC0])
+def test_entries_of_a_bfloat16_table(bits):
+    meta, arrays = example("lut8-v1")
+    refuse("lut8-v1", meta, {**arrays, "table": changed(arrays["table"], 255, bits)}, "entry out of range")
+
+
+@pytest.mark.parametrize(("scaled", "group_size"), [(False, 32), (0, None), ("true", None), (None, None)])
+def test_scaled(scaled, group_size):
+    meta, arrays = example("lut8-v1")
+    refuse("lut8-v1", {**meta, "scaled": scaled, "group_size": group_size}, arrays, "scaled")
 
 
 def test_foreign_byte_order(format):
@@ -214,7 +295,7 @@ json_values = st.recursive(
 @given(
     st.sampled_from(sorted(FORMATS)),
     st.dictionaries(
-        st.sampled_from(["shape", "num_values", "keep", "group", "group_size", "symmetric", "x"]),
+        st.sampled_from(["shape", "num_values", "keep", "group", "group_size", "symmetric", "scaled", "x"]),
         json_values,
         max_size=3,
     ),
@@ -225,7 +306,7 @@ def test_any_json_as_metadata(format, changes):
         layout = FORMATS[format].from_arrays(format, {**meta, **changes}, arrays)
     except LayoutError:
         return
-    assert layout.to_dense().shape == (2, 5)
+    assert list(layout.to_dense().shape) == meta["shape"]
 
 
 @settings(max_examples=500)

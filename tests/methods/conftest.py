@@ -15,10 +15,21 @@ EXAMPLES: dict[str, list[LayerMethod]] = {
         SparseGPT(NM(2, 4), order="activation"),
         SparseGPT(NM(3, 7), refit_steps=0),
         SparseGPT(Unstructured(0.5), INT4),
+        SparseGPT(NM(2, 4), IntGrid(2, 32, False)),
         SparseGPT(NM(8, 16), INT4, refit_steps=0, order="activation"),
     ],
-    "rtn": [RTN(INT4), RTN(IntGrid(8, None, True), search="error"), RTN(IntGrid(4, 64, True))],
-    "gptq": [GPTQ(INT4), GPTQ(INT8, order="given"), GPTQ(IntGrid(4, None, True), search="minmax", block_size=1)],
+    "rtn": [
+        RTN(INT4),
+        RTN(IntGrid(8, None, True), search="error"),
+        RTN(IntGrid(4, 64, True)),
+        RTN(IntGrid(2, 32, True)),
+    ],
+    "gptq": [
+        GPTQ(INT4),
+        GPTQ(INT8, order="given"),
+        GPTQ(IntGrid(4, None, True), search="minmax", block_size=1),
+        GPTQ(IntGrid(3, 32, False)),
+    ],
 }
 assert set(EXAMPLES) == set(METHODS)
 

@@ -64,27 +64,31 @@ def brute_force_error(weight_I: np.ndarray, grid: IntGrid, factors: list[float],
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, None])
-def test_the_range_search_finds_the_best_candidate_of_every_group(symmetric: bool, group_size: int | None) -> None:
+@pytest.mark.parametrize("num_bits", [2, 3, 4])
+def test_the_range_search_finds_the_best_candidate_of_every_group(
+    symmetric: bool, group_size: int | None, num_bits: int
+) -> None:
     rng = np.random.default_rng(0)
     weight_OI = (rng.standard_t(3, size=(5, 75)) / 10).astype(np.float32)
     importance_I = torch.from_numpy(rng.random(75).astype(np.float32))
-    grid = IntGrid(4, group_size, symmetric)
+    grid = IntGrid(num_bits, group_size, symmetric)
     fitted = fit_grid(weight_OI, grid, "error", importance_I)
     error_OI = (
         importance_I.numpy() * (dequantize(quantize(weight_OI, fitted), fitted) - weight_OI).astype(np.float64) ** 2
     )
     size = group_size or 75
     factors = [1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6]
+    factors += [0.56, 0.52, 0.48, 0.44, 0.4, 0.36, 0.32] if num_bits < 4 else []
     narrowed = 0
     for start in range(0, 75, size):
         part = slice(start, min(75, start + size))
         for row in range(5):
             best = brute_force_error(
-                weight_OI[row, part], IntGrid(4, None, symmetric), factors, importance_I[part].numpy()
+                weight_OI[row, part], IntGrid(num_bits, None, symmetric), factors, importance_I[part].numpy()
             )
             assert error_OI[row, part].sum() == pytest.approx(best, rel=1e-4)
             narrowed += best < brute_force_error(
-                weight_OI[row, part], IntGrid(4, None, symmetric), [1.0], importance_I[part].numpy()
+                weight_OI[row, part], IntGrid(num_bits, None, symmetric), [1.0], importance_I[part].numpy()
             )
     assert narrowed > 0
 

@@ -14,7 +14,7 @@ from rarefy.artifact import write_artifact
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize, to_bf16_bits
 from rarefy.core.patterns import NM, Pattern, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, AnyLayout, pack
+from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, Ternary, pack
 
 torch.set_num_threads(2)
 
@@ -24,10 +24,10 @@ TINY = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vo
 def solution_for(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = False) -> Solution:
     """A solution that `pack` stores in the given format, by magnitude and round-to-nearest."""
     kind, values, _ = format_name.split("-")
-    pattern: Pattern | None = {"dense": None, "bitmask": Unstructured(0.5), "nm": NM(3, 8)}[kind]
+    pattern: Pattern | None = {"dense": None, "bitmask": Unstructured(0.6), "nm": NM(3, 8)}[kind]
     mask = None
     if isinstance(pattern, Unstructured):
-        mask = np.abs(weight_OI) > np.median(np.abs(weight_OI))
+        mask = np.abs(weight_OI) > np.quantile(np.abs(weight_OI), 0.6)
     elif isinstance(pattern, NM):
         mask = np.zeros(weight_OI.shape, dtype=bool)
         keep_G = pattern.keep_counts_G(weight_OI.shape[1])
@@ -52,6 +52,18 @@ def bf16(weight: np.ndarray) -> np.ndarray:
 
 
 def make_layout(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = False) -> AnyLayout:
+    size = np.abs(weight_OI).mean(axis=1, keepdims=True, dtype=np.float32)
+    size[size == 0] = 1  # the row of a padding token
+    match format_name:
+        case "ternary-v1":
+            return Ternary.from_levels(np.sign(weight_OI) * (np.abs(weight_OI) > size / 2), bf16(size), None)
+        case "binary-v1":
+            return Binary.from_levels(np.where(weight_OI > 0, 1, -1), bf16(size), None)
+        case "lut4-v1":
+            return LookupTable.from_dense(weight_OI, NF4, scaled=True, group_size=32)
+        case "lut8-v1":
+            table = np.quantile(weight_OI, np.linspace(0, 1, 256)).astype(np.float32)
+            return LookupTable.from_dense(weight_OI, table, scaled=False)
     solution = solution_for(format_name, weight_OI, symmetric=symmetric)
     layout = pack(solution, float_format="f32" if "f32" in format_name else "bf16")
     assert layout.format == format_name

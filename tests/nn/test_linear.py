@@ -27,11 +27,15 @@ def make(layout_for: Callable[[str, np.ndarray], Layout]) -> Make:
     return build
 
 
+def rounds_activations(format_name: str) -> bool:
+    return "int" in format_name or format_name in ("ternary-v1", "binary-v1")
+
+
 def tolerance(layer: CompressedLinear, x: torch.Tensor) -> torch.Tensor:
     """How far the kernel may be from exact arithmetic: float32 summation, and for integer formats 8-bit activations."""
     weight = torch.from_numpy(layer.layout.to_dense()).double().abs()
     size = x.detach().double().abs() @ weight.T
-    if "int" in layer.format_name:
+    if rounds_activations(layer.format_name):
         # A block's activations are rounded to multiples of amax / 127: each is off by at most half of one.
         step = x.detach().double().abs().amax(-1, keepdim=True) / 127
         return 0.5 * step * weight.sum(1) + 1e-5 * size

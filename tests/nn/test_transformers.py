@@ -62,8 +62,8 @@ TIED = {
 
 
 def everything(family: str, format_name: str) -> Callable[[str, nn.Module], str | None]:
-    """Every linear layer in the given format, and the embedding in its dense relative."""
-    dense = f"dense-{format_name.split('-')[1]}-v1"
+    """Every linear layer in the given format, and the embedding too, in the dense relative of a format with a mask."""
+    dense = format_name.replace("bitmask-", "dense-").replace("nm-", "dense-")
 
     def choose(name: str, module: nn.Module) -> str | None:
         if name == EMBEDDING[family]:
@@ -84,11 +84,15 @@ def outputs(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def rounds_activations(format_name: str) -> bool:
+    return "int" in format_name or format_name in ("ternary-v1", "binary-v1")
+
+
 def close(got: torch.Tensor, expected: torch.Tensor, format_name: str) -> bool:
     """Float formats: float32 summation. Integer formats: every layer rounds its inputs to 8 bits."""
     assert got.shape == expected.shape
     relative = float((got - expected).norm() / expected.norm())
-    return relative < (0.05 if "int" in format_name else 1e-5)  # NaN is not below
+    return relative < (0.05 if rounds_activations(format_name) else 1e-5)  # NaN is not below
 
 
 def test_every_format_gives_the_logits_of_the_same_weights(

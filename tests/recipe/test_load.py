@@ -111,7 +111,7 @@ WRONG = [
     ("steps:\n  - method: wanda\n    pattern:\n      keep: 0\n      group: 4\n", 4, "keep is 0", ">= 1 and <= 64"),
     ("steps:\n  - method: wanda\n    pattern: 0.5\n", 3, "pattern is 0.5", "{sparsity: S} or {keep: K, group: G}"),
     ("steps:\n  - method: wanda\n    pattern: {}\n", 3, "the key 'sparsity' is missing", "sparsity"),
-    ("steps:\n  - method: rtn\n    values: {num_bits: 3}\n", 3, "num_bits is 3", "4 or 8"),
+    ("steps:\n  - method: rtn\n    values: {num_bits: 5}\n", 3, "num_bits is 5", "2, 3, 4 or 8"),
     ("steps:\n  - method: rtn\n    values: {num_bits: '4'}\n", 3, "num_bits is '4'", "4 or 8"),
     ("steps:\n  - method: rtn\n    values: {num_bits: 4, group_size: 48}\n", 3, "group_size is 48", "multiple of 32"),
     ("steps:\n  - method: rtn\n    values: {num_bits: 4, groupsize: 32}\n", 3, "'groupsize'", "'group_size'?"),
@@ -157,9 +157,11 @@ def test_a_wrong_recipe_is_named_with_its_line(tmp_path: Path, text: str, line: 
 
 
 def test_a_mapping_has_a_path_in_place_of_a_line() -> None:
-    with pytest.raises(RecipeError, match=r"^recipe: steps\[1\]\.values\.num_bits: num_bits is 3; allowed: 4 or 8$"):
+    with pytest.raises(
+        RecipeError, match=r"^recipe: steps\[1\]\.values\.num_bits: num_bits is 5; allowed: 2, 3, 4 or 8$"
+    ):
         load_recipe(
-            {"steps": [{"method": "rtn", "values": {"num_bits": 8}}, {"method": "rtn", "values": {"num_bits": 3}}]}
+            {"steps": [{"method": "rtn", "values": {"num_bits": 8}}, {"method": "rtn", "values": {"num_bits": 5}}]}
         )
     with pytest.raises(RecipeError, match="at least one step"):
         load_recipe({"steps": []})

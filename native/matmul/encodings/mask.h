@@ -27,9 +27,9 @@ struct DiskMask {
 };
 
 // kBits: of a value, 4, 8 or 16. 4-bit codes: two streams in the same bytes, the low nibbles for all even steps of the
-// panel and the high nibbles for all odd ones, each from the first byte on.
+// panel and the high nibbles for all odd ones, each from the first byte on. They may be stored as codes of fewer bits.
 template <int kBits>
-void pack_masked(Packing& packing, const char* name, Element element);
+void pack_masked(Packing& packing, const char* name, Element element, int stored_bits = kBits);
 
 inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
 
@@ -60,14 +60,14 @@ inline uint64_t DiskMask::block(int64_t row, int64_t block) const {
 }
 
 template <int kBits>
-void pack_masked(Packing& packing, const char* name, Element element) {
+void pack_masked(Packing& packing, const char* name, Element element, int stored_bits) {
     constexpr int kColumns = kBits < 8 ? 4 : 32 / kBits;  // per step
     constexpr int kSteps = kBlockInputs / kColumns;
     constexpr int kStepBytes = kMaskBytes / kSteps;
     constexpr uint64_t kStepBits = (uint64_t{1} << kColumns) - 1;
     const DiskMask mask(packing);
     const NamedArray& stored = packing.take(name, element);
-    require(stored.num_bytes == ceil_div(mask.row_starts.back() * kBits, 8), "the mask does not fit the values");
+    require(stored.num_bytes == ceil_div(mask.row_starts.back() * stored_bits, 8), "the mask does not fit the values");
     const int64_t num_blocks = packing.view.num_blocks, num_outputs = packing.view.num_outputs;
     uint8_t* const packed_mask = packing.allocate(packing.view.num_panels * num_blocks * kMaskBytes);
     packing.view.mask = packed_mask;
@@ -102,7 +102,9 @@ void pack_masked(Packing& packing, const char* name, Element element) {
                     for (int i = popcount(kept); i > 0; --i) {
                         const int64_t cursor = cursors[row]++;
                         if (kBits == 4) {
-                            *streams[step % 2]++ |= nibble(stored.bytes, cursor) << (step % 2 * 4);
+                            const uint8_t code = stored_bits == 4 ? nibble(stored.bytes, cursor)
+                                                                  : code_of_run(stored.bytes, cursor, stored_bits);
+                            *streams[step % 2]++ |= code << (step % 2 * 4);
                         } else {
                             std::memcpy(streams[0], stored.bytes + cursor * (kBits / 8), kBits / 8);
                             streams[0] += kBits / 8;

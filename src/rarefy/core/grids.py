@@ -27,6 +27,7 @@ CHUNK_SIZE = 2**17  # entries
 
 _Scalar = TypeVar("_Scalar", np.float32, np.uint8)
 
+NUM_BITS = (2, 3, 4, 8)  # of a code
 GROUP_MULTIPLE = 32
 MAX_GROUP_SIZE = 2**30  # far beyond any layer, and safe in the 32-bit integers of kernels
 MIN_SCALE = float(np.finfo(np.float32).smallest_normal)  # 2**-126, the smallest normal bfloat16 as well
@@ -39,7 +40,7 @@ class IntGrid:
     """An integer grid before it is fitted to a layer.
 
     Args:
-        num_bits: 4 or 8.
+        num_bits: 2, 3, 4 or 8.
         group_size: columns that share one scale, a positive multiple of 32 (the last group of a row may be shorter);
             None: one scale for a whole row (per output channel).
         symmetric: the zero point is 2**(num_bits - 1) everywhere and is not stored.
@@ -53,8 +54,8 @@ class IntGrid:
     symmetric: bool
 
     def __post_init__(self) -> None:
-        if type(self.num_bits) is not int or self.num_bits not in (4, 8):
-            raise PatternError("values", f"num_bits {self.num_bits!r}", allowed="4 or 8")
+        if type(self.num_bits) is not int or self.num_bits not in NUM_BITS:
+            raise PatternError("values", f"num_bits {self.num_bits!r}", allowed="2, 3, 4 or 8")
         size = self.group_size
         if size is not None and (type(size) is not int or not 0 < size <= MAX_GROUP_SIZE or size % GROUP_MULTIPLE):
             raise PatternError(

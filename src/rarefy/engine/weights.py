@@ -14,7 +14,7 @@ from rarefy.artifact import Artifact
 from rarefy.core.errors import DamagedFileError, LayoutError
 from rarefy.kernels import Prepared, matmul_many, prepare
 from rarefy.kernels.ops import Float32Array, Int64Array, Ops
-from rarefy.layouts import AnyLayout, DenseFloat, DenseInt
+from rarefy.layouts import AnyLayout, DenseFloat, RowLayout
 
 
 @final
@@ -52,7 +52,7 @@ class Embedding:
 
     __slots__ = ("_layout",)
 
-    def __init__(self, layout: DenseFloat | DenseInt) -> None:
+    def __init__(self, layout: RowLayout) -> None:
         self._layout = layout
 
     def rows(self, indices_T: Int64Array) -> Float32Array:
@@ -118,8 +118,8 @@ class Weights:
             DamagedFileError: it is missing, damaged, of another shape, or packed in a layout without rows.
         """
         layout = self._layout(name, shape)
-        if not isinstance(layout, DenseFloat | DenseInt):
-            raise self._wrong(name, f"format {layout.format}", "a dense format, since rows are looked up")
+        if not isinstance(layout, RowLayout):
+            raise self._wrong(name, f"format {layout.format}", "a format without mask, since rows are looked up")
         self.nbytes += layout.nbytes
         return Embedding(layout)
 

@@ -48,6 +48,11 @@ def quantize_activations(x_TI: Float32Array) -> tuple[NDArray[np.int8], Float32A
     return q.reshape(num_rows, num_blocks * BLOCK), scale_TB
 
 
+def is_integer(layout_format: str) -> bool:
+    """Whether products with weights of this format round the activations: their values are scale * integer."""
+    return "-int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
+
+
 def integer_levels(layout: Layout) -> tuple[Float32Array, Float32Array, int]:
     """Integers and scales of an int layout: weight = scale_OG[o, i // group_size] * level_OI[o, i].
 
@@ -77,7 +82,7 @@ class ReferenceWeights:
     def __init__(self, layout: Layout) -> None:
         self.shape = layout.shape
         self._scale_OG: Float32Array | None = None
-        if "-int" in layout.format:
+        if is_integer(layout.format):
             self._weight_OI, self._scale_OG, self._group_size = integer_levels(layout)
         else:
             self._weight_OI = np.ascontiguousarray(layout.to_dense())

@@ -5,29 +5,46 @@ specifies the bytes.
 """
 
 from rarefy.layouts.base import Array, ArraySpec, Layout, Meta, MetaValue
+from rarefy.layouts.binary import Binary
 from rarefy.layouts.bitmask_float import BitmaskFloat
 from rarefy.layouts.bitmask_int import BitmaskInt
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.lookup_table import NF4, LookupTable
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
-from rarefy.layouts.packing import FORMATS, AnyLayout, FloatFormat, choose_format, pack, packed_nbytes, unpack
+from rarefy.layouts.packing import (
+    FORMATS,
+    AnyLayout,
+    FloatFormat,
+    RowLayout,
+    choose_format,
+    pack,
+    packed_nbytes,
+    unpack,
+)
+from rarefy.layouts.ternary import Ternary
 
 __all__ = [
     "FORMATS",
+    "NF4",
     "AnyLayout",
     "Array",
     "ArraySpec",
+    "Binary",
     "BitmaskFloat",
     "BitmaskInt",
     "DenseFloat",
     "DenseInt",
     "FloatFormat",
     "Layout",
+    "LookupTable",
     "Meta",
     "MetaValue",
     "NMFloat",
     "NMInt",
+    "RowLayout",
+    "Ternary",
     "choose_format",
     "pack",
     "packed_nbytes",

@@ -3,6 +3,7 @@
 Shape suffixes: O out, I in, G groups, B bytes of a row.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Protocol, Self
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rarefy.core.errors import LayoutError, PatternError
-from rarefy.core.grids import MAX_SCALE, MIN_SCALE, Float32Array, IntGrid, chunks, to_bf16_bits
+from rarefy.core.grids import MAX_SCALE, MIN_SCALE, NUM_BITS, Float32Array, IntGrid, chunks, to_bf16_bits
 from rarefy.core.patterns import NM
 
 Array = npt.NDArray[np.generic]
@@ -72,13 +73,13 @@ class Layout(Protocol):
 
 def bits_of(format: str, prefix: str) -> int:
     """Read num_bits from the name of an integer format, e.g. 4 from "dense-int4-v1"."""
-    for num_bits in (4, 8):
-        if format == f"{prefix}-int{num_bits}-v1":
-            return num_bits
-    raise LayoutError("format", repr(format), allowed=f"{prefix}-int4-v1, {prefix}-int8-v1")
+    names = {f"{prefix}-int{num_bits}-v1": num_bits for num_bits in NUM_BITS}
+    if format not in names:
+        raise LayoutError("format", repr(format), allowed=", ".join(names))
+    return names[format]
 
 
-def check_float_format(format: str, *allowed: str) -> None:
+def check_format(format: str, *allowed: str) -> None:
     """Refuse a format name that the class does not read."""
     if format not in allowed:
         raise LayoutError("format", repr(format), allowed=", ".join(allowed))
@@ -117,12 +118,26 @@ def read_num_values(format: str, meta: Meta, shape: tuple[int, int]) -> int:
     return _integer(format, "num_values", meta["num_values"], 0, shape[0] * shape[1])
 
 
+def read_group_size(format: str, meta: Meta) -> int | None:
+    """Read group_size of a format without zero points."""
+    return read_grid(format, 8, {"group_size": meta["group_size"], "symmetric": True}).group_size
+
+
+def num_groups(width: int, group_size: int | None) -> int:
+    """Number of scales of one row."""
+    return 1 if group_size is None else -(-width // group_size)
+
+
+def scales_spec(group_size: int | None, shape: tuple[int, int]) -> ArraySpec:
+    """One scale per group."""
+    return {"scales": (UINT16, (shape[0], num_groups(shape[1], group_size)))}
+
+
 def grid_spec(grid: IntGrid, shape: tuple[int, int]) -> ArraySpec:
     """Scales, and zero points of an asymmetric grid."""
-    groups = (shape[0], grid.num_groups(shape[1]))
-    spec: ArraySpec = {"scales": (UINT16, groups)}
+    spec = scales_spec(grid.group_size, shape)
     if not grid.symmetric:
-        spec["zero_points"] = (UINT8, groups)
+        spec["zero_points"] = (UINT8, spec["scales"][1])
     return spec
 
 
@@ -155,11 +170,16 @@ def all_finite_bf16(values: npt.NDArray[np.uint16]) -> bool:
     return not any(np.any((flat[c] & _BF16_EXPONENT) == _BF16_EXPONENT) for c in chunks(flat.shape[0], 1))
 
 
-def check_grid_arrays(format: str, grid: IntGrid, arrays: Mapping[str, Array]) -> None:
-    """Scales are positive, normal and at most 2**119; zero points are codes."""
+def check_scales(format: str, arrays: Mapping[str, Array]) -> None:
+    """Scales are positive, normal and at most 2**119."""
     scales = arrays["scales"]
     if np.any((scales < _MIN_SCALE_BITS) | (scales > _MAX_SCALE_BITS)):  # type: ignore[operator]  # uint16 by its spec
         raise LayoutError(f"{format} scales", "a scale out of range", allowed="bfloat16 in [2**-126, 2**119]")
+
+
+def check_grid_arrays(format: str, grid: IntGrid, arrays: Mapping[str, Array]) -> None:
+    """Scales are in range; zero points are codes."""
+    check_scales(format, arrays)
     if not grid.symmetric and np.any(arrays["zero_points"] > grid.max_code):  # type: ignore[operator]  # uint8 by its spec
         raise LayoutError(f"{format} zero_points", "a zero point out of range", allowed=f"[0, {grid.max_code}]")
 
@@ -206,27 +226,58 @@ def unpack_mask(mask_OB: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.bo
     return np.unpackbits(mask_OB, axis=1, count=width, bitorder="little").view(np.bool_)
 
 
-def pack_nibbles(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Two codes per byte along the last axis, the first in the low nibble; an odd end is padded with 0."""
-    length = codes.shape[-1]
-    packed = np.zeros((*codes.shape[:-1], -(-length // 2)), dtype=np.uint8)
-    packed |= codes[..., 0::2]
-    packed[..., : length // 2] |= codes[..., 1::2] << np.uint8(4)
-    return packed
+def code_bytes(length: int, num_bits: int) -> int:
+    """Bytes of a run of codes."""
+    return -(-length * num_bits // 8)
 
 
-def unpack_nibbles(packed: npt.NDArray[np.uint8], length: int) -> npt.NDArray[np.uint8]:
-    """Inverse of pack_nibbles: uint8 (..., length)."""
-    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
-    np.bitwise_and(packed, np.uint8(15), out=codes[..., 0::2])
-    np.right_shift(packed, np.uint8(4), out=codes[..., 1::2])
+def pack_codes(codes: npt.NDArray[np.uint8], num_bits: int) -> npt.NDArray[np.uint8]:
+    """Codes of 1, 2, 3, 4 or 8 bits along the last axis as a run of bits, least significant first, padded with 0."""
+    codes_per_unit, unit_bytes = _unit(num_bits)
+    *leading, length = codes.shape
+    units = np.zeros((*leading, -(-length // codes_per_unit)), dtype=np.uint8 if unit_bytes == 1 else "<u4")
+    for k in range(codes_per_unit):
+        part = codes[..., k::codes_per_unit].astype(units.dtype)
+        units[..., : part.shape[-1]] |= part << units.dtype.type(k * num_bits)
+    if unit_bytes == 1:
+        return units.view(np.uint8)
+    # the last byte of each four is 0
+    run = (
+        units.view(np.uint8).reshape(*units.shape, 4)[..., :unit_bytes].reshape(*leading, units.shape[-1] * unit_bytes)
+    )
+    return np.ascontiguousarray(run[..., : code_bytes(length, num_bits)])
+
+
+def unpack_codes(packed: npt.NDArray[np.uint8], length: int, num_bits: int) -> npt.NDArray[np.uint8]:
+    """Inverse of pack_codes: uint8 (..., length); the array itself where a code is a byte."""
+    if num_bits == 8:
+        return packed
+    codes_per_unit, unit_bytes = _unit(num_bits)
+    leading, num_units = packed.shape[:-1], -(-length // codes_per_unit)
+    if unit_bytes == 1:
+        units: npt.NDArray[np.uint8 | np.uint32] = packed
+    else:
+        units = np.zeros((*leading, num_units), dtype=np.uint32)
+        for k in range(unit_bytes):
+            part = packed[..., k::unit_bytes].astype(np.uint32)
+            units[..., : part.shape[-1]] |= part << np.uint32(8 * k)
+    codes = np.empty((*leading, num_units * codes_per_unit), dtype=np.uint8)
+    for k in range(codes_per_unit):
+        codes[..., k::codes_per_unit] = units >> units.dtype.type(k * num_bits) & units.dtype.type(2**num_bits - 1)
     return codes[..., :length]
 
 
-def check_pad_nibble(format: str, packed: npt.NDArray[np.uint8], length: int) -> None:
-    """The high nibble of the last byte of an odd stream (along the last axis) is zero."""
-    if length % 2 and np.any(packed[..., -1] >> np.uint8(4)):
-        raise LayoutError(f"{format} codes", "a padding nibble that is not 0", allowed="0")
+def check_code_padding(format: str, packed: npt.NDArray[np.uint8], length: int, num_bits: int) -> None:
+    """The bits beyond the last code of a run (along the last axis) are zero."""
+    used = length * num_bits % 8
+    if used and np.any(packed[..., -1] >> np.uint8(used)):
+        raise LayoutError(f"{format} codes", "padding that is not 0", allowed="0 in the bits beyond the last code")
+
+
+def _unit(num_bits: int) -> tuple[int, int]:
+    """The smallest number of codes that fills whole bytes, and how many bytes."""
+    shared = math.gcd(num_bits, 8)
+    return 8 // shared, num_bits // shared
 
 
 def _integer(format: str, name: str, value: object, low: int, high: int) -> int:

@@ -71,7 +71,7 @@ class BitmaskFloat:
     @classmethod
     def array_spec(cls, format: str, meta: Meta) -> ArraySpec:
         """See Layout.array_spec."""
-        base.check_float_format(format, FORMAT)
+        base.check_format(format, FORMAT)
         shape = base.read_shape(format, meta, "num_values")
         return {**base.mask_spec(shape), "values": (base.UINT16, (base.read_num_values(format, meta, shape),))}
 

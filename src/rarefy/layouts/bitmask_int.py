@@ -1,4 +1,4 @@
-"""bitmask-int8-v1 and bitmask-int4-v1: one bit per entry, and the stored ones follow each other as codes."""
+"""bitmask-int8-v1, -int4-, -int3- and -int2-: one bit per entry, and the stored ones follow each other as codes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class BitmaskInt:
     Bytes (version 1), all little-endian:
         mask: uint8 (O, ceil(I / 8)); column i of a row is bit i % 8 (least significant first) of byte i // 8; 1 means
             stored; bits beyond the last column are 0.
-        codes: uint8, the stored entries in row-major order without row padding. int8: (num_values,). int4:
-            (ceil(num_values / 2),), entry 2k in the low nibble of byte k and entry 2k + 1 in the high one; a last odd
-            high nibble is 0. A stored code may equal the zero point. num_values is the number of 1 bits.
+        codes: uint8 (ceil(b * num_values / 8),) for b bits, the stored entries in row-major order, without row
+            padding, as a run of bits, least significant first: entry k has bits [b * k, b * (k + 1)); the bits that
+            fill up the last byte are 0. A stored code may equal the zero point. num_values is the number of 1 bits.
         scales: uint16 (O, G), bfloat16 bits in [2**-126, 2**119], one per group of `group_size` columns (the last
             may be shorter) or one per row. Groups count all columns, stored or not.
         zero_points: uint8 (O, G) in [0, 2**num_bits - 1]; absent if symmetric, then 2**(num_bits - 1).
@@ -50,7 +50,7 @@ class BitmaskInt:
 
     @property
     def format(self) -> str:
-        """bitmask-int8-v1 or bitmask-int4-v1."""
+        """bitmask-int8-v1, bitmask-int4-v1, ..."""
         return f"bitmask-int{self.grid.num_bits}-v1"
 
     @property
@@ -69,7 +69,7 @@ class BitmaskInt:
 
     def stream(self) -> Uint8Array:
         """One code per byte, uint8 (num_values,), in row-major order."""
-        return base.unpack_nibbles(self.codes, self.num_values) if self.grid.num_bits == 4 else self.codes
+        return base.unpack_codes(self.codes, self.num_values, self.grid.num_bits)
 
     def to_dense(self) -> Float32Array:
         """The matrix as float32 (O, I)."""
@@ -97,9 +97,12 @@ class BitmaskInt:
         num_bits = base.bits_of(format, "bitmask")
         shape = base.read_shape(format, meta, *_KEYS)
         num_values = base.read_num_values(format, meta, shape)
-        num_code_bytes = -(-num_values // 2) if num_bits == 4 else num_values
         grid = base.read_grid(format, num_bits, meta)
-        return {**base.mask_spec(shape), "codes": (base.UINT8, (num_code_bytes,)), **base.grid_spec(grid, shape)}
+        return {
+            **base.mask_spec(shape),
+            "codes": (base.UINT8, (base.code_bytes(num_values, num_bits),)),
+            **base.grid_spec(grid, shape),
+        }
 
     @classmethod
     def from_arrays(cls, format: str, meta: Meta, arrays: Mapping[str, Array]) -> Self:
@@ -111,8 +114,7 @@ class BitmaskInt:
         mask, codes = cast(Uint8Array, arrays["mask"]), cast(Uint8Array, arrays["codes"])
         base.check_mask(format, mask, shape[1])
         base.check_popcount(format, mask, num_values)
-        if grid.num_bits == 4:
-            base.check_pad_nibble(format, codes, num_values)
+        base.check_code_padding(format, codes, num_values, grid.num_bits)
         base.check_grid_arrays(format, grid, arrays)
         zero_points = cast("Uint8Array | None", arrays.get("zero_points"))
         return cls(shape, grid, num_values, mask, codes, cast(Uint16Array, arrays["scales"]), zero_points)

@@ -63,7 +63,7 @@ class DenseFloat:
     @classmethod
     def array_spec(cls, format: str, meta: Meta) -> ArraySpec:
         """See Layout.array_spec."""
-        base.check_float_format(format, "dense-bf16-v1", "dense-f32-v1")
+        base.check_format(format, "dense-bf16-v1", "dense-f32-v1")
         shape = base.read_shape(format, meta)
         return {"values": (base.FLOAT32 if format == "dense-f32-v1" else base.UINT16, shape)}
 

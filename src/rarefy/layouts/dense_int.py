@@ -1,4 +1,4 @@
-"""dense-int8-v1 and dense-int4-v1: every entry of the matrix as a code on an integer grid."""
+"""dense-int8-v1, -int4-, -int3- and -int2-: every entry of the matrix as a code on an integer grid."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class DenseInt:
     """Row-major unsigned codes; value = scale * (code - zero_point).
 
     Bytes (version 1), all little-endian:
-        codes: uint8. int8: (O, I). int4: (O, ceil(I / 2)), column 2j in the low nibble of byte j and column 2j + 1 in
-            the high one; for odd I the last high nibble of a row is 0.
+        codes: uint8 (O, ceil(b * I / 8)) for b bits: each row is a run of bits, least significant first, in which
+            column i has bits [b * i, b * (i + 1)); the bits that fill up the last byte are 0.
         scales: uint16 (O, G), bfloat16 bits in [2**-126, 2**119], one per group of `group_size` columns (the last
             may be shorter) or one per row.
         zero_points: uint8 (O, G) in [0, 2**num_bits - 1]; absent if symmetric, then 2**(num_bits - 1).
@@ -41,7 +41,7 @@ class DenseInt:
 
     @property
     def format(self) -> str:
-        """dense-int8-v1 or dense-int4-v1."""
+        """dense-int8-v1, dense-int4-v1, ..."""
         return f"dense-int{self.grid.num_bits}-v1"
 
     @property
@@ -56,7 +56,7 @@ class DenseInt:
 
     def codes_OI(self) -> Uint8Array:  # noqa: N802 (shape suffix)
         """One code per byte, uint8 (O, I)."""
-        return base.unpack_nibbles(self.codes, self.shape[1]) if self.grid.num_bits == 4 else self.codes
+        return base.unpack_codes(self.codes, self.shape[1], self.grid.num_bits)
 
     def to_dense(self) -> Float32Array:
         """The matrix as float32 (O, I)."""
@@ -66,9 +66,7 @@ class DenseInt:
         """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
         index = np.asarray(indices)
         flat = index.reshape(-1)
-        codes = self.codes[flat]
-        if self.grid.num_bits == 4:
-            codes = base.unpack_nibbles(codes, self.shape[1])
+        codes = base.unpack_codes(self.codes[flat], self.shape[1], self.grid.num_bits)
         zero_points = None if self.zero_points is None else self.zero_points[flat]
         values = dequantize(codes, fitted_grid(self.grid, self.scales[flat], zero_points))
         return values.reshape(*index.shape, self.shape[1])
@@ -90,8 +88,7 @@ class DenseInt:
         num_bits = base.bits_of(format, "dense")
         rows, width = base.read_shape(format, meta, "group_size", "symmetric")
         grid = base.read_grid(format, num_bits, meta)
-        row_bytes = -(-width // 2) if num_bits == 4 else width
-        return {"codes": (base.UINT8, (rows, row_bytes)), **base.grid_spec(grid, (rows, width))}
+        return {"codes": (base.UINT8, (rows, base.code_bytes(width, num_bits))), **base.grid_spec(grid, (rows, width))}
 
     @classmethod
     def from_arrays(cls, format: str, meta: Meta, arrays: Mapping[str, Array]) -> Self:
@@ -100,8 +97,7 @@ class DenseInt:
         shape = base.read_shape(format, meta, "group_size", "symmetric")
         grid = base.read_grid(format, base.bits_of(format, "dense"), meta)
         codes = cast(Uint8Array, arrays["codes"])
-        if grid.num_bits == 4:
-            base.check_pad_nibble(format, codes, shape[1])
+        base.check_code_padding(format, codes, shape[1], grid.num_bits)
         base.check_grid_arrays(format, grid, arrays)
         return cls(
             shape,

@@ -75,7 +75,7 @@ class NMFloat:
     @classmethod
     def array_spec(cls, format: str, meta: Meta) -> ArraySpec:
         """See Layout.array_spec."""
-        base.check_float_format(format, FORMAT)
+        base.check_format(format, FORMAT)
         shape = base.read_shape(format, meta, "keep", "group")
         num_values = shape[0] * base.read_pattern(format, meta).num_kept_per_row(shape[1])
         return {**base.mask_spec(shape), "values": (base.UINT16, (num_values,))}

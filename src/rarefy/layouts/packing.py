@@ -11,16 +11,21 @@ from rarefy.core.patterns import NM, Pattern, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import base
 from rarefy.layouts.base import Meta
+from rarefy.layouts.binary import Binary
 from rarefy.layouts.bitmask_float import BitmaskFloat
 from rarefy.layouts.bitmask_int import BitmaskInt
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.lookup_table import LookupTable
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.scales import stored_grid
+from rarefy.layouts.ternary import Ternary
 
 FloatFormat = Literal["bf16", "f32"]
-AnyLayout = DenseFloat | DenseInt | BitmaskFloat | BitmaskInt | NMFloat | NMInt
+# whose rows lie at known places, so that an embedding can look them up
+RowLayout = DenseFloat | DenseInt | Ternary | Binary | LookupTable
+AnyLayout = RowLayout | BitmaskFloat | BitmaskInt | NMFloat | NMInt
 
 # the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
 FORMATS: dict[str, type[AnyLayout]] = {
@@ -28,12 +33,22 @@ FORMATS: dict[str, type[AnyLayout]] = {
     "dense-bf16-v1": DenseFloat,
     "dense-int8-v1": DenseInt,
     "dense-int4-v1": DenseInt,
+    "dense-int3-v1": DenseInt,
+    "dense-int2-v1": DenseInt,
     "bitmask-bf16-v1": BitmaskFloat,
     "bitmask-int8-v1": BitmaskInt,
     "bitmask-int4-v1": BitmaskInt,
+    "bitmask-int3-v1": BitmaskInt,
+    "bitmask-int2-v1": BitmaskInt,
     "nm-bf16-v1": NMFloat,
     "nm-int8-v1": NMInt,
     "nm-int4-v1": NMInt,
+    "nm-int3-v1": NMInt,
+    "nm-int2-v1": NMInt,
+    "ternary-v1": Ternary,
+    "binary-v1": Binary,
+    "lut4-v1": LookupTable,
+    "lut8-v1": LookupTable,
 }
 
 
@@ -115,9 +130,12 @@ def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout
 
 
 def unpack(layout: AnyLayout) -> Solution:
-    """The solution that a layout stores; its weights are the stored ones (after rounding)."""
+    """The solution that a layout stores; its weights are the stored ones (after rounding).
+
+    No grid of core.grids describes ternary, binary and lookup-table layouts: theirs has none.
+    """
     match layout:
-        case DenseFloat():
+        case DenseFloat() | Ternary() | Binary() | LookupTable():
             return Solution.dense(layout.to_dense())
         case DenseInt():
             return Solution(layout.to_dense(), None, None, layout.fitted)
@@ -139,9 +157,8 @@ def _pack_dense(solution: Solution, float_format: FloatFormat) -> AnyLayout:
         weight = np.ascontiguousarray(solution.weight_OI)
         return DenseFloat(weight if float_format == "f32" else _bf16(weight))
     codes = quantize(solution.weight_OI, solution.grid)
-    if solution.grid.grid.num_bits == 4:
-        codes = base.pack_nibbles(codes)
-    return DenseInt(solution.shape, solution.grid.grid, codes, *stored_grid(solution.grid))
+    packed = base.pack_codes(codes, solution.grid.grid.num_bits)
+    return DenseInt(solution.shape, solution.grid.grid, packed, *stored_grid(solution.grid))
 
 
 def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
@@ -163,8 +180,7 @@ def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) ->
 def _stream(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], int]:
     assert solution.grid is not None
     codes = quantize(solution.weight_OI, solution.grid)[mask_OI]
-    num_values = codes.shape[0]
-    return (base.pack_nibbles(codes) if solution.grid.grid.num_bits == 4 else codes), num_values
+    return base.pack_codes(codes, solution.grid.grid.num_bits), codes.shape[0]
 
 
 def _bf16(values: Float32Array) -> Uint16Array:

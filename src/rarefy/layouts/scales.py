@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from rarefy.core.errors import LayoutError
 from rarefy.core.grids import (
     FittedGrid,
     Float32Array,
@@ -14,6 +15,7 @@ from rarefy.core.grids import (
     from_bf16_bits,
     to_bf16_bits,
 )
+from rarefy.layouts.base import num_groups, read_group_size
 
 
 def fitted_grid(grid: IntGrid, scales: Uint16Array, zero_points: Uint8Array | None) -> FittedGrid:
@@ -36,3 +38,43 @@ def dequantize_stream(stream: Uint8Array, mask_OI: npt.NDArray[np.bool_], fitted
     codes_OI[:] = expand_groups(fitted.zero_point_OG, fitted.grid, width)  # the zero point is the code of 0
     codes_OI[mask_OI] = stream
     return dequantize(codes_OI, fitted)
+
+
+def stored_scales(format: str, scale_OG: Float32Array) -> Uint16Array:
+    """Scales as bfloat16 bits; from_arrays checks their range.
+
+    Raises:
+        LayoutError: a scale is no bfloat16.
+    """
+    scale_OG = np.ascontiguousarray(scale_OG, dtype=np.float32)
+    bits = to_bf16_bits(scale_OG)
+    if not np.array_equal(from_bf16_bits(bits), scale_OG):
+        raise LayoutError(f"{format} scales", "a scale that bfloat16 cannot represent", hint="round with core.grids")
+    return bits
+
+
+def expand_scales(scale_OG: Float32Array, group_size: int | None, width: int) -> Float32Array:
+    """Repeat a scale per group along the input axis: (O, G) to (O, I), or (O, 1) that broadcasts to it."""
+    return expand_groups(scale_OG, IntGrid(8, group_size, True), width)
+
+
+def group_maximum(format: str, weight_OI: Float32Array, group_size: int | None) -> Float32Array:
+    """The largest magnitude of each group, (O, G); 0 for one without columns.
+
+    Raises:
+        LayoutError: the group size is impossible, or the weight is no float32 matrix.
+    """
+    group_size = read_group_size(format, {"group_size": group_size})
+    if weight_OI.ndim != 2 or weight_OI.dtype != np.float32:
+        raise LayoutError(format, f"weight {weight_OI.dtype} {weight_OI.shape}", allowed="float32 (O, I)")
+    rows, width = weight_OI.shape
+    if width == 0:
+        return np.zeros((rows, num_groups(width, group_size)), dtype=np.float32)
+    largest: Float32Array = np.maximum.reduceat(np.abs(weight_OI), np.arange(0, width, group_size or width), axis=1)
+    return largest
+
+
+def group_scales(format: str, weight_OI: Float32Array, group_size: int | None) -> Float32Array:
+    """The largest magnitude of each group, (O, G), and 1 for a group of zeros."""
+    largest_OG = group_maximum(format, weight_OI, group_size)
+    return np.where(largest_OG == 0, np.float32(1), largest_OG)

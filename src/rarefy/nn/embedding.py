@@ -1,32 +1,32 @@
-"""An embedding table whose weight is a packed dense layout.
+"""An embedding table whose weight is a packed layout with rows at known places.
 
 Legend of shape suffixes: N indices (all axes together), O vocabulary entries, I embedding width.
 """
 
 from collections.abc import Mapping
-from typing import Any, Self, final
+from typing import Any, Self, final, get_args
 
 import torch
 from torch import Tensor
 
 from rarefy.core.errors import LayoutError
-from rarefy.layouts import FORMATS, DenseFloat, DenseInt, Layout
+from rarefy.layouts import FORMATS, Layout, RowLayout
 from rarefy.nn.holder import LayoutHolder
 
 
 @final
 class CompressedEmbedding(LayoutHolder):
-    """Rows of a packed dense table, widened to the compute dtype only where they are looked up.
+    """Rows of a packed table, widened to the compute dtype only where they are looked up.
 
     Args:
-        format_name: a dense format (a lookup needs rows at known offsets).
+        format_name: a format without mask (a lookup needs rows at known offsets).
         meta: the layout's metadata; its shape is (O, I).
         scale: factor on the looked-up rows (Gemma multiplies by the square root of the width), or None.
         source: the module whose arrays this table shares.
         device: where to allocate the buffers.
 
     Raises:
-        LayoutError: the format is not a dense one.
+        LayoutError: the format has no rows at known offsets.
     """
 
     def __init__(
@@ -39,9 +39,12 @@ class CompressedEmbedding(LayoutHolder):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(format_name, meta, source=source, device=device)
-        if FORMATS[format_name] not in (DenseFloat, DenseInt):
+        if FORMATS[format_name] not in get_args(RowLayout):
             raise LayoutError(
-                "embedding", f"format {format_name!r}", allowed="dense formats", hint="a lookup needs whole rows"
+                "embedding",
+                f"format {format_name!r}",
+                allowed="a format without mask",
+                hint="a lookup needs whole rows",
             )
         self.num_embeddings, self.embedding_dim = self.shape
         self.scale = scale
@@ -70,7 +73,7 @@ class CompressedEmbedding(LayoutHolder):
         if index_N.numel() and not 0 <= low <= high < self.num_embeddings:
             raise IndexError(f"embedding: indices in {low}..{high}; allowed: 0..{self.num_embeddings - 1}")
         layout = self.layout
-        assert isinstance(layout, DenseFloat | DenseInt)
+        assert isinstance(layout, RowLayout)
         rows = torch.from_numpy(layout.rows(index_N.numpy())).reshape(*x.shape, self.embedding_dim)
         rows = rows.to(self._compute_dtype)
         if self.scale is None:

@@ -46,7 +46,7 @@ class NMSpec(_Strict):
 class ValuesSpec(_Strict):
     """The integer grid that weights are rounded to."""
 
-    num_bits: Literal[4, 8] = Field(description="bits of a code")
+    num_bits: Literal[2, 3, 4, 8] = Field(description="bits of a code")
     group_size: int | None = Field(
         default=None, ge=32, multiple_of=32, description="columns that share a scale; null: a whole row (per channel)"
     )

@@ -1,0 +1,187 @@
+// What the dense encodings of 1, 2 and 3 bits share. Every panel has the same bytes, in order; half a block, 8 steps of
+// four columns, is a few vectors of 64 bytes, and in each of their bytes lie bits of several steps. An encoding says in
+// `Bits` which:
+//   reference   static uint8_t code(const uint8_t* half, int step, int byte)    the code of a byte of a step
+//               static void place(uint8_t* half, int step, int byte, uint8_t code)    zeroes before
+//   AVX2        static void expand(const uint8_t* half, uint8_t* out)    8 steps of 64 codes
+//   AVX-512     the same, and for one row, whose sums take the codes where they stand in their bytes:
+//               kSums, kShifts    by how many bits to the left each sum is off; the first by none
+//               static void dot(const uint8_t* half, const __m512i (&q)[8], Sums (&sums)[kSums])
+// and kHalfBytes, the bytes of half a block.
+#pragma once
+
+#include "matmul/encodings/dense.h"
+
+namespace rarefy::matmul {
+
+constexpr int kHalfSteps = 8;
+
+}  // namespace rarefy::matmul
+
+#if RAREFY_PASS_REFERENCE
+
+namespace rarefy::matmul {
+
+// Lays out all panels; read(row, column) gives the codes.
+template <class Bits, class Read>
+void pack_bits(Packing& packing, Read read) {
+    const int64_t num_inputs = packing.view.num_inputs;
+    const int64_t panel_bytes = packing.view.num_blocks * 2 * Bits::kHalfBytes;
+    uint8_t* values = packing.place_values([&](int64_t) { return panel_bytes; });
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        uint8_t* half = values + panel * panel_bytes;
+        for (int64_t begin = 0; begin < num_inputs; begin += kHalfSteps * 4, half += Bits::kHalfBytes) {
+            const int64_t left = num_inputs - begin;
+            const int count = static_cast<int>(left < kHalfSteps * 4 ? left : kHalfSteps * 4);
+            for (int row = 0; row < num_rows; ++row)
+                for (int i = 0; i < count; ++i) Bits::place(half, i / 4, row * 4 + i % 4, read(first + row, begin + i));
+        }
+    });
+}
+
+// `codes`: every row a run of codes of kBits bits.
+template <class Bits, int kBits>
+void pack_runs(Packing& packing) {
+    const int64_t row_bytes = ceil_div(packing.view.num_inputs * kBits, 8);
+    const uint8_t* codes = packing.take("codes", Element::u8, packing.view.num_outputs * row_bytes);
+    pack_bits<Bits>(packing,
+                    [&](int64_t row, int64_t column) { return code_of_run(codes + row * row_bytes, column, kBits); });
+}
+
+namespace reference {
+
+template <class Bits>
+struct BitStream : PanelStream {
+    using PanelStream::PanelStream;
+    void block(const uint8_t*, uint8_t* out) {
+        for (int step = 0; step < 2 * kHalfSteps; ++step) {
+            const uint8_t* half = values + step / kHalfSteps * Bits::kHalfBytes;
+            for (int byte = 0; byte < 64; ++byte)
+                out[(step * 4 + byte % 4) * kPanelOutputs + byte / 4] = Bits::code(half, step % kHalfSteps, byte);
+        }
+        values += 2 * Bits::kHalfBytes;
+    }
+};
+
+}  // namespace reference
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_AVX2
+
+namespace rarefy::matmul::avx2 {
+
+// Expands half a block at a time.
+template <class Bits>
+struct BitStream : PanelStream {
+    static constexpr bool kSmallCodes = true;
+    alignas(32) uint8_t steps[kHalfSteps * 64];
+    int next_step = 0;
+    void set_zero_points(const __m256i (&)[kHalves]) {}
+    void next(__m256i (&even)[kHalves], __m256i (&odd)[kHalves]) {
+        if (next_step == 0) {
+            Bits::expand(values, steps);
+            values += Bits::kHalfBytes;
+        }
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            even[half] = load(steps + next_step * 64 + 32 * half);
+            odd[half] = load(steps + next_step * 64 + 64 + 32 * half);
+        }
+        next_step = (next_step + 2) % kHalfSteps;
+    }
+};
+
+inline __m256i bytes(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
+
+}  // namespace rarefy::matmul::avx2
+
+#elif RAREFY_PASS_AVX512
+
+namespace rarefy::matmul::avx512 {
+
+// For many rows: expands half a block at a time.
+template <class Bits>
+struct BitStream : PanelStream {
+    static constexpr bool kIsExpanded = false;
+    static constexpr int kOddShift = 0;
+    alignas(64) uint8_t steps[kHalfSteps * 64];
+    int next_step = 0;
+    void next(__m512i, __m512i& even, __m512i& odd) {
+        if (next_step == 0) {
+            Bits::expand(values, steps);
+            values += Bits::kHalfBytes;
+        }
+        even = load(steps + next_step * 64);
+        odd = load(steps + next_step * 64 + 64);
+        next_step = (next_step + 2) % kHalfSteps;
+    }
+};
+
+inline __m512i bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+
+// One row of activations by kPanels panels, `distance` apart; see walk_int.
+template <class Bits, int kPanels, int kSteps, bool kSymmetric>
+void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
+    const int64_t row = part.row_begin;
+    const int8_t* q = rows.q + row * rows.stride;
+    const float* row_scales = rows.scales + row * rows.num_blocks;
+    const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
+    const uint8_t* values[kPanels];
+    __m512 totals[kPanels];
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        values[p] = w.values + w.value_offsets[panel + p * distance];
+        totals[p] = _mm512_setzero_ps();
+    }
+    const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
+    Groups groups(w, 0);
+    for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment) {
+        const int32_t sum = segment_sum<kSteps>(half_sums, segment);
+        Sums sums[kPanels][Bits::kSums];
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            sums[p][0] = times(kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance), -sum);
+            UNROLL for (int k = 1; k < Bits::kSums; ++k) { sums[p][k] = Sums{}; }
+            prefetch<2048>(values[p], kSteps / kHalfSteps * Bits::kHalfBytes);
+        }
+        UNROLL for (int half = 0; half < kSteps / kHalfSteps; ++half) {
+            __m512i half_q[kHalfSteps];
+            UNROLL for (int step = 0; step < kHalfSteps; ++step, q += 4) { half_q[step] = broadcast_4(q); }
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                Bits::dot(values[p], half_q, sums[p]);
+                values[p] += Bits::kHalfBytes;
+            }
+        }
+        const __m512 row_scale = _mm512_set1_ps(row_scales[segment * kSteps / 16]);
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            Sums dots = sums[p][0];
+            UNROLL for (int k = 1; k < Bits::kSums; ++k) { dots += sums[p][k] >> Bits::kShifts[k]; }
+            const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(panel + p * distance));
+            totals[p] = _mm512_fmadd_ps(to_floats(dots), scales, totals[p]);
+        }
+        groups.advance();
+    }
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(totals[p]);
+    }
+}
+
+template <class Bits, int kSteps>
+void multiply_bits_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (part.row_end - part.row_begin > 1)
+        many_rows_int<BitStream<Bits>, kSteps>(w, rows, part);
+    else if (w.zero_points == nullptr)
+        walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, true>, walk_bits<Bits, 1, kSteps, true>);
+    else
+        walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, false>, walk_bits<Bits, 1, kSteps, false>);
+}
+
+template <class Bits>
+void multiply_bits(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.steps_per_segment == 16)
+        multiply_bits_steps<Bits, 16>(w, rows, part);
+    else
+        multiply_bits_steps<Bits, 8>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::avx512
+
+#endif
