@@ -16,8 +16,15 @@ def _bfloat16(bits: int) -> Fraction:
 
 
 def _read(format: str, meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Matrix:
-    packing, values, version = format.split("-")
+    packing, _, version = format.rpartition("-")
     assert version == "v1"
+    if packing == "sum":
+        return _read_sum(meta, raw)
+    packing, values = packing.split("-")
+    if packing == "lowrank":
+        return _read_low_rank(values, meta, raw)
+    if packing == "block":
+        return _read_blocks(values, meta, raw)
     rows, width = meta["shape"]
     matrix = [[Fraction(0)] * width for _ in range(rows)]
     position = 0
@@ -39,11 +46,56 @@ def _read(format: str, meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Mat
                 # a dense row begins at a byte of its own, a sparse stream does not
                 nibble = index if packing != "dense" else o * 2 * ((width + 1) // 2) + i
                 code = raw["codes"][nibble // 2] >> 4 * (nibble % 2) & 15
-            size = meta["group_size"]
-            group = o if size is None else o * ((width + size - 1) // size) + i // size
-            zero = {"int4": 8, "int8": 128}[values] if meta["symmetric"] else raw["zero_points"][group]
-            matrix[o][i] = _bfloat16(struct.unpack_from("<H", raw["scales"], 2 * group)[0]) * (code - zero)
+            matrix[o][i] = _on_grid(code, values, meta, raw, o, i)
     return matrix
+
+
+def _on_grid(code: int, values: str, meta: Mapping[str, Any], raw: Mapping[str, bytes], o: int, i: int) -> Fraction:
+    size, width = meta["group_size"], meta["shape"][1]
+    group = o if size is None else o * ((width + size - 1) // size) + i // size
+    zero = {"int4": 8, "int8": 128}[values] if meta["symmetric"] else raw["zero_points"][group]
+    return _bfloat16(struct.unpack_from("<H", raw["scales"], 2 * group)[0]) * (code - zero)
+
+
+def _read_blocks(values: str, meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Matrix:
+    (rows, width), (high, wide) = meta["shape"], meta["block_shape"]
+    matrix = [[Fraction(0)] * width for _ in range(rows)]
+    num_across, position = (width + wide - 1) // wide, 0
+    for top in range(0, rows, high):
+        for left in range(0, width, wide):
+            byte = top // high * ((num_across + 7) // 8) + left // wide // 8
+            if not raw["mask"][byte] >> (left // wide % 8) & 1:
+                continue
+            for o in range(top, min(rows, top + high)):
+                for i in range(left, min(width, left + wide)):
+                    if values == "bf16":
+                        matrix[o][i] = _bfloat16(struct.unpack_from("<H", raw["values"], 2 * position)[0])
+                    else:
+                        matrix[o][i] = _on_grid(raw["codes"][position], values, meta, raw, o, i)
+                    position += 1
+    return matrix
+
+
+def _read_low_rank(values: str, meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Matrix:
+    (rows, width), rank = meta["shape"], meta["rank"]
+    factors = []
+    for side, shape in (("left", [rows, rank]), ("right", [rank, width])):
+        arrays = {name.removeprefix(f"{side}_"): value for name, value in raw.items() if name.startswith(side)}
+        factors.append(_read(f"dense-{values}-v1", {**meta, "shape": shape}, arrays))
+    left, right = factors
+    return [
+        [sum((left[o][k] * right[k][i] for k in range(rank)), Fraction(0)) for i in range(width)] for o in range(rows)
+    ]
+
+
+def _read_sum(meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Matrix:
+    first, second = (
+        _read(
+            part["format"], {**part, "shape": meta["shape"]}, {k[2:]: v for k, v in raw.items() if k[0] == str(index)}
+        )
+        for index, part in enumerate(meta["parts"])
+    )
+    return [[a + b for a, b in zip(one, two, strict=True)] for one, two in zip(first, second, strict=True)]
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,15 @@ specifies the bytes.
 from rarefy.layouts.base import Array, ArraySpec, Layout, Meta, MetaValue
 from rarefy.layouts.bitmask_float import BitmaskFloat
 from rarefy.layouts.bitmask_int import BitmaskInt
+from rarefy.layouts.block_float import BlockFloat
+from rarefy.layouts.block_int import BlockInt
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.packing import FORMATS, AnyLayout, FloatFormat, choose_format, pack, packed_nbytes, unpack
+from rarefy.layouts.sum import Sum
 
 __all__ = [
     "FORMATS",
@@ -20,14 +24,18 @@ __all__ = [
     "ArraySpec",
     "BitmaskFloat",
     "BitmaskInt",
+    "BlockFloat",
+    "BlockInt",
     "DenseFloat",
     "DenseInt",
     "FloatFormat",
     "Layout",
+    "LowRank",
     "Meta",
     "MetaValue",
     "NMFloat",
     "NMInt",
+    "Sum",
     "choose_format",
     "pack",
     "packed_nbytes",
