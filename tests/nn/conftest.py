@@ -12,9 +12,9 @@ from torch import nn
 
 from rarefy.artifact import write_artifact
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize, to_bf16_bits
-from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, AnyLayout, pack
+from rarefy.layouts import FORMATS, AnyLayout, LowRank, Sum, pack
 
 torch.set_num_threads(2)
 
@@ -24,10 +24,13 @@ TINY = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vo
 def solution_for(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = False) -> Solution:
     """A solution that `pack` stores in the given format, by magnitude and round-to-nearest."""
     kind, values, _ = format_name.split("-")
-    pattern: Pattern | None = {"dense": None, "bitmask": Unstructured(0.5), "nm": NM(3, 8)}[kind]
+    patterns = {"dense": None, "bitmask": Unstructured(0.5), "nm": NM(3, 8), "block": Blocks((8, 16), 0.5)}
+    pattern: Pattern | None = patterns[kind]
     mask = None
     if isinstance(pattern, Unstructured):
         mask = np.abs(weight_OI) > np.median(np.abs(weight_OI))
+    elif isinstance(pattern, Blocks):
+        mask = np.add.outer(np.arange(weight_OI.shape[0]) // 8, np.arange(weight_OI.shape[1]) // 16) % 2 == 0
     elif isinstance(pattern, NM):
         mask = np.zeros(weight_OI.shape, dtype=bool)
         keep_G = pattern.keep_counts_G(weight_OI.shape[1])
@@ -52,6 +55,15 @@ def bf16(weight: np.ndarray) -> np.ndarray:
 
 
 def make_layout(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = False) -> AnyLayout:
+    if format_name == "sum-v1":
+        rest = weight_OI - make_layout("lowrank-bf16-v1", weight_OI).to_dense()
+        return Sum(make_layout("lowrank-bf16-v1", weight_OI), make_layout("bitmask-bf16-v1", rest))
+    if format_name.startswith("lowrank"):
+        u, s, vt = np.linalg.svd(weight_OI.astype(np.float64), full_matrices=False)
+        factor_format = format_name.replace("lowrank", "dense")
+        rank = max(1, len(s) // 2)
+        factors = (u[:, :rank] * s[:rank], vt[:rank])
+        return LowRank(*(make_layout(factor_format, factor, symmetric=symmetric) for factor in factors))
     solution = solution_for(format_name, weight_OI, symmetric=symmetric)
     layout = pack(solution, float_format="f32" if "f32" in format_name else "bf16")
     assert layout.format == format_name

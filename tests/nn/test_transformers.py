@@ -63,7 +63,7 @@ TIED = {
 
 def everything(family: str, format_name: str) -> Callable[[str, nn.Module], str | None]:
     """Every linear layer in the given format, and the embedding in its dense relative."""
-    dense = f"dense-{format_name.split('-')[1]}-v1"
+    dense = "dense-bf16-v1" if format_name == "sum-v1" else f"dense-{format_name.split('-')[1]}-v1"
 
     def choose(name: str, module: nn.Module) -> str | None:
         if name == EMBEDDING[family]:
