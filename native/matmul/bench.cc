@@ -1,4 +1,5 @@
-// Times the products of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa NAME]
+// Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
+// NAME]
 // [--format PART] [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds.
 #include <algorithm>
 #include <chrono>
@@ -13,6 +14,7 @@
 #include "common/pool.h"
 #include "matmul/dispatch.h"
 #include "matmul/samples.h"
+#include "matmul/weights.h"
 
 namespace {
 
@@ -30,13 +32,21 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 }
 
 void bench(const matmul::ListedKernel& kernel, const Options& options, double bandwidth) {
-    const matmul::Sample sample = matmul::make_sample(kernel.format, options.outputs, options.inputs, 64, true, 0.5, 1);
+    const matmul::Sample sample =
+        matmul::make_sample({kernel.format, options.outputs, options.inputs, 64, true, 0.5, 1});
+    const matmul::PackedArrays packed = sample.packed();
     std::vector<std::unique_ptr<matmul::Weights>> copies;
-    copies.push_back(std::make_unique<matmul::Weights>(sample.arrays(), kernel.isa));
+    double packing = 1e9;
+    for (int repeat = 0; repeat < 5; ++repeat) {
+        copies.clear();
+        const auto start = std::chrono::steady_clock::now();
+        copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa));
+        packing = std::min(packing, seconds_since(start));
+    }
     const long num_bytes = copies[0]->num_bytes();
     const long num_copies = options.warm || options.rows > 8 ? 1 : std::max(2L, (128L << 20) / num_bytes);
     while (static_cast<long>(copies.size()) < num_copies)
-        copies.push_back(std::make_unique<matmul::Weights>(sample.arrays(), kernel.isa));
+        copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa));
     std::vector<float> x(static_cast<size_t>(options.rows * options.inputs)),
         y(static_cast<size_t>(options.rows * options.outputs));
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(static_cast<int>(i * 7919 % 201) - 100) / 50.0f;
@@ -54,9 +64,11 @@ void bench(const matmul::ListedKernel& kernel, const Options& options, double ba
     std::sort(times.begin(), times.end());
     const double best = times[2], median = times[times.size() / 2];
     std::printf(
-        "%-18s %-9s %9.1f us, median %9.1f; %6.1f GB/s (%3.0f %%), %5.2f ns per 64 weights and row, %6.0f GOPS\n",
+        "%-18s %-9s %9.1f us, median %9.1f; %6.1f GB/s (%3.0f %%), %5.2f ns per 64 weights and row, %6.0f GOPS; "
+        "packed at %5.0f M weights/s\n",
         kernel.format.c_str(), matmul::name(kernel.isa), best * 1e6, median * 1e6, num_bytes / best / 1e9,
-        100 * num_bytes / best / bandwidth, best * 1e9 * 64 / work, 2 * work / best / 1e9);
+        100 * num_bytes / best / bandwidth, best * 1e9 * 64 / work, 2 * work / best / 1e9,
+        static_cast<double>(options.outputs) * options.inputs / packing / 1e6);
 }
 
 }  // namespace

@@ -22,31 +22,37 @@ using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Input = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
-// Bytes of array `name`, null where there is none.
-std::pair<const uint8_t*, int64_t> find(const nb::dict& arrays, const char* name, nb::dlpack::dtype_code code,
-                                        int bits) {
-    if (!arrays.contains(name)) return {nullptr, 0};
-    const auto array = nb::cast<AnyArray>(arrays[name]);
-    if (array.dtype().code != static_cast<uint8_t>(code) || array.dtype().bits != bits || array.dtype().lanes != 1)
-        throw std::invalid_argument(std::string(name) + " has a wrong dtype");
-    static const uint8_t nothing = 0;  // arrays without elements may have no memory
-    const auto* bytes = static_cast<const uint8_t*>(array.data());
-    return {array.size() == 0 ? &nothing : bytes, static_cast<int64_t>(array.nbytes())};
+matmul::Element element_of(const nb::dlpack::dtype& dtype) {
+    using Code = nb::dlpack::dtype_code;
+    constexpr struct {
+        Code code;
+        int bits;
+        matmul::Element element;
+    } kElements[] = {{Code::UInt, 8, matmul::Element::u8},   {Code::UInt, 16, matmul::Element::u16},
+                     {Code::UInt, 32, matmul::Element::u32}, {Code::Int, 8, matmul::Element::i8},
+                     {Code::Int, 16, matmul::Element::i16},  {Code::Int, 32, matmul::Element::i32},
+                     {Code::Float, 32, matmul::Element::f32}};
+    for (const auto& row : kElements)
+        if (dtype.code == static_cast<uint8_t>(row.code) && dtype.bits == row.bits && dtype.lanes == 1)
+            return row.element;
+    return matmul::Element::other;
 }
 
+// `integers`: of the layout's metadata; truth values are 0 and 1.
 Weights* prepare(const std::string& format, const std::string& isa, int64_t num_outputs, int64_t num_inputs,
-                 int64_t group_size, const nb::dict& arrays) {
-    const bool f32 = format == "dense-f32-v1";
-    const bool bf16 = format.find("-bf16-") != std::string::npos;
-    constexpr auto kUnsigned = nb::dlpack::dtype_code::UInt;
-    const auto [values, values_bytes] = f32    ? find(arrays, "values", nb::dlpack::dtype_code::Float, 32)
-                                        : bf16 ? find(arrays, "values", kUnsigned, 16)
-                                               : find(arrays, "codes", kUnsigned, 8);
-    const auto [mask, mask_bytes] = find(arrays, "mask", kUnsigned, 8);
-    const auto [scales, scales_bytes] = find(arrays, "scales", kUnsigned, 16);
-    const auto [zero_points, zero_points_bytes] = find(arrays, "zero_points", kUnsigned, 8);
-    const matmul::PackedArrays packed{format, num_outputs, num_inputs, group_size,   values,      values_bytes,
-                                      mask,   mask_bytes,  scales,     scales_bytes, zero_points, zero_points_bytes};
+                 const nb::dict& integers, const nb::dict& arrays) {
+    matmul::PackedArrays packed{format, num_outputs, num_inputs, {}, {}};
+    for (const auto& [name, value] : integers)
+        packed.integers.push_back({nb::cast<std::string>(name), nb::cast<int64_t>(value)});
+    std::vector<AnyArray> kept_alive;
+    for (const auto& [name, value] : arrays) {
+        const auto array = nb::cast<AnyArray>(value);
+        static const uint8_t nothing = 0;  // arrays without elements may have no memory
+        const auto* bytes = array.size() == 0 ? &nothing : static_cast<const uint8_t*>(array.data());
+        packed.arrays.push_back(
+            {nb::cast<std::string>(name), element_of(array.dtype()), bytes, static_cast<int64_t>(array.nbytes())});
+        kept_alive.push_back(array);
+    }
     const matmul::Isa runnable = matmul::runnable_isa(isa);
     const nb::gil_scoped_release unlocked;
     return new Weights(packed, runnable);
@@ -82,7 +88,7 @@ void bind_matmul(nb::module_& module) {
             return std::make_pair(weights.view().num_outputs, weights.view().num_inputs);
         });
     module.def("prepare", &prepare, nb::arg("format"), nb::arg("isa"), nb::arg("num_outputs"), nb::arg("num_inputs"),
-               nb::arg("group_size"), nb::arg("arrays"));
+               nb::arg("integers"), nb::arg("arrays"));
     module.def("matmul", &multiply, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outputs"));
     module.def("kernel_list", [] {
         std::vector<std::tuple<std::string, std::string, std::string>> rows;

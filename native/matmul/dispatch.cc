@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
+#include <limits>
 #include <stdexcept>
 
 #include "common/cpu.h"
@@ -18,8 +20,10 @@ struct Row {
 };
 
 constexpr Row kKernels[] = {
-#define RAREFY_KERNEL(encoding, isa) {Encoding::encoding, Isa::isa, encoding##_##isa},
+#define RAREFY_KERNEL(name, isa) {Encoding::name, Isa::isa, isa::name},
+#define RAREFY_ENCODING(name, values, isas, ...) RAREFY_##isas(RAREFY_KERNEL, name)
 #include "matmul/kernels.inc"
+#undef RAREFY_KERNEL
 };
 
 constexpr Isa kIsas[] = {Isa::reference, Isa::avx2, Isa::avx512};
@@ -45,8 +49,6 @@ QuantizeFunction find_quantizer(Isa isa) {
         default: return quantize_row_reference;
     }
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps from call to call, so that small products allocate nothing.
 class Scratch {
@@ -78,15 +80,27 @@ struct Activations {
     Rows integers{};
 };
 
+// 0, or NaN if one of the numbers is not finite.
+float find_start(const float* x, int64_t count) {
+    constexpr uint32_t kExponent = 0x7f800000;
+    uint32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        found |= (bits & kExponent) == kExponent;
+    }
+    return found != 0 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+}
+
 Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
                          Scratch& scratch) {
-    bool floats = false, integers = false, wide = false;
+    bool floats = false, integers = false, wide = false, skips = false;
     Isa isa = Isa::reference;
     for (const Product& product : products) {
         const Weights& weights = *product.weights;
         (weights.is_integer() ? integers : floats) = true;
-        const bool int8 = weights.encoding() == Encoding::dense_int8 || weights.encoding() == Encoding::mask_int8;
-        wide |= int8 && weights.isa() == Isa::avx2;
+        wide |= weights.code_bits() > 4 && weights.isa() == Isa::avx2;
+        skips |= weights.view().skips_blocks;
         isa = std::max(isa, weights.isa());
     }
     const int64_t num_blocks = ceil_div(num_inputs, kBlockInputs);
@@ -97,12 +111,14 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     const int64_t q_bytes = integers ? row_count : 0;
     const int64_t wide_bytes = wide ? row_count * 2 : 0;
     const int64_t block_bytes = integers ? ceil_div(num_rows * num_blocks * 4, 64) * 64 : 0;
-    uint8_t* memory = scratch.reserve(float_bytes + q_bytes + wide_bytes + 3 * block_bytes);
+    const int64_t start_bytes = skips ? num_rows * 4 : 0;
+    uint8_t* memory = scratch.reserve(float_bytes + q_bytes + wide_bytes + 3 * block_bytes + start_bytes);
     float* padded = reinterpret_cast<float*>(memory);
     auto* q = reinterpret_cast<int8_t*>(memory + float_bytes);
     auto* wide_q = wide ? reinterpret_cast<int16_t*>(memory + float_bytes + q_bytes) : nullptr;
     auto* scales = reinterpret_cast<float*>(memory + float_bytes + q_bytes + wide_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + float_bytes + q_bytes + wide_bytes + block_bytes);
+    auto* starts = reinterpret_cast<float*>(memory + float_bytes + q_bytes + wide_bytes + 3 * block_bytes);
     const QuantizeFunction quantize = find_quantizer(wide ? Isa::avx2 : isa);  // all give the same bits
     const auto prepare_row = [&](int64_t row) {
         const float* from = x + row * num_inputs;
@@ -113,10 +129,11 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         if (integers)
             quantize(from, num_inputs, q + row * stride, wide ? wide_q + row * stride : nullptr,
                      scales + row * num_blocks, sums + row * num_blocks * 2);
+        if (skips) starts[row] = find_start(from, num_inputs);
     };
     constexpr int64_t kChunkElements = 16384;
     const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, stride));
-    if (copy || integers) {
+    if (copy || integers || skips) {
         if (num_rows <= rows_per_chunk) {
             for (int64_t row = 0; row < num_rows; ++row) prepare_row(row);
         } else {
@@ -127,8 +144,8 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         }
     }
     Activations activations;
-    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks};
-    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks};
+    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks, starts};
+    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts};
     return activations;
 }
 
@@ -209,11 +226,13 @@ Isa runnable_isa(const std::string& wanted) {
 
 std::vector<ListedKernel> list_kernels() {
     std::vector<ListedKernel> list;
-    for (const Row& row : kKernels) {
-#define RAREFY_FORMAT(format, encoding_name) \
-    if (row.encoding == Encoding::encoding_name) list.push_back({format, row.isa});
+    const auto add = [&](Encoding encoding, std::initializer_list<const char*> formats) {
+        for (const Row& row : kKernels)
+            for (const char* format : formats)
+                if (row.encoding == encoding) list.push_back({format, row.isa});
+    };
+#define RAREFY_ENCODING(name, values, isas, ...) add(Encoding::name, {__VA_ARGS__});
 #include "matmul/kernels.inc"
-    }
     return list;
 }
 

@@ -3,10 +3,24 @@
 
 #include "matmul/contract.h"
 
+// The instruction sets of an encoding: each list calls macro(name, isa) once for each.
+#if RAREFY_X86
+#define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, avx2) macro(name, avx512)
+#define RAREFY_REFERENCE_AVX512(macro, name) macro(name, reference) macro(name, avx512)
+#else
+#define RAREFY_EVERY_ISA(macro, name) macro(name, reference)
+#define RAREFY_REFERENCE_AVX512(macro, name) macro(name, reference)
+#endif
+
 namespace rarefy::matmul {
 
-#define RAREFY_KERNEL(encoding, isa) void encoding##_##isa(const PanelWeights&, const Rows&, const Part&);
+#define RAREFY_DECLARE(name, isa)                             \
+    namespace isa {                                           \
+    void name(const PanelWeights&, const Rows&, const Part&); \
+    }
+#define RAREFY_ENCODING(name, values, isas, ...) RAREFY_##isas(RAREFY_DECLARE, name)
 #include "matmul/kernels.inc"
+#undef RAREFY_DECLARE
 
 // Quantizes one row of `num_inputs` numbers in blocks of 64 columns: amax = max |x|, inv = 127 / amax,
 // q = rint(x * inv) half to even, scale = amax / 127. A block whose amax is 0 or makes inv overflow becomes zeros with

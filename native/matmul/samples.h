@@ -1,42 +1,51 @@
 // Random packed weights for the test and the benchmark programs: the disk form of rarefy.layouts, made from a seed.
+// Every encoding has a maker, samples::<encoding>.
 #pragma once
 
 #include <cstdint>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "matmul/weights.h"
+#include "matmul/packing.h"
 
 namespace rarefy::matmul {
 
+struct SampleSpec {
+    std::string format;
+    int64_t num_outputs, num_inputs;
+    int64_t group_size;  // integers: columns per scale, 0: one scale per row
+    bool symmetric;
+    double density;  // probability that an entry is kept, where the format has zeros
+    unsigned seed;
+};
+
+struct SampleArray {
+    std::string name;
+    Element element;
+    std::vector<uint8_t> bytes;
+};
+
 struct Sample {
     std::string format;
-    int64_t num_outputs, num_inputs, group_size;
-    std::vector<uint8_t> values, mask, scales, zero_points;
+    int64_t num_outputs, num_inputs;
+    std::vector<SampleArray> arrays;
+    std::vector<NamedInteger> integers;
     // The same weight, decoded while it was made: floats, or code - zero point with its scale.
     std::vector<float> floats;
     std::vector<int> levels;
     std::vector<float> level_scales;
 
-    bool is_integer() const { return format.find("int") != std::string::npos; }
-    PackedArrays arrays() const {
+    explicit Sample(const SampleSpec& spec)
+        : format(spec.format), num_outputs(spec.num_outputs), num_inputs(spec.num_inputs) {}
+    PackedArrays packed() const {
         static const uint8_t nothing = 0;  // empty vectors have no memory
-        const auto data = [](const std::vector<uint8_t>& bytes) { return bytes.empty() ? &nothing : bytes.data(); };
-        const auto size = [](const std::vector<uint8_t>& bytes) { return static_cast<int64_t>(bytes.size()); };
-        const bool masked = format.rfind("dense", 0) != 0;
-        return {format,
-                num_outputs,
-                num_inputs,
-                group_size,
-                data(values),
-                size(values),
-                masked ? data(mask) : nullptr,
-                size(mask),
-                is_integer() ? data(scales) : nullptr,
-                size(scales),
-                zero_points.empty() ? nullptr : zero_points.data(),
-                size(zero_points)};
+        PackedArrays packed{format, num_outputs, num_inputs, {}, integers};
+        for (const SampleArray& array : arrays)
+            packed.arrays.push_back({array.name, array.element, array.bytes.empty() ? &nothing : array.bytes.data(),
+                                     static_cast<int64_t>(array.bytes.size())});
+        return packed;
     }
 };
 
@@ -47,65 +56,120 @@ inline float bf16_value(uint16_t bits) {
     return value;
 }
 
-// `density`: probability that an entry is kept, where the format has a mask.
-inline Sample make_sample(const std::string& format, int64_t num_outputs, int64_t num_inputs, int64_t group_size,
-                          bool symmetric, double density, unsigned seed) {
-    Sample sample;
-    sample.format = format;
-    sample.num_outputs = num_outputs;
-    sample.num_inputs = num_inputs;
-    sample.group_size = sample.is_integer() ? group_size : 0;
-    std::mt19937 random(seed);
-    const bool masked = format.rfind("dense", 0) != 0;
-    const bool f32 = format.find("f32") != std::string::npos;
-    const int num_codes = format.find("int4") != std::string::npos ? 16 : 256;
-    const int64_t num_groups = sample.group_size == 0 ? 1 : (num_inputs + sample.group_size - 1) / sample.group_size;
-    const int64_t mask_row = (num_inputs + 7) / 8;
-    const auto bf16 = [&] { return static_cast<uint16_t>((random() & 0x80ff) | (0x3e00 + (random() & 0x100))); };
-    const auto append = [](std::vector<uint8_t>& bytes, const void* from, size_t size) {
+// Random numbers for samples, and the parts that several encodings have.
+struct SampleMaker {
+    std::mt19937 random;
+    explicit SampleMaker(unsigned seed) : random(seed) {}
+
+    bool chance(double probability) { return random() < probability * 4294967296.0; }
+    int below(int limit) { return static_cast<int>(random() % static_cast<unsigned>(limit)); }
+    // Numbers of usual sizes whose sums cancel.
+    uint16_t bf16() { return static_cast<uint16_t>((random() & 0x80ff) | (0x3e00 + (random() & 0x100))); }
+
+    static void append(std::vector<uint8_t>& bytes, const void* from, size_t size) {
         bytes.insert(bytes.end(), static_cast<const uint8_t*>(from), static_cast<const uint8_t*>(from) + size);
-    };
-    if (masked) sample.mask.assign(static_cast<size_t>(num_outputs * mask_row), 0);
-    std::vector<int> zero_points(static_cast<size_t>(num_groups));
-    std::vector<float> scales(static_cast<size_t>(num_groups));
-    int64_t num_nibbles = 0;
-    for (int64_t row = 0; row < num_outputs; ++row) {
-        for (int64_t group = 0; sample.is_integer() && group < num_groups; ++group) {
-            const uint16_t scale = bf16() & 0x7fff;
-            append(sample.scales, &scale, 2);
-            scales[static_cast<size_t>(group)] = bf16_value(scale);
-            int& zero_point = zero_points[static_cast<size_t>(group)];
-            zero_point = symmetric ? num_codes / 2 : static_cast<int>(random() % static_cast<unsigned>(num_codes));
-            if (!symmetric) sample.zero_points.push_back(static_cast<uint8_t>(zero_point));
-        }
-        for (int64_t column = 0; column < num_inputs; ++column) {
-            const bool kept = !masked || random() < density * 4294967296.0;
-            const auto group = static_cast<size_t>(sample.group_size == 0 ? 0 : column / sample.group_size);
-            if (masked && kept)
-                sample.mask[static_cast<size_t>(row * mask_row + column / 8)] |= static_cast<uint8_t>(1 << column % 8);
-            if (!sample.is_integer()) {
-                const uint16_t bits = bf16();
-                const float value = kept ? bf16_value(bits) : 0.0f;
-                sample.floats.push_back(value);
-                if (kept && f32) append(sample.values, &value, 4);
-                if (kept && !f32) append(sample.values, &bits, 2);
-                continue;
-            }
-            const int code = static_cast<int>(random() % static_cast<unsigned>(num_codes));
-            sample.levels.push_back(kept ? code - zero_points[group] : 0);
-            sample.level_scales.push_back(scales[group]);
-            if (!kept) continue;
-            if (num_codes == 256) {
-                sample.values.push_back(static_cast<uint8_t>(code));
-            } else if (num_nibbles++ % 2 == 0) {
-                sample.values.push_back(static_cast<uint8_t>(code));
-            } else {
-                sample.values.back() |= static_cast<uint8_t>(code << 4);
-            }
-        }
-        if (!masked) num_nibbles = 0;  // dense rows start at a byte
     }
+
+    // 1 where an entry is kept, row by row; adds the array `mask`.
+    std::vector<uint8_t> add_mask(Sample& sample, double density) {
+        const int64_t row_bytes = (sample.num_inputs + 7) / 8;
+        std::vector<uint8_t> kept, bytes(static_cast<size_t>(sample.num_outputs * row_bytes), 0);
+        for (int64_t row = 0; row < sample.num_outputs; ++row) {
+            for (int64_t column = 0; column < sample.num_inputs; ++column) {
+                kept.push_back(chance(density));
+                bytes[static_cast<size_t>(row * row_bytes + column / 8)] |=
+                    static_cast<uint8_t>(kept.back() << column % 8);
+            }
+        }
+        sample.arrays.push_back({"mask", Element::u8, bytes});
+        return kept;
+    }
+
+    // Zero point of every entry, row by row; adds `scales`, `zero_points` and group_size, and fills level_scales.
+    std::vector<int> add_grid(Sample& sample, const SampleSpec& spec, int num_bits) {
+        const int64_t width = spec.group_size == 0 ? sample.num_inputs : spec.group_size;
+        std::vector<int> zero_points;
+        SampleArray scale_array{"scales", Element::u16, {}}, zero_point_array{"zero_points", Element::u8, {}};
+        for (int64_t row = 0; row < sample.num_outputs; ++row) {
+            for (int64_t begin = 0; begin == 0 || begin < sample.num_inputs; begin += width) {
+                const uint16_t scale = bf16() & 0x7fff;
+                const int zero_point = spec.symmetric ? 1 << (num_bits - 1) : below(1 << num_bits);
+                append(scale_array.bytes, &scale, 2);
+                zero_point_array.bytes.push_back(static_cast<uint8_t>(zero_point));
+                for (int64_t i = begin; i < begin + width && i < sample.num_inputs; ++i) {
+                    sample.level_scales.push_back(bf16_value(scale));
+                    zero_points.push_back(zero_point);
+                }
+                if (width == 0) break;
+            }
+        }
+        sample.arrays.push_back(scale_array);
+        if (!spec.symmetric) sample.arrays.push_back(zero_point_array);
+        sample.integers.push_back({"group_size", spec.group_size});
+        return zero_points;
+    }
+};
+
+// `values`: f32, or u16 for bfloat16.
+inline Sample make_float_sample(const SampleSpec& spec, Element element, bool masked) {
+    Sample sample(spec);
+    SampleMaker maker(spec.seed);
+    std::vector<uint8_t> kept(static_cast<size_t>(spec.num_outputs * spec.num_inputs), 1);
+    if (masked) kept = maker.add_mask(sample, spec.density);
+    SampleArray values{"values", element, {}};
+    for (const uint8_t is_kept : kept) {
+        const uint16_t bits = maker.bf16();
+        const float value = is_kept ? bf16_value(bits) : 0.0f;
+        sample.floats.push_back(value);
+        if (is_kept && element == Element::f32) SampleMaker::append(values.bytes, &value, 4);
+        if (is_kept && element == Element::u16) SampleMaker::append(values.bytes, &bits, 2);
+    }
+    sample.arrays.push_back(values);
     return sample;
+}
+
+// `codes` of 4 or 8 bits; two 4-bit codes share a byte, the first in the low nibble.
+inline Sample make_code_sample(const SampleSpec& spec, int num_bits, bool masked) {
+    Sample sample(spec);
+    SampleMaker maker(spec.seed);
+    std::vector<uint8_t> kept(static_cast<size_t>(spec.num_outputs * spec.num_inputs), 1);
+    if (masked) kept = maker.add_mask(sample, spec.density);
+    const std::vector<int> zero_points = maker.add_grid(sample, spec, num_bits);
+    SampleArray codes{"codes", Element::u8, {}};
+    int64_t num_nibbles = 0;
+    for (size_t i = 0; i < kept.size(); ++i) {
+        if (!masked && i % static_cast<size_t>(spec.num_inputs) == 0) num_nibbles = 0;  // dense rows start at a byte
+        const int code = maker.below(1 << num_bits);
+        sample.levels.push_back(kept[i] ? code - zero_points[i] : 0);
+        if (!kept[i]) continue;
+        if (num_bits == 8 || num_nibbles++ % 2 == 0)
+            codes.bytes.push_back(static_cast<uint8_t>(code));
+        else
+            codes.bytes.back() |= static_cast<uint8_t>(code << 4);
+    }
+    sample.arrays.push_back(codes);
+    return sample;
+}
+
+namespace samples {
+#define RAREFY_ENCODING(name, ...) Sample name(const SampleSpec& spec);
+#include "matmul/kernels.inc"
+}  // namespace samples
+
+// A sample in any format of the list.
+inline Sample make_sample(const SampleSpec& spec) {
+    struct Row {
+        std::vector<std::string> formats;
+        Sample (*make)(const SampleSpec&);
+    };
+    const Row rows[] = {
+#define RAREFY_ENCODING(name, values, isas, ...) {{__VA_ARGS__}, samples::name},
+#include "matmul/kernels.inc"
+    };
+    for (const Row& row : rows)
+        for (const std::string& format : row.formats)
+            if (format == spec.format) return row.make(spec);
+    throw std::invalid_argument("no sample of " + spec.format);
 }
 
 }  // namespace rarefy::matmul

@@ -16,6 +16,7 @@
 #include "common/pool.h"
 #include "matmul/dispatch.h"
 #include "matmul/samples.h"
+#include "matmul/weights.h"
 
 namespace {
 
@@ -23,6 +24,7 @@ using namespace rarefy;
 using matmul::Isa;
 using matmul::PackedArrays;
 using matmul::Sample;
+using matmul::SampleArray;
 using matmul::Weights;
 
 int num_checks = 0;
@@ -63,7 +65,7 @@ struct Expected {
     std::vector<double> y, bound;
 };
 
-Expected expect(const Sample& sample, const std::vector<float>& x, int64_t num_rows) {
+Expected expect(const Sample& sample, bool is_integer, const std::vector<float>& x, int64_t num_rows) {
     Expected expected;
     const int64_t num_inputs = sample.num_inputs;
     const double epsilon = std::ldexp(1.0, -24);
@@ -78,17 +80,16 @@ Expected expect(const Sample& sample, const std::vector<float>& x, int64_t num_r
             for (int64_t i = begin; i < end; ++i) {
                 const float value = x[static_cast<size_t>(row * num_inputs + i)];
                 const double rounded = amax == 0.0f ? 0.0 : std::nearbyint(value * inverse);
-                activations.push_back(sample.is_integer() ? rounded * static_cast<double>(amax / 127.0f) : value);
+                activations.push_back(is_integer ? rounded * static_cast<double>(amax / 127.0f) : value);
             }
         }
-        const double steps = sample.is_integer() ? num_inputs / 32 + 5 : num_inputs + 3;
+        const double steps = is_integer ? num_inputs / 32 + 5 : num_inputs + 3;
         for (int64_t output = 0; output < sample.num_outputs; ++output) {
             double sum = 0, magnitude = 0;
             for (int64_t i = 0; i < num_inputs; ++i) {
                 const auto at = static_cast<size_t>(output * num_inputs + i);
-                const double weight = sample.is_integer()
-                                          ? sample.levels[at] * static_cast<double>(sample.level_scales[at])
-                                          : sample.floats[at];
+                const double weight =
+                    is_integer ? sample.levels[at] * static_cast<double>(sample.level_scales[at]) : sample.floats[at];
                 sum += activations[static_cast<size_t>(i)] * weight;
                 magnitude += std::fabs(activations[static_cast<size_t>(i)] * weight);
             }
@@ -112,11 +113,11 @@ void test_products() {
         if (!runs(kernel.isa)) continue;
         for (const auto& c : kCases) {
             const Sample sample =
-                matmul::make_sample(kernel.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 3);
-            const Weights weights(sample.arrays(), kernel.isa);
+                matmul::make_sample({kernel.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 3});
+            const Weights weights(sample.packed(), kernel.isa);
             for (const int64_t num_rows : {0, 1, 2, 7, 13, 100}) {
                 const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
-                const Expected expected = expect(sample, x, num_rows);
+                const Expected expected = expect(sample, weights.is_integer(), x, num_rows);
                 std::vector<float> first;
                 for (const int num_threads : {1, 3}) {
                     common::set_num_threads(num_threads);
@@ -146,42 +147,52 @@ bool refused(const PackedArrays& arrays) {
 void test_damaged_arrays() {
     for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
         if (kernel.isa != Isa::reference) continue;
-        const Sample sample = matmul::make_sample(kernel.format, 20, 70, 32, false, 0.5, 7);
-        const PackedArrays good = sample.arrays();
-        check(!refused(good), kernel.format + " undamaged");
-        std::vector<PackedArrays> damaged(13, good);
-        damaged[0].num_outputs = 21;
-        damaged[1].num_inputs = 90;
-        damaged[2].num_outputs = -1;
-        damaged[3].num_inputs = int64_t{1} << 60;
-        damaged[4].values_bytes -= 1;
-        damaged[5].values_bytes += 1;
-        damaged[6].values = nullptr;
-        damaged[7].format = "dense-int3-v1";
-        damaged[8].group_size = 48;
-        damaged[9].mask_bytes += 1;
-        damaged[9].mask = good.mask == nullptr ? good.values : good.mask;
-        damaged[10].scales_bytes += 2;
-        damaged[10].scales = good.scales == nullptr ? good.values : good.scales;
-        damaged[11].zero_points_bytes += 1;
-        damaged[11].zero_points = good.zero_points == nullptr ? good.values : good.zero_points;
-        damaged[12].num_outputs = damaged[12].num_inputs = (int64_t{1} << 31) - 1;
-        for (size_t i = 0; i < damaged.size(); ++i)
-            check(refused(damaged[i]), kernel.format + " damaged " + std::to_string(i));
+        const Sample sample = matmul::make_sample({kernel.format, 20, 70, 32, false, 0.5, 7});
+        const PackedArrays good = sample.packed();
+        const std::string& name = kernel.format;
+        check(!refused(good), name + " undamaged");
+        const auto check_refused = [&](const std::string& what, auto&& damage) {
+            PackedArrays damaged = good;
+            damage(damaged);
+            check(refused(damaged), name + ", " + what);
+        };
+        check_refused("one output more", [](PackedArrays& p) { p.num_outputs = 21; });
+        check_refused("more inputs", [](PackedArrays& p) { p.num_inputs = 90; });
+        check_refused("negative outputs", [](PackedArrays& p) { p.num_outputs = -1; });
+        check_refused("far too many inputs", [](PackedArrays& p) { p.num_inputs = int64_t{1} << 60; });
+        check_refused("far too many elements",
+                      [](PackedArrays& p) { p.num_outputs = p.num_inputs = (int64_t{1} << 31) - 1; });
+        check_refused("an unknown format", [](PackedArrays& p) { p.format = "dense-int3-v0"; });
+        check_refused("a wrong group size", [](PackedArrays& p) { p.integers = {{"group_size", 48}}; });
+        check_refused("an unknown array", [](PackedArrays& p) {
+            p.arrays.push_back(p.arrays[0]);
+            p.arrays.back().name = "surprise";
+        });
+        for (size_t i = 0; i < good.arrays.size(); ++i) {
+            const std::string& array = good.arrays[i].name;
+            check_refused(array + " one byte shorter", [&](PackedArrays& p) { p.arrays[i].num_bytes -= 1; });
+            check_refused(array + " one byte longer", [&](PackedArrays& p) { p.arrays[i].num_bytes += 1; });
+            check_refused(array + " without memory", [&](PackedArrays& p) { p.arrays[i].bytes = nullptr; });
+            check_refused(array + " of another dtype",
+                          [&](PackedArrays& p) { p.arrays[i].element = matmul::Element::other; });
+            if (array == "zero_points") continue;  // without them the grid is symmetric
+            check_refused(array + " missing",
+                          [&](PackedArrays& p) { p.arrays.erase(p.arrays.begin() + static_cast<std::ptrdiff_t>(i)); });
+        }
         // Copies of exactly the right size, so that the sanitizer sees a read behind an array.
         std::mt19937 random(11);
         for (int round = 0; round < 60; ++round) {
             Sample changed = sample;
-            std::vector<uint8_t>* arrays[] = {&changed.values, &changed.mask, &changed.scales, &changed.zero_points};
-            std::vector<uint8_t>& array = *arrays[random() % 4];
-            if (array.empty()) continue;
-            array[random() % array.size()] = static_cast<uint8_t>(random());
-            if (random() % 4 == 0) array.resize(random() % array.size());
-            array.shrink_to_fit();
+            SampleArray& array = changed.arrays[random() % changed.arrays.size()];
+            array.bytes[random() % array.bytes.size()] = static_cast<uint8_t>(random());
+            if (random() % 4 == 0) array.bytes.resize(random() % array.bytes.size());
+            array.bytes.shrink_to_fit();
+            for (matmul::NamedInteger& integer : changed.integers)
+                if (random() % 8 == 0) integer.value = static_cast<int64_t>(random() % 200) - 20;
             for (const Isa isa : {Isa::reference, Isa::avx2, Isa::avx512}) {
                 if (!runs(isa)) continue;
                 try {
-                    const Weights weights(changed.arrays(), isa);
+                    const Weights weights(changed.packed(), isa);
                     product(weights, random_rows(70 * 5, 1), 5, 70);
                     product(weights, random_rows(70, 1), 1, 70);
                 } catch (const std::invalid_argument&) {
@@ -195,8 +206,8 @@ void test_damaged_arrays() {
 void test_non_finite_rows() {
     for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
         if (!runs(kernel.isa)) continue;
-        const Sample sample = matmul::make_sample(kernel.format, 20, 130, 64, true, 0.5, 9);
-        const Weights weights(sample.arrays(), kernel.isa);
+        const Sample sample = matmul::make_sample({kernel.format, 20, 130, 64, true, 0.5, 9});
+        const Weights weights(sample.packed(), kernel.isa);
         std::vector<float> x = random_rows(3 * 130, 2);
         x[130 + 129] = std::numeric_limits<float>::quiet_NaN();
         x[2 * 130] = 1e-42f;

@@ -1,73 +1,45 @@
 // A weight repacked for the kernels.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
 #include "matmul/contract.h"
+#include "matmul/packing.h"
 
 namespace rarefy::matmul {
 
 enum class Isa { reference, avx2, avx512 };
-enum class Values { f32, bf16, int8, int4 };
+// What the kernels multiply: floats, or codes of so many bits with quantized activations.
+enum class Values { floats = 0, int1 = 1, int2 = 2, int3 = 3, int4 = 4, int8 = 8 };
 enum class Encoding {
-#define RAREFY_ENCODING(name, values, masked) name,
+#define RAREFY_ENCODING(name, ...) name,
 #include "matmul/kernels.inc"
 };
-
-// The arrays of a layout of rarefy.layouts, as they come from Python; null where the layout has none.
-// Nothing about them is trusted: sizes are in bytes and checked.
-struct PackedArrays {
-    std::string format;
-    int64_t num_outputs, num_inputs;
-    int64_t group_size;     // 0: one group per row
-    const uint8_t* values;  // `values` or `codes`
-    int64_t values_bytes;
-    const uint8_t* mask;
-    int64_t mask_bytes;
-    const uint8_t* scales;
-    int64_t scales_bytes;
-    const uint8_t* zero_points;
-    int64_t zero_points_bytes;
-};
-
-struct FreeAligned {
-    void operator()(uint8_t* pointer) const;
-};
-using AlignedBytes = std::unique_ptr<uint8_t[], FreeAligned>;
-// Zeroed bytes, aligned to 64.
-AlignedBytes allocate_aligned(int64_t num_bytes);
 
 class Weights {
 public:
     // Throws std::invalid_argument where the arrays contradict each other or the format is unknown.
     Weights(const PackedArrays& arrays, Isa isa);
+    Weights(const Weights&) = delete;
+    Weights& operator=(const Weights&) = delete;
 
     const PanelWeights& view() const { return view_; }
     Isa isa() const { return isa_; }
     Encoding encoding() const { return encoding_; }
-    bool is_integer() const { return values_kind_ == Values::int8 || values_kind_ == Values::int4; }
+    // 0 for floats.
+    int code_bits() const { return static_cast<int>(values_); }
+    bool is_integer() const { return values_ != Values::floats; }
     int64_t num_bytes() const { return num_bytes_; }
 
 private:
-    void check(const PackedArrays& arrays);
-    void measure_rows(const PackedArrays& arrays);
-    void pack_scales(const PackedArrays& arrays);
-    void place_panels(const PackedArrays& arrays);
-    void pack_panel(const PackedArrays& arrays, int64_t panel);
-
     Isa isa_;
     Encoding encoding_{};
-    Values values_kind_{};
-    bool masked_ = false;
+    Values values_{};
     PanelWeights view_{};
     int64_t num_bytes_ = 0;
-    AlignedBytes values_, mask_, scales_, zero_points_;
-    std::vector<int64_t> value_offsets_;
-    std::vector<int64_t> row_starts_;  // masked, while packing: index of each row's first value
+    std::vector<AlignedBytes> memory_;
 };
 
 }  // namespace rarefy::matmul

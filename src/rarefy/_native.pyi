@@ -27,7 +27,12 @@ class Weights:
     def shape(self) -> tuple[int, int]: ...
 
 def prepare(
-    format: str, isa: str, num_outputs: int, num_inputs: int, group_size: int, arrays: Mapping[str, NDArray[np.generic]]
+    format: str,
+    isa: str,
+    num_outputs: int,
+    num_inputs: int,
+    integers: Mapping[str, int],
+    arrays: Mapping[str, NDArray[np.generic]],
 ) -> Weights: ...
 def matmul(x: Float32Array, weights: Sequence[Weights], outputs: Sequence[Float32Array]) -> None: ...
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,82 +38,144 @@ def nibbles(codes: list[int]) -> list[int]:
     return [padded[i] | padded[i + 1] << 4 for i in range(0, len(padded), 2)]
 
 
-def make_weight(
-    layout_format: str,
-    num_outputs: int,
-    num_inputs: int,
-    *,
-    group_size: int | None = 64,
-    symmetric: bool = True,
-    density: float = 0.5,
-    keep: int = 5,
-    group: int = 12,
-    block_shape: tuple[int, int] = (16, 64),
-    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5),
-    seed: int = 0,
-) -> Weight:
-    """Make a weight with random codes, and with random mask in the formats that have one."""
-    rng = np.random.default_rng([seed, num_outputs, num_inputs])
-    shape = (num_outputs, num_inputs)
-    kind, value, _ = layout_format.split("-")
-    mask_OI = np.ones(shape, bool)
-    meta: dict[str, object] = {"shape": list(shape)}
+@dataclass(frozen=True)
+class Spec:
+    """What a weight should look like; a maker heeds what its format has."""
+
+    format: str
+    num_outputs: int
+    num_inputs: int
+    group_size: int | None = 64
+    symmetric: bool = True
+    density: float = 0.5
+    keep: int = 5
+    group: int = 12
+    block_shape: tuple[int, int] = (16, 64)
+    scales: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5)
+    seed: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_outputs, self.num_inputs
+
+    @property
+    def value(self) -> str:
+        """f32, bf16, int4, ...: the second word of the format's name."""
+        return self.format.split("-")[1]
+
+
+def make_masked(spec: Spec, rng: np.random.Generator) -> Weight:
+    """Dense, or under a random mask of bits."""
+    kind = spec.format.split("-")[0]
+    mask_OI = np.ones(spec.shape, bool)
+    meta: dict[str, object] = {"shape": list(spec.shape)}
     arrays: dict[str, np.ndarray] = {}
     if kind == "bitmask":
-        mask_OI = rng.random(shape) < density
+        mask_OI = rng.random(spec.shape) < spec.density
         meta["num_values"] = int(mask_OI.sum())
     if kind == "nm":
-        mask_OI = np.zeros(shape, bool)
-        for row in range(num_outputs):
-            for start in range(0, num_inputs, group):
-                width = min(group, num_inputs - start)
-                mask_OI[row, start + rng.permutation(width)[: -(-keep * width // group)]] = True
-        meta |= {"keep": keep, "group": group}
-    order = [(o, i) for o in range(num_outputs) for i in range(num_inputs)]
-    if kind == "block":
-        high, wide = block_shape
-        stored = rng.random((-(-num_outputs // high), -(-num_inputs // wide))) < density
-        mask_OI = np.array([stored[o // high, i // wide] for o, i in order], bool).reshape(shape)
-        order.sort(key=lambda place: (place[0] // high, place[1] // wide))  # stable
-        meta |= {"block_shape": list(block_shape), "num_values": int(mask_OI.sum())}
-        arrays["mask"] = np.packbits(stored, axis=1, bitorder="little")
-    elif kind != "dense":
+        mask_OI = np.zeros(spec.shape, bool)
+        for row in range(spec.num_outputs):
+            for start in range(0, spec.num_inputs, spec.group):
+                width = min(spec.group, spec.num_inputs - start)
+                mask_OI[row, start + rng.permutation(width)[: -(-spec.keep * width // spec.group)]] = True
+        meta |= {"keep": spec.keep, "group": spec.group}
+    if kind != "dense":
         arrays["mask"] = np.packbits(mask_OI, axis=1, bitorder="little")
-    stream_OI = np.array([place for place in order if mask_OI[place]], np.int64).reshape(-1, 2)
-    scale_OI = np.ones(shape)
-    if "int" in value:
-        num_bits = int(value[3:])
-        num_groups = 1 if group_size is None else -(-num_inputs // group_size)
-        group_of_I = np.zeros(num_inputs, int) if group_size is None else np.arange(num_inputs) // group_size
-        scale_OG = rng.choice(np.array(scales, np.float32), (num_outputs, num_groups))
-        zero_OG = rng.integers(0, 2**num_bits, (num_outputs, num_groups))
-        if symmetric:
-            zero_OG[:] = 2 ** (num_bits - 1)
-        else:
-            arrays["zero_points"] = zero_OG.astype(np.uint8)
-        arrays["scales"] = bits_of(scale_OG)
-        code_OI = rng.integers(0, 2**num_bits, shape)
-        code_OI[rng.random(shape) < 0.05] = 2**num_bits - 1
+    if "int" in spec.value:
+        num_bits = int(spec.value[3:])
+        scale_OI, zero_OI = make_grid(spec, rng, num_bits, meta, arrays)
+        code_OI = make_codes(spec, rng, num_bits)
+        rows = [code_OI[o][mask_OI[o]].tolist() for o in range(spec.num_outputs)]
         if kind == "dense":
-            packed = [nibbles(row) if num_bits == 4 else row for row in code_OI.tolist()]
-            width = -(-num_inputs // 2) if num_bits == 4 else num_inputs
-            arrays["codes"] = np.array(packed, np.uint8).reshape(num_outputs, width)
+            packed = [nibbles(row) if num_bits == 4 else row for row in rows]
+            width = -(-spec.num_inputs // 2) if num_bits == 4 else spec.num_inputs
+            arrays["codes"] = np.array(packed, np.uint8).reshape(spec.num_outputs, width)
         else:
-            stream = code_OI[tuple(stream_OI.T)].tolist()
+            stream = [code for row in rows for code in row]
             arrays["codes"] = np.array(nibbles(stream) if num_bits == 4 else stream, np.uint8)
-        meta |= {"group_size": group_size, "symmetric": symmetric}
-        level_OI = np.where(mask_OI, code_OI - zero_OG[:, group_of_I], 0).astype(np.float64)
-        scale_OI = scale_OG[:, group_of_I].astype(np.float64)
+        level_OI = np.where(mask_OI, code_OI - zero_OI, 0)
     else:
-        floats = rng.standard_normal(shape).astype(np.float32)
-        if value == "bf16":
+        floats = rng.standard_normal(spec.shape).astype(np.float32)
+        if spec.value == "bf16":
             floats = (floats.view(np.uint32) & 0xFFFF0000).view(np.float32)
-        kept = floats[tuple(stream_OI.T)] if kind != "dense" else floats
-        arrays["values"] = bits_of(kept) if value == "bf16" else kept
-        level_OI = np.where(mask_OI, floats, 0).astype(np.float64)
-    layout = FORMATS[layout_format].from_arrays(layout_format, meta, arrays)
-    assert layout.format == layout_format
-    return Weight(layout, level_OI, scale_OI)
+        stored = floats[mask_OI] if kind != "dense" else floats
+        arrays["values"] = bits_of(stored) if spec.value == "bf16" else stored
+        level_OI, scale_OI = np.where(mask_OI, floats, 0), np.ones(spec.shape)
+    return finish(spec, meta, arrays, level_OI, scale_OI)
+
+
+def make_blocks(spec: Spec, rng: np.random.Generator) -> Weight:
+    """Random blocks, stored one after the other."""
+    high, wide = spec.block_shape
+    stored = rng.random((-(-spec.num_outputs // high), -(-spec.num_inputs // wide))) < spec.density
+    order = [(o, i) for o in range(spec.num_outputs) for i in range(spec.num_inputs)]
+    mask_OI = np.array([stored[o // high, i // wide] for o, i in order], bool).reshape(spec.shape)
+    order.sort(key=lambda place: (place[0] // high, place[1] // wide))  # stable
+    stream = tuple(np.array([place for place in order if mask_OI[place]], np.int64).reshape(-1, 2).T)
+    meta: dict[str, object] = {
+        "shape": list(spec.shape), "block_shape": list(spec.block_shape), "num_values": int(mask_OI.sum())
+    }  # fmt: skip
+    arrays: dict[str, np.ndarray] = {"mask": np.packbits(stored, axis=1, bitorder="little")}
+    if spec.value == "bf16":
+        floats = rng.standard_normal(spec.shape).astype(np.float32)
+        floats = (floats.view(np.uint32) & 0xFFFF0000).view(np.float32)
+        arrays["values"] = bits_of(floats[stream])
+        return finish(spec, meta, arrays, np.where(mask_OI, floats, 0), np.ones(spec.shape))
+    scale_OI, zero_OI = make_grid(spec, rng, 8, meta, arrays)
+    code_OI = make_codes(spec, rng, 8)
+    arrays["codes"] = code_OI[stream].astype(np.uint8)
+    return finish(spec, meta, arrays, np.where(mask_OI, code_OI - zero_OI, 0), scale_OI)
+
+
+def make_grid(
+    spec: Spec, rng: np.random.Generator, num_bits: int, meta: dict[str, object], arrays: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Adds scales and zero points of a random grid; returns those of every entry, (O, I) each."""
+    num_groups = 1 if spec.group_size is None else -(-spec.num_inputs // spec.group_size)
+    group_of_I = np.arange(spec.num_inputs) // (spec.group_size or max(spec.num_inputs, 1))
+    scale_OG = rng.choice(np.array(spec.scales, np.float32), (spec.num_outputs, num_groups))
+    zero_OG = rng.integers(0, 2**num_bits, (spec.num_outputs, num_groups))
+    if spec.symmetric:
+        zero_OG[:] = 2 ** (num_bits - 1)
+    else:
+        arrays["zero_points"] = zero_OG.astype(np.uint8)
+    arrays["scales"] = bits_of(scale_OG)
+    meta |= {"group_size": spec.group_size, "symmetric": spec.symmetric}
+    return scale_OG[:, group_of_I].astype(np.float64), zero_OG[:, group_of_I]
+
+
+def make_codes(spec: Spec, rng: np.random.Generator, num_bits: int) -> np.ndarray:
+    """Random codes (O, I), the largest one often."""
+    code_OI = rng.integers(0, 2**num_bits, spec.shape)
+    code_OI[rng.random(spec.shape) < 0.05] = 2**num_bits - 1
+    return code_OI
+
+
+def finish(
+    spec: Spec, meta: dict[str, object], arrays: dict[str, np.ndarray], level_OI: np.ndarray, scale_OI: np.ndarray
+) -> Weight:
+    layout = FORMATS[spec.format].from_arrays(spec.format, meta, arrays)
+    assert layout.format == spec.format
+    return Weight(layout, level_OI.astype(np.float64), scale_OI)
+
+
+# By the first word of the format's name: a new kind of layout adds its maker here.
+MAKERS: dict[str, Callable[[Spec, np.random.Generator], Weight]] = {
+    "dense": make_masked,
+    "bitmask": make_masked,
+    "nm": make_masked,
+    "block": make_blocks,
+}
+SIMPLE = sorted(name for name in FORMATS if name.split("-")[0] in MAKERS)
+COMPOSED = sorted(set(FORMATS) - set(SIMPLE))  # of others, which have the kernels: test_compositions.py
+
+
+def make_weight(layout_format: str, num_outputs: int, num_inputs: int, **options: Any) -> Weight:
+    """Make a random weight in any format; see Spec for the options."""
+    spec = Spec(layout_format, num_outputs, num_inputs, **options)
+    kind = layout_format.split("-", maxsplit=1)[0]
+    return MAKERS[kind](spec, np.random.default_rng([spec.seed, num_outputs, num_inputs]))
 
 
 @pytest.fixture(scope="session")
@@ -129,10 +192,6 @@ def isa(request: pytest.FixtureRequest) -> str:
     if name not in kernels.runnable_isas(kernels.detect_cpu()):
         pytest.skip(f"this CPU has no {name}")
     return name
-
-
-# formats with kernels of their own, and not made of others
-SIMPLE = sorted(name for name in FORMATS if not name.startswith(("lowrank", "sum")))
 
 
 @pytest.fixture(params=SIMPLE)

@@ -19,8 +19,6 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
 }
 # formats that run through the kernels of others; a sum needs those of its parts, so all
 _RUNS_AS: Final[dict[str, tuple[str, ...]]] = {
-    "block-bf16-v1": ("bitmask-bf16-v1",),
-    "block-int8-v1": ("bitmask-int8-v1",),
     "lowrank-bf16-v1": ("dense-bf16-v1",),
     "lowrank-int8-v1": ("dense-int8-v1",),
     "sum-v1": tuple(PARTS),

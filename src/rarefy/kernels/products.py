@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from rarefy.core.errors import UsageError
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import ISAS, detect_cpu, isa_cap, native
-from rarefy.kernels.reference import ReferenceWeights, group_size_of
-from rarefy.layouts import BlockFloat, BlockInt, Layout, LowRank, Sum
+from rarefy.kernels.reference import ReferenceWeights
+from rarefy.layouts import BlockFloat, BlockInt, Layout, LowRank, Meta, Sum
 
 if TYPE_CHECKING:
     from rarefy._native import Weights
@@ -84,9 +84,9 @@ def _prepare_as(part: Layout, kernel: Kernel) -> Prepared:
 
 
 def _repack(layout: Layout, kernel: Kernel) -> "Weights | ReferenceWeights":
-    if isinstance(layout, BlockFloat | BlockInt):
-        layout = layout.as_bitmask()
     module = None if kernel.isa == "numpy" else native()
+    if isinstance(layout, BlockFloat | BlockInt) and (module is None or not _has_half_cells(layout.block_shape)):
+        layout = layout.as_bitmask()
     if module is None:
         return ReferenceWeights(layout)
     weights: Weights = module.prepare(
@@ -94,10 +94,24 @@ def _repack(layout: Layout, kernel: Kernel) -> "Weights | ReferenceWeights":
         kernel.isa,
         layout.shape[0],
         layout.shape[1],
-        group_size_of(layout.meta()),
+        _integers(layout.meta()),
         {name: np.ascontiguousarray(array) for name, array in layout.arrays().items()},
     )
     return weights
+
+
+def _has_half_cells(block_shape: tuple[int, int]) -> bool:
+    """Whether blocks are made of 16 outputs by 32 inputs, as native/matmul/encodings/block.h needs them."""
+    return block_shape[0] % 16 == 0 and block_shape[1] % 32 == 0
+
+
+def _integers(meta: Meta) -> dict[str, int]:
+    """Integers of the metadata; those of a list get its name and their place in it."""
+    integers = {name: int(value) for name, value in meta.items() if isinstance(value, int)}
+    for name, value in meta.items():
+        if isinstance(value, list) and name != "shape":
+            integers |= {f"{name}_{i}": item for i, item in enumerate(value)}
+    return integers
 
 
 def prepare(layout: Layout, *, isa: str | None = None) -> Prepared:

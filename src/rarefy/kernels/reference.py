@@ -3,9 +3,8 @@
 Shapes: T rows of activations, O outputs, I inputs, B blocks of 64 inputs, G weight groups.
 """
 
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Final, final
+from typing import Final, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,47 +48,26 @@ def quantize_activations(x_TI: Float32Array) -> tuple[NDArray[np.int8], Float32A
     return q.reshape(num_rows, num_blocks * BLOCK), scale_TB
 
 
-def _unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])
-
-
-def group_size_of(meta: Mapping[str, Any]) -> int:
-    """Columns per scale of a layout with this meta(); 0 where a row has one scale, and for floats."""
-    return int(meta.get("group_size") or 0)
-
-
-def integer_levels(
-    layout_format: str, meta: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
-) -> tuple[NDArray[np.int16], Float32Array]:
+def integer_levels(layout: Layout) -> tuple[Float32Array, Float32Array, int]:
     """Integers and scales of an int layout: weight = scale_OG[o, i // group_size] * level_OI[o, i].
 
+    The scales are bfloat16 and the integers have at most 9 bits, so that the float32 weights are exact, and dividing
+    them by their scales gives the integers back.
+
     Args:
-        layout_format: a format with int4 or int8 values.
-        meta: the layout's meta().
-        arrays: the layout's arrays().
+        layout: a layout with the array `scales`, and `group_size` in its metadata: columns per scale, None for one
+            scale per row.
 
     Returns:
-        level = code - zero_point, 0 where pruned, int16 (O, I); scale float32 (O, G).
+        level = code - zero_point, 0 where pruned, float32 (O, I); scale float32 (O, G); the group size.
     """
-    num_outputs, num_inputs = meta["shape"]
-    codes = arrays["codes"]
-    num_bits = 4 if "int4" in layout_format else 8
-    scale_OG = (arrays["scales"].astype(np.uint32) << 16).view(np.float32)
-    if "zero_points" in arrays:
-        zero_point_OG = arrays["zero_points"].astype(np.int16)
-    else:
-        zero_point_OG = np.full(scale_OG.shape, 1 << (num_bits - 1), np.int16)
-    group_of_I = np.arange(num_inputs) // (group_size_of(meta) or max(num_inputs, 1))
-    zero_point_OI = zero_point_OG[:, group_of_I]
-    if "mask" in arrays:
-        mask_OI = np.unpackbits(arrays["mask"], axis=1, count=num_inputs, bitorder="little").astype(bool)
-        stream = _unpack_nibbles(codes) if num_bits == 4 else codes
-        level_OI = np.zeros((num_outputs, num_inputs), np.int16)
-        kept = int(mask_OI.sum())
-        level_OI[mask_OI] = stream[:kept].astype(np.int16) - zero_point_OI[mask_OI]
-        return level_OI, scale_OG
-    dense = _unpack_nibbles(codes)[:, :num_inputs] if num_bits == 4 else codes
-    return dense.astype(np.int16) - zero_point_OI, scale_OG
+    num_inputs = layout.shape[1]
+    group_size = int(layout.meta().get("group_size") or max(num_inputs, 1))  # type: ignore[arg-type]  # an int or None
+    scale_OG = (layout.arrays()["scales"].astype(np.uint32) << 16).view(np.float32)
+    level_OI = layout.to_dense()
+    for group in range(scale_OG.shape[1]):
+        level_OI[:, group * group_size : (group + 1) * group_size] /= scale_OG[:, group, None]
+    return level_OI, scale_OG, group_size
 
 
 @final
@@ -98,14 +76,11 @@ class ReferenceWeights:
 
     def __init__(self, layout: Layout) -> None:
         self.shape = layout.shape
-        if "int" not in layout.format:
+        self._scale_OG: Float32Array | None = None
+        if "-int" in layout.format:
+            self._weight_OI, self._scale_OG, self._group_size = integer_levels(layout)
+        else:
             self._weight_OI = np.ascontiguousarray(layout.to_dense())
-            self._scale_OG = None
-            return
-        meta = layout.meta()
-        level_OI, self._scale_OG = integer_levels(layout.format, meta, layout.arrays())
-        self._weight_OI = level_OI.astype(np.float32)
-        self._group_size = group_size_of(meta) or max(self.shape[1], 1)
 
     @property
     def nbytes(self) -> int:

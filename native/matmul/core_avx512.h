@@ -1,0 +1,238 @@
+// What the AVX-512 kernels (VNNI, VBMI2) of all encodings share: one row straight from the packed bytes, and many rows
+// through expanded tiles. One vector is one step of a panel: 16 outputs by 4 codes, or by 1 float.
+//
+// An encoding gives a `Stream` that reads a panel from its start, two steps at a time:
+//   static constexpr bool kIsExpanded    the packed bytes are what a register tile wants: tiles read them in place
+//   void start(w, panel)
+//   void fetch(int num_steps)            prefetches for later; floats: num_columns
+//   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
+//           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
+//   floats: void next(__m512& even, __m512& odd)
+// and its kernel is multiply_int<Stream> or multiply_float<Stream>, or a function of its own that may call their two
+// halves, one_row_* and many_rows_*.
+#pragma once
+
+#include "matmul/tiles_avx512.h"
+
+namespace rarefy::matmul::avx512 {
+
+// Zero points (one per lane) in every byte; for 4-bit codes in both nibbles.
+template <class Stream>
+inline __m512i pruned_codes(__m512i zero_points) {
+    return _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(Stream::kOddShift == 4 ? 0x11111111 : 0x01010101));
+}
+
+// One row of activations by kPanels panels, `distance` apart, straight from the packed bytes. kSymmetric: all zero
+// points are the same.
+template <class Stream, int kPanels, int kSteps, bool kSymmetric>
+void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
+    const int64_t row = part.row_begin;
+    const int8_t* q = rows.q + row * rows.stride;
+    const float* row_scales = rows.scales + row * rows.num_blocks;
+    const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
+    Stream streams[kPanels];
+    __m512 totals[kPanels];
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        streams[p].start(w, panel + p * distance);
+        totals[p] = _mm512_setzero_ps();
+    }
+    const int64_t num_segments = w.num_blocks * (16 / kSteps);
+    const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
+    const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
+    Groups groups(w, 0);
+    for (int64_t segment = 0; segment < num_segments; ++segment) {
+        const int32_t sum = segment_sum<kSteps>(half_sums, segment);
+        Sums evens[kPanels], odds[kPanels];
+        __m512i pruned[kPanels];
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
+            pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
+            evens[p] = times(zero_points, -sum);
+            odds[p] = Sums{};
+            streams[p].fetch(kSteps);
+        }
+        UNROLL for (int pair = 0; pair < kSteps / 2; ++pair, q += 8) {
+            const __m512i even_q = broadcast_4(q), odd_q = broadcast_4(q + 4);
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                __m512i even, odd;
+                streams[p].next(pruned[p], even, odd);
+                evens[p] = dot_4(evens[p], even, even_q);
+                odds[p] = dot_4(odds[p], odd, odd_q);
+            }
+        }
+        const __m512 row_scale = _mm512_set1_ps(row_scales[segment * kSteps / 16]);
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(panel + p * distance));
+            totals[p] = _mm512_fmadd_ps(to_floats(evens[p] + (odds[p] >> Stream::kOddShift)), scales, totals[p]);
+        }
+        groups.advance();
+    }
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(totals[p]);
+    }
+}
+
+template <class Stream, int kPanels>
+void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
+    const float* x = rows.x + part.row_begin * rows.stride;
+    Stream streams[kPanels];
+    __m512 totals[kPanels];
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        streams[p].start(w, panel + p * distance);
+        totals[p] = _mm512_setzero_ps();
+    }
+    for (int64_t block = 0; block < w.num_blocks; ++block) {
+        __m512 sums[kPanels];
+        UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = _mm512_setzero_ps(); }
+        for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
+            if (pair % 8 == 0) {
+                UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(16); }
+            }
+            const __m512 even_x = _mm512_set1_ps(x[0]), odd_x = _mm512_set1_ps(x[1]);
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                __m512 even, odd;
+                streams[p].next(even, odd);
+                sums[p] = _mm512_fmadd_ps(even_x, even, sums[p]);
+                sums[p] = _mm512_fmadd_ps(odd_x, odd, sums[p]);
+            }
+        }
+        UNROLL for (int p = 0; p < kPanels; ++p) { totals[p] = _mm512_add_ps(totals[p], sums[p]); }
+    }
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output).store(totals[p]);
+    }
+}
+
+using OneRowFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t panel, int64_t distance);
+
+// One row walks two stretches of panels together, each a sequential read of memory; or one, where the stretches would
+// be so short that fetching ahead in the first would only reach into the second.
+inline void walk_panels(const PanelWeights& w, const Rows& rows, const Part& part, OneRowFunction two,
+                        OneRowFunction one) {
+    constexpr int64_t kShortest = 32 << 10;
+    int64_t panel = part.panel_begin;
+    const int64_t distance = (part.panel_end - panel) / 2;
+    if (w.value_offsets[panel + distance] - w.value_offsets[panel] >= kShortest) {
+        for (; panel < part.panel_begin + distance; ++panel) two(w, rows, part, panel, distance);
+        panel += distance;
+    }
+    for (; panel < part.panel_end; ++panel) one(w, rows, part, panel, 0);
+}
+
+// Expands blocks [begin, end) of one panel into plain codes.
+template <class Stream, int kSteps>
+void expand_int(const PanelWeights& w, Stream& stream, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
+    constexpr int kSegments = 16 / kSteps;
+    Groups groups(w, begin * kSegments);
+    for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
+        const __m512i pruned = pruned_codes<Stream>(groups.zero_points(panel));
+        for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
+            __m512i even, odd;
+            stream.next(pruned, even, odd);
+            _mm512_store_si512(out, even);
+            _mm512_store_si512(out + 64, _mm512_srli_epi16(odd, Stream::kOddShift));
+        }
+        groups.advance();
+    }
+}
+
+template <class Stream>
+void expand_float(Stream& stream, int64_t num_blocks, uint8_t* out) {
+    for (int64_t pair = 0; pair < num_blocks * kBlockInputs / 2; ++pair, out += 128) {
+        __m512 even, odd;
+        stream.next(even, odd);
+        _mm512_store_ps(out, even);
+        _mm512_store_ps(out + 64, odd);
+    }
+}
+
+template <class Stream, int kSteps>
+void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.zero_points == nullptr)
+        walk_panels(w, rows, part, walk_int<Stream, 2, kSteps, true>, walk_int<Stream, 1, kSteps, true>);
+    else
+        walk_panels(w, rows, part, walk_int<Stream, 2, kSteps, false>, walk_int<Stream, 1, kSteps, false>);
+}
+
+template <class Stream, int kSteps>
+void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    int64_t panel = part.panel_begin;
+    alignas(64) uint8_t expanded[kTilePanels * kIntTileBlocks * kIntBlockBytes];
+    while (panel < part.panel_end) {
+        const int num_panels = part.panel_end - panel >= kTilePanels ? kTilePanels : 1;
+        Stream streams[kTilePanels];
+        for (int p = 0; p < num_panels; ++p) streams[p].start(w, panel + p);
+        const uint8_t* values = w.values + w.value_offsets[panel];
+        const TileFunction* functions = num_panels == 1 ? kIntTiles<1, kSteps> : kIntTiles<kTilePanels, kSteps>;
+        for (int64_t begin = 0; begin < w.num_blocks; begin += kIntTileBlocks) {
+            const int64_t end = begin + kIntTileBlocks < w.num_blocks ? begin + kIntTileBlocks : w.num_blocks;
+            Tile tile{values + begin * kIntBlockBytes, w.num_blocks * kIntBlockBytes, panel, begin, end};
+            if (!Stream::kIsExpanded) {
+                tile.values = expanded;
+                tile.panel_stride = kIntTileBlocks * kIntBlockBytes;
+                for (int p = 0; p < num_panels; ++p)
+                    expand_int<Stream, kSteps>(w, streams[p], panel + p, begin, end, expanded + p * tile.panel_stride);
+            }
+            multiply_tile(functions, w, rows, part, tile);
+        }
+        panel += num_panels;
+    }
+}
+
+template <class Stream, int kSteps>
+void multiply_int_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (part.row_end - part.row_begin == 1)
+        one_row_int<Stream, kSteps>(w, rows, part);
+    else
+        many_rows_int<Stream, kSteps>(w, rows, part);
+}
+
+template <class Stream>
+void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.steps_per_segment == 16)
+        multiply_int_steps<Stream, 16>(w, rows, part);
+    else
+        multiply_int_steps<Stream, 8>(w, rows, part);
+}
+
+template <class Stream>
+void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part) {
+    walk_panels(w, rows, part, walk_float<Stream, 2>, walk_float<Stream, 1>);
+}
+
+template <class Stream>
+void many_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
+    int64_t panel = part.panel_begin;
+    alignas(64) uint8_t expanded[kTilePanels * kFloatTileBlocks * kFloatBlockBytes];
+    while (panel < part.panel_end) {
+        const int num_panels = part.panel_end - panel >= kTilePanels ? kTilePanels : 1;
+        Stream streams[kTilePanels];
+        for (int p = 0; p < num_panels; ++p) streams[p].start(w, panel + p);
+        const uint8_t* values = w.values + w.value_offsets[panel];
+        const TileFunction* functions = num_panels == 1 ? kFloatTiles<1> : kFloatTiles<kTilePanels>;
+        for (int64_t begin = 0; begin < w.num_blocks; begin += kFloatTileBlocks) {
+            const int64_t end = begin + kFloatTileBlocks < w.num_blocks ? begin + kFloatTileBlocks : w.num_blocks;
+            Tile tile{values + begin * kFloatBlockBytes, w.num_blocks * kFloatBlockBytes, panel, begin, end};
+            if (!Stream::kIsExpanded) {
+                tile.values = expanded;
+                tile.panel_stride = kFloatTileBlocks * kFloatBlockBytes;
+                for (int p = 0; p < num_panels; ++p)
+                    expand_float(streams[p], end - begin, expanded + p * tile.panel_stride);
+            }
+            multiply_tile(functions, w, rows, part, tile);
+        }
+        panel += num_panels;
+    }
+}
+
+template <class Stream>
+void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (part.row_end - part.row_begin == 1)
+        one_row_float<Stream>(w, rows, part);
+    else
+        many_rows_float<Stream>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::avx512

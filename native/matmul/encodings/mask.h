@@ -1,0 +1,253 @@
+// What the encodings under a mask share. A block has 128 bytes of mask, one bit per element, step by step in the order
+// of the steps' vectors. The values of a panel are a stream of the kept elements in the order of the bits.
+#pragma once
+
+#include "matmul/encodings/encodings.h"
+
+namespace rarefy::matmul {
+
+constexpr int kMaskBytes = 128;  // of one block of one panel
+
+}  // namespace rarefy::matmul
+
+#if RAREFY_PASS_REFERENCE
+
+namespace rarefy::matmul {
+
+// A bit mask as it is on disk: rows of whole bytes, column i is bit i % 8 of byte i / 8.
+struct DiskMask {
+    const uint8_t* bytes;
+    int64_t row_bytes;
+    std::vector<int64_t> row_starts;  // index of each row's first value, and of the end
+
+    // Checks the padding bits, and counts.
+    explicit DiskMask(Packing& packing);
+    // Bits [64 * block, 64 * block + 64) of a row.
+    uint64_t block(int64_t row, int64_t block) const;
+};
+
+// kBits: of a value, 4, 8 or 16. 4-bit codes: two streams in the same bytes, the low nibbles for all even steps of the
+// panel and the high nibbles for all odd ones, each from the first byte on.
+template <int kBits>
+void pack_masked(Packing& packing, const char* name, Element element);
+
+inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
+
+inline uint64_t load_bits(const uint8_t* bytes, int64_t num_bytes) {
+    uint64_t bits = 0;
+    for (int64_t i = 0; i < num_bytes; ++i) bits |= static_cast<uint64_t>(bytes[i]) << (8 * i);
+    return bits;
+}
+
+inline DiskMask::DiskMask(Packing& packing)
+    : row_bytes(ceil_div(packing.view.num_inputs, 8)), row_starts(static_cast<size_t>(packing.view.num_outputs) + 1) {
+    const int64_t num_outputs = packing.view.num_outputs;
+    const int last_bits = static_cast<int>(packing.view.num_inputs % 8);
+    bytes = packing.take("mask", Element::u8, num_outputs * row_bytes);
+    int64_t total = 0;
+    for (int64_t row = 0; row < num_outputs; ++row) {
+        row_starts[static_cast<size_t>(row)] = total;
+        for (int64_t i = 0; i < packing.view.num_blocks; ++i) total += popcount(block(row, i));
+        require(last_bits == 0 || bytes[(row + 1) * row_bytes - 1] >> last_bits == 0,
+                "mask has bits beyond the last column");
+    }
+    row_starts.back() = total;
+}
+
+inline uint64_t DiskMask::block(int64_t row, int64_t block) const {
+    const int64_t left = row_bytes - block * 8;
+    return load_bits(bytes + row * row_bytes + block * 8, left < 8 ? left : 8);
+}
+
+template <int kBits>
+void pack_masked(Packing& packing, const char* name, Element element) {
+    constexpr int kColumns = kBits < 8 ? 4 : 32 / kBits;  // per step
+    constexpr int kSteps = kBlockInputs / kColumns;
+    constexpr int kStepBytes = kMaskBytes / kSteps;
+    constexpr uint64_t kStepBits = (uint64_t{1} << kColumns) - 1;
+    const DiskMask mask(packing);
+    const NamedArray& stored = packing.take(name, element);
+    require(stored.num_bytes == ceil_div(mask.row_starts.back() * kBits, 8), "the mask does not fit the values");
+    const int64_t num_blocks = packing.view.num_blocks, num_outputs = packing.view.num_outputs;
+    uint8_t* const packed_mask = packing.allocate(packing.view.num_panels * num_blocks * kMaskBytes);
+    packing.view.mask = packed_mask;
+    uint8_t* const values = packing.place_values([&](int64_t panel) {
+        const int64_t first = panel * kPanelOutputs;
+        const int64_t last = first + kPanelOutputs < num_outputs ? first + kPanelOutputs : num_outputs;
+        if (kBits != 4)
+            return (mask.row_starts[static_cast<size_t>(last)] - mask.row_starts[static_cast<size_t>(first)]) * kBits /
+                   8;
+        // Columns 0-3 of each 8 are in an even step, 4-7 in an odd one.
+        int64_t even = 0, odd = 0;
+        for (int64_t i = first * mask.row_bytes; i < last * mask.row_bytes; ++i) {
+            even += popcount(mask.bytes[i] & 15);
+            odd += popcount(mask.bytes[i] >> 4);
+        }
+        return even > odd ? even : odd;
+    });
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        int64_t cursors[kPanelOutputs];
+        for (int row = 0; row < num_rows; ++row) cursors[row] = mask.row_starts[static_cast<size_t>(first + row)];
+        uint8_t* const begin = values + packing.view.value_offsets[panel];
+        uint8_t* streams[2] = {begin, begin};  // 4-bit codes: next byte of the low and of the high nibbles
+        uint8_t* out = packed_mask + panel * num_blocks * kMaskBytes;
+        for (int64_t block = 0; block < num_blocks; ++block) {
+            uint64_t row_masks[kPanelOutputs];
+            for (int row = 0; row < num_rows; ++row) row_masks[row] = mask.block(first + row, block);
+            for (int step = 0; step < kSteps; ++step, out += kStepBytes) {
+                uint64_t step_mask = 0;
+                for (int row = 0; row < num_rows; ++row) {
+                    const uint64_t kept = row_masks[row] >> (step * kColumns) & kStepBits;
+                    step_mask |= kept << (row * kColumns);
+                    for (int i = popcount(kept); i > 0; --i) {
+                        const int64_t cursor = cursors[row]++;
+                        if (kBits == 4) {
+                            *streams[step % 2]++ |= nibble(stored.bytes, cursor) << (step % 2 * 4);
+                        } else {
+                            std::memcpy(streams[0], stored.bytes + cursor * (kBits / 8), kBits / 8);
+                            streams[0] += kBits / 8;
+                        }
+                    }
+                }
+                std::memcpy(out, &step_mask, kStepBytes);
+            }
+        }
+    });
+}
+
+namespace reference {
+
+struct PanelStream {
+    const uint8_t *values, *mask;
+    PanelStream(const PanelWeights& w, int64_t panel)
+        : values(w.values + w.value_offsets[panel]), mask(w.mask + panel * w.num_blocks * kMaskBytes) {}
+};
+
+inline uint64_t step_mask(const uint8_t* mask, int step, int bytes) {
+    uint64_t bits = 0;
+    for (int i = 0; i < bytes; ++i) bits |= static_cast<uint64_t>(mask[step * bytes + i]) << (8 * i);
+    return bits;
+}
+
+template <bool kInt4>
+struct CodeStream : PanelStream {
+    const uint8_t* high;  // 4-bit codes: where the high nibbles are
+    CodeStream(const PanelWeights& w, int64_t panel) : PanelStream(w, panel), high(values) {}
+    void block(const uint8_t* pruned, uint8_t* out) {
+        for (int step = 0; step < 16; ++step) {
+            const uint64_t bits = step_mask(mask, step, 8);
+            for (int i = 0; i < 64; ++i) {
+                uint8_t code = pruned[step / 8 * kPanelOutputs + i / 4];
+                if (bits >> i & 1) {
+                    if (!kInt4) {
+                        code = *values++;
+                    } else {
+                        code = step % 2 == 0 ? *values++ & 15 : *high++ >> 4;
+                    }
+                }
+                out[(step * 4 + i % 4) * kPanelOutputs + i / 4] = code;
+            }
+        }
+        mask += kMaskBytes;
+    }
+};
+
+}  // namespace reference
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_AVX2
+
+namespace rarefy::matmul::avx2 {
+
+struct PanelStream {
+    const uint8_t *values, *mask;
+    void start(const PanelWeights& w, int64_t panel) {
+        values = w.values + w.value_offsets[panel];
+        mask = w.mask + panel * w.num_blocks * kMaskBytes;
+    }
+};
+
+// Shuffles that spread the first elements of a vector over the set bits of an 8-bit mask; 0x80 where a bit is not set.
+struct Shuffles {
+    uint64_t bytes[256];
+    uint64_t words[256][2];
+};
+
+constexpr Shuffles make_shuffles() {
+    Shuffles shuffles{};
+    for (int mask = 0; mask < 256; ++mask) {
+        uint64_t next = 0;
+        for (int bit = 0; bit < 8; ++bit) {
+            const bool kept = mask >> bit & 1;
+            shuffles.bytes[mask] |= (kept ? next : 0x80) << (8 * bit);
+            shuffles.words[mask][bit / 4] |= (kept ? 2 * next | (2 * next + 1) << 8 : 0x8080) << (16 * (bit % 4));
+            next += kept;
+        }
+    }
+    return shuffles;
+}
+
+alignas(64) inline constexpr Shuffles kShuffles = make_shuffles();
+
+// The next values of a stream at the set bits of a 16-bit mask, `pruned` at the others. kShift 4: from the high
+// nibbles.
+template <bool kInt4, int kShift>
+inline __m128i expand_16(const uint8_t*& values, uint32_t mask, __m128i pruned) {
+    const uint32_t first = mask & 0xff, second = mask >> 8 & 0xff;
+    const uint64_t num_first = static_cast<uint64_t>(_mm_popcnt_u32(first));
+    __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    values += _mm_popcnt_u32(mask);
+    const __m128i order = _mm_set_epi64x(static_cast<int64_t>(kShuffles.bytes[second] + num_first * 0x0101010101010101),
+                                         static_cast<int64_t>(kShuffles.bytes[first]));
+    if (kInt4) codes = _mm_and_si128(_mm_srli_epi16(codes, kShift), _mm_set1_epi8(15));
+    return _mm_blendv_epi8(_mm_shuffle_epi8(codes, order), pruned, order);
+}
+
+template <bool kInt4, int kShift>
+inline void expand_step(const uint8_t*& values, const uint8_t* mask, const __m256i (&pruned)[kHalves],
+                        __m256i (&codes)[kHalves]) {
+    UNROLL for (int half = 0; half < kHalves; ++half) {
+        const uint32_t bits = load_u32(mask + 4 * half);
+        const __m128i low = expand_16<kInt4, kShift>(values, bits & 0xffff, _mm256_castsi256_si128(pruned[half]));
+        const __m128i high = expand_16<kInt4, kShift>(values, bits >> 16, _mm256_extracti128_si256(pruned[half], 1));
+        codes[half] = _mm256_set_m128i(high, low);
+    }
+}
+
+template <bool kInt4>
+struct CodeStream : PanelStream {
+    static constexpr bool kSmallCodes = kInt4;
+    const uint8_t* high;
+    __m256i pruned[kHalves];
+    void start(const PanelWeights& w, int64_t panel) {
+        PanelStream::start(w, panel);
+        high = values;
+    }
+    void set_zero_points(const __m256i (&codes)[kHalves]) {
+        UNROLL for (int half = 0; half < kHalves; ++half) { pruned[half] = codes[half]; }
+    }
+    void next(__m256i (&even)[kHalves], __m256i (&odd)[kHalves]) {
+        expand_step<kInt4, 0>(values, mask, pruned, even);
+        expand_step<kInt4, kInt4 ? 4 : 0>(kInt4 ? high : values, mask + 8, pruned, odd);
+        mask += 16;
+    }
+};
+
+}  // namespace rarefy::matmul::avx2
+
+#elif RAREFY_PASS_AVX512
+
+namespace rarefy::matmul::avx512 {
+
+struct PanelStream {
+    static constexpr bool kIsExpanded = false;
+    const uint8_t *values, *mask;
+    void start(const PanelWeights& w, int64_t panel) {
+        values = w.values + w.value_offsets[panel];
+        mask = w.mask + panel * w.num_blocks * kMaskBytes;
+    }
+};
+
+}  // namespace rarefy::matmul::avx512
+
+#endif

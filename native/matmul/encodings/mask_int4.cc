@@ -1,0 +1,79 @@
+// 4-bit codes under a mask: steps of four columns, 64 bits of mask each. The kept codes are two streams in the same
+// bytes, the low nibbles for all even steps of the panel and the high nibbles for all odd ones, each from the panel's
+// first byte on.
+#include "matmul/encodings/mask.h"
+
+#if RAREFY_PASS_REFERENCE
+
+namespace rarefy::matmul {
+
+void packers::mask_int4(Packing& packing) { pack_masked<4>(packing, "codes", Element::u8); }
+
+namespace reference {
+namespace {
+
+using Stream = CodeStream<true>;
+
+}  // namespace
+
+void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace reference
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_AVX2
+
+namespace rarefy::matmul::avx2 {
+namespace {
+
+using Stream = CodeStream<true>;
+
+}  // namespace
+
+void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::avx2
+
+#elif RAREFY_PASS_AVX512
+
+namespace rarefy::matmul::avx512 {
+namespace {
+
+struct Stream : PanelStream {
+    static constexpr int kOddShift = 4;
+    const uint8_t* high;
+    void start(const PanelWeights& w, int64_t panel) {
+        PanelStream::start(w, panel);
+        high = values;
+    }
+    void fetch(int num_steps) const {
+        prefetch<4096>(values, num_steps * 16);
+        prefetch<4096>(mask, num_steps * 8);
+    }
+    void next(__m512i pruned, __m512i& even, __m512i& odd) {
+        const uint64_t even_mask = load_u64(mask), odd_mask = load_u64(mask + 8);
+        // Both nibbles are expanded, and the one of the other stream dropped after.
+        even = _mm512_and_si512(_mm512_mask_expand_epi8(pruned, even_mask, load(values)), _mm512_set1_epi8(0x0f));
+        odd = _mm512_and_si512(_mm512_mask_expand_epi8(pruned, odd_mask, load(high)),
+                               _mm512_set1_epi8(static_cast<char>(0xf0)));
+        values += _mm_popcnt_u64(even_mask);
+        high += _mm_popcnt_u64(odd_mask);
+        mask += 16;
+    }
+};
+
+}  // namespace
+
+void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_SAMPLES
+
+namespace rarefy::matmul {
+
+Sample samples::mask_int4(const SampleSpec& spec) { return make_code_sample(spec, 4, true); }
+
+}  // namespace rarefy::matmul
+
+#endif

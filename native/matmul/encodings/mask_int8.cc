@@ -1,0 +1,70 @@
+// 8-bit codes under a mask: steps of four columns as in dense_int8, 64 bits of mask each.
+#include "matmul/encodings/mask.h"
+
+#if RAREFY_PASS_REFERENCE
+
+namespace rarefy::matmul {
+
+void packers::mask_int8(Packing& packing) { pack_masked<8>(packing, "codes", Element::u8); }
+
+namespace reference {
+namespace {
+
+using Stream = CodeStream<false>;
+
+}  // namespace
+
+void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace reference
+}  // namespace rarefy::matmul
+
+#elif RAREFY_PASS_AVX2
+
+namespace rarefy::matmul::avx2 {
+namespace {
+
+using Stream = CodeStream<false>;
+
+}  // namespace
+
+void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::avx2
+
+#elif RAREFY_PASS_AVX512
+
+namespace rarefy::matmul::avx512 {
+namespace {
+
+struct Stream : PanelStream {
+    static constexpr int kOddShift = 0;
+    void fetch(int num_steps) const {
+        prefetch<4096>(values, num_steps * 32);
+        prefetch<4096>(mask, num_steps * 8);
+    }
+    void next(__m512i pruned, __m512i& even, __m512i& odd) {
+        const uint64_t even_mask = load_u64(mask), odd_mask = load_u64(mask + 8);
+        even = _mm512_mask_expand_epi8(pruned, even_mask, load(values));
+        values += _mm_popcnt_u64(even_mask);
+        odd = _mm512_mask_expand_epi8(pruned, odd_mask, load(values));
+        values += _mm_popcnt_u64(odd_mask);
+        mask += 16;
+    }
+};
+
+}  // namespace
+
+void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_SAMPLES
+
+namespace rarefy::matmul {
+
+Sample samples::mask_int8(const SampleSpec& spec) { return make_code_sample(spec, 8, true); }
+
+}  // namespace rarefy::matmul
+
+#endif

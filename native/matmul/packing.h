@@ -1,0 +1,101 @@
+// What the packer of an encoding gets: the arrays of a layout as they came from a stranger's file, and the weight that
+// it fills. A packer, `packers::<encoding>`, checks every array and every number that it reads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "matmul/contract.h"
+
+namespace rarefy::matmul {
+
+enum class Element { u8, u16, u32, i8, i16, i32, f32, other };
+
+struct NamedArray {
+    std::string name;
+    Element element;
+    const uint8_t* bytes;  // not null; in no particular alignment
+    int64_t num_bytes;
+};
+
+struct NamedInteger {
+    std::string name;
+    int64_t value;
+};
+
+// A layout of rarefy.layouts: its arrays, and the integers (and truth values) of its metadata except the shape.
+// Nothing about them is trusted.
+struct PackedArrays {
+    std::string format;
+    int64_t num_outputs, num_inputs;
+    std::vector<NamedArray> arrays;
+    std::vector<NamedInteger> integers;
+};
+
+struct FreeAligned {
+    void operator()(uint8_t* pointer) const;
+};
+using AlignedBytes = std::unique_ptr<uint8_t[], FreeAligned>;
+// Zeroed bytes, aligned to 64.
+AlignedBytes allocate_aligned(int64_t num_bytes);
+
+// Throws std::invalid_argument.
+void require(bool condition, const std::string& message);
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Element `index` of a row or stream of 4-bit codes, the first in the low nibble.
+inline uint8_t nibble(const uint8_t* bytes, int64_t index) { return bytes[index >> 1] >> (4 * (index & 1)) & 15; }
+
+class Packing {
+public:
+    // `view` has the sizes, and scales and zero points where the values are integers. No product of its two axes
+    // overflows, not even times the bits of a float.
+    Packing(const PackedArrays& packed, PanelWeights& weights);
+
+    const std::string& format() const { return packed_.format; }
+    // Throw std::invalid_argument where there is no such array, or one of other elements. take_optional: or gives null.
+    const NamedArray& take(const std::string& name, Element element);
+    const NamedArray* take_optional(const std::string& name, Element element);
+    // As take(), and the array must have so many bytes.
+    const uint8_t* take(const std::string& name, Element element, int64_t num_bytes);
+    // An integer of the metadata. Throws where there is none or it is not in [low, high].
+    int64_t integer(const std::string& name, int64_t low, int64_t high) const;
+    int64_t integer_or(const std::string& name, int64_t otherwise) const;
+    // Throws where an array was not taken.
+    void check_all_taken() const;
+
+    // Zeroed memory of the weight, aligned to 64, with kReadBeyond more bytes behind it.
+    uint8_t* allocate(int64_t num_bytes);
+    int64_t* allocate_offsets();
+    // Lays the panels out one after the other, each at a multiple of 64, and allocates value_offsets and values.
+    uint8_t* place_values(const std::function<int64_t(int64_t panel)>& panel_bytes);
+    // Reads `scales`, `zero_points` and group_size, and fills the fields of the view that belong to them. Done before
+    // the packer runs where the values are integers; a float encoding whose layout has scales calls it.
+    void pack_scales(int num_bits);
+
+    // Calls function(panel, first output, number of outputs) for every panel, on several threads.
+    void for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const;
+
+    int64_t num_bytes() const { return num_bytes_; }
+    std::vector<AlignedBytes> release_memory() { return std::move(memory_); }
+
+    PanelWeights& view;
+
+private:
+    const PackedArrays& packed_;
+    std::vector<bool> taken_;
+    std::vector<AlignedBytes> memory_;
+    int64_t num_bytes_ = 0;
+};
+
+namespace packers {
+#define RAREFY_ENCODING(name, ...) void name(Packing& packing);
+#include "matmul/kernels.inc"
+}  // namespace packers
+
+}  // namespace rarefy::matmul

@@ -1,0 +1,102 @@
+// Two vectors of 8 outputs, scales and zero points: what all AVX2 kernels use. This header and those that include it
+// belong to files with AVX2 flags alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include "matmul/kernels.h"
+
+#define UNROLL _Pragma("GCC unroll 32")
+
+namespace rarefy::matmul::avx2 {
+
+constexpr int kHalves = 2;
+
+inline __m256i load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+inline void store(void* to, __m256i value) { _mm256_storeu_si256(static_cast<__m256i*>(to), value); }
+
+inline uint64_t load_u64(const uint8_t* from) {
+    uint64_t bits;
+    __builtin_memcpy(&bits, from, 8);
+    return bits;
+}
+
+inline uint32_t load_u32(const void* from) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, from, 4);
+    return bits;
+}
+
+inline __m256i broadcast_u32(const void* from) { return _mm256_set1_epi32(static_cast<int>(load_u32(from))); }
+
+inline __m256 widen_bf16(const uint16_t* from) {
+    const __m128i bits = _mm_load_si128(reinterpret_cast<const __m128i*>(from));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// The lanes of 8 outputs from `output` on that exist, as a mask of AVX.
+inline __m256i output_lanes(const PanelWeights& w, int64_t output) {
+    const int64_t left = w.num_outputs - output;
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(left > 8 ? 8 : left < 0 ? 0 : static_cast<int>(left)), lane);
+}
+
+inline void widen_pairs(__m256i pairs, __m256& even, __m256& odd) {
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+// Scales and zero points of the group that a segment lies in, walking the segments in order.
+struct Groups {
+    const PanelWeights& w;
+    int64_t group, left;
+    Groups(const PanelWeights& weights, int64_t segment)
+        : w(weights),
+          group(segment / weights.segments_per_group),
+          left(weights.segments_per_group - segment % weights.segments_per_group) {}
+    // True when the next segment lies in another group.
+    bool advance() {
+        if (--left != 0) return false;
+        left = w.segments_per_group;
+        ++group;
+        return true;
+    }
+    int64_t offset(int64_t panel, int half) const { return (panel * w.num_groups + group) * kPanelOutputs + 8 * half; }
+    __m256 scales(int64_t panel, int half) const { return widen_bf16(w.scales + offset(panel, half)); }
+    __m256i zero_points(int64_t panel, int half) const {
+        if (w.zero_points == nullptr) return _mm256_set1_epi32(w.zero_point);
+        const auto* from = reinterpret_cast<const __m128i*>(w.zero_points + offset(panel, half));
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(from));
+    }
+    template <class Stream>
+    void give_zero_points(Stream& stream, int64_t panel) const {
+        __m256i codes[kHalves];
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            codes[half] = _mm256_mullo_epi32(zero_points(panel, half), _mm256_set1_epi32(0x01010101));
+        }
+        stream.set_zero_points(codes);
+    }
+};
+
+template <int kSteps>
+inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
+    return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];
+}
+
+inline __m256i add_int4(__m256i sums_16, __m256i codes, __m256i q) {
+    return _mm256_add_epi16(sums_16, _mm256_maddubs_epi16(codes, q));
+}
+
+inline __m256i fold_int4(__m256i dots, __m256i sums_16) {
+    return _mm256_add_epi32(dots, _mm256_madd_epi16(sums_16, _mm256_set1_epi16(1)));
+}
+
+inline __m256i low_bytes(__m256i codes) { return _mm256_and_si256(codes, _mm256_set1_epi16(0xff)); }
+inline __m256i high_bytes(__m256i codes) { return _mm256_srli_epi16(codes, 8); }
+
+inline __m256i add_int8(__m256i dots, __m256i codes_02, __m256i codes_13, __m256i q_02, __m256i q_13) {
+    dots = _mm256_add_epi32(dots, _mm256_madd_epi16(codes_02, q_02));
+    return _mm256_add_epi32(dots, _mm256_madd_epi16(codes_13, q_13));
+}
+
+}  // namespace rarefy::matmul::avx2

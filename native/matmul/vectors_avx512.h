@@ -1,0 +1,107 @@
+// Vectors of 16 outputs, prefetching, scales and zero points: what all AVX-512 kernels use. This header and those that
+// include it belong to files with AVX-512 flags alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include "matmul/kernels.h"
+
+#define UNROLL _Pragma("GCC unroll 32")
+
+namespace rarefy::matmul::avx512 {
+
+// Fetches what a stream reads kAhead bytes later. A page ahead is measured to be best; the hardware fetches dense
+// streams well by itself, but loses the thread of values whose number the mask decides.
+template <int kAhead>
+inline void prefetch(const uint8_t* from, int num_bytes) {
+    for (int offset = 0; offset < num_bytes; offset += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + offset), _MM_HINT_T0);
+}
+
+inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
+
+// Zero, but the compiler does not know. Where a mask zeroes the other elements, vpexpand still waits for the old value
+// of its register on Zen 5; merged into this it does not.
+inline __m512i unknown_zero() {
+    __m512i zero = _mm512_setzero_si512();
+    __asm__("" : "+v"(zero));
+    return zero;
+}
+
+// Sums of 32 bits. As __m512i, which is 8 times 64 bits to gcc, an accumulator would change its type in every
+// iteration, and gcc then keeps two registers or the stack for it.
+using Sums = int __attribute__((vector_size(64)));
+
+inline Sums dot_4(Sums sums, __m512i codes, __m512i q) {
+    return reinterpret_cast<Sums>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), codes, q));
+}
+inline __m512 to_floats(Sums sums) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sums)); }
+inline Sums times(__m512i a, int32_t b) { return reinterpret_cast<Sums>(_mm512_mullo_epi32(a, _mm512_set1_epi32(b))); }
+
+inline __m512i broadcast_4(const int8_t* from) {
+    int32_t four;
+    __builtin_memcpy(&four, from, 4);
+    return _mm512_set1_epi32(four);
+}
+
+inline __m512 widen_bf16(const uint16_t* from) {
+    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+inline __m512i widen_bytes(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+inline uint64_t load_u64(const uint8_t* from) {
+    return _cvtmask64_u64(_load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from))));
+}
+
+// The lanes of a panel that are outputs.
+inline __mmask16 output_lanes(const PanelWeights& w, int64_t panel) {
+    const int64_t left = w.num_outputs - panel * kPanelOutputs;
+    return static_cast<__mmask16>(left >= kPanelOutputs ? 0xffff : (1 << left) - 1);
+}
+
+// The outputs of one row and panel in y, without the lanes that are padding.
+struct Lanes {
+    float* y;
+    __mmask16 lanes;
+    Lanes(const PanelWeights& w, int64_t panel, float* where) : y(where), lanes(output_lanes(w, panel)) {}
+    __m512 load_unless(bool zero) const { return _mm512_maskz_loadu_ps(zero ? 0 : lanes, y); }
+    void store(__m512 values) const { _mm512_mask_storeu_ps(y, lanes, values); }
+};
+
+inline void widen_pairs(__m512i pairs, __m512& even, __m512& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+// Scales and zero points of the group that a segment lies in, walking the segments in order.
+struct Groups {
+    const PanelWeights& w;
+    int64_t group, left;
+    Groups(const PanelWeights& weights, int64_t segment)
+        : w(weights),
+          group(segment / weights.segments_per_group),
+          left(weights.segments_per_group - segment % weights.segments_per_group) {}
+    // True when the next segment lies in another group.
+    bool advance() {
+        if (--left != 0) return false;
+        left = w.segments_per_group;
+        ++group;
+        return true;
+    }
+    __m512 scales(int64_t panel) const { return widen_bf16(w.scales + (panel * w.num_groups + group) * kPanelOutputs); }
+    __m512i zero_points(int64_t panel) const {
+        return w.zero_points == nullptr ? _mm512_set1_epi32(w.zero_point)
+                                        : widen_bytes(w.zero_points + (panel * w.num_groups + group) * kPanelOutputs);
+    }
+};
+
+template <int kSteps>
+inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
+    return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];
+}
+
+}  // namespace rarefy::matmul::avx512
