@@ -48,6 +48,7 @@ struct PanelWeights {
     const int64_t* extra_offsets;  // bytes from `extra` to each panel, (num_panels + 1)
     const uint8_t* table;          // what all panels share, aligned to 64
     int64_t parameter;
+    bool skips_blocks;  // kernels pass over blocks that are zero, and begin every sum with Rows::starts
 };
 
 // Activations as the kernels see them, padded with zeros to whole blocks.
@@ -60,6 +61,7 @@ struct Rows {
     const float* scales;    // (num_rows, num_blocks)
     const int32_t* sums;    // sum of q per half block, (num_rows, num_blocks, 2)
     int64_t num_blocks;
+    const float* starts;  // (num_rows): 0, or NaN where a row holds a NaN or an infinity; for weights that skip blocks
 };
 
 // Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end); y is (T, O) with the given row stride.

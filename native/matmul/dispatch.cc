@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -87,14 +88,27 @@ struct Activations {
     Rows integers{};
 };
 
+// 0, or NaN if one of the numbers is not finite.
+float find_start(const float* x, int64_t count) {
+    constexpr uint32_t kExponent = 0x7f800000;
+    uint32_t found = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        found |= (bits & kExponent) == kExponent;
+    }
+    return found != 0 ? std::numeric_limits<float>::quiet_NaN() : 0.0f;
+}
+
 Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
                          Scratch& scratch) {
-    bool floats = false, integers = false, wide = false;
+    bool floats = false, integers = false, wide = false, skips = false;
     Isa isa = Isa::reference;
     for (const Product& product : products) {
         const Weights& weights = *product.weights;
         (weights.is_integer() ? integers : floats) = true;
         wide |= weights.code_bits() > 4 && weights.isa() == Isa::avx2;
+        skips |= weights.view().skips_blocks;
         isa = std::max(isa, weights.isa());
     }
     const int64_t num_blocks = ceil_div(num_inputs, kBlockInputs);
@@ -105,12 +119,14 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     const int64_t q_bytes = integers ? row_count : 0;
     const int64_t wide_bytes = wide ? row_count * 2 : 0;
     const int64_t block_bytes = integers ? ceil_div(num_rows * num_blocks * 4, 64) * 64 : 0;
-    uint8_t* memory = scratch.reserve(float_bytes + q_bytes + wide_bytes + 3 * block_bytes);
+    const int64_t start_bytes = skips ? num_rows * 4 : 0;
+    uint8_t* memory = scratch.reserve(float_bytes + q_bytes + wide_bytes + 3 * block_bytes + start_bytes);
     float* padded = reinterpret_cast<float*>(memory);
     auto* q = reinterpret_cast<int8_t*>(memory + float_bytes);
     auto* wide_q = wide ? reinterpret_cast<int16_t*>(memory + float_bytes + q_bytes) : nullptr;
     auto* scales = reinterpret_cast<float*>(memory + float_bytes + q_bytes + wide_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + float_bytes + q_bytes + wide_bytes + block_bytes);
+    auto* starts = reinterpret_cast<float*>(memory + float_bytes + q_bytes + wide_bytes + 3 * block_bytes);
     const QuantizeFunction quantize = find_quantizer(wide ? Isa::avx2 : isa);  // all give the same bits
     const auto prepare_row = [&](int64_t row) {
         const float* from = x + row * num_inputs;
@@ -121,10 +137,11 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         if (integers)
             quantize(from, num_inputs, q + row * stride, wide ? wide_q + row * stride : nullptr,
                      scales + row * num_blocks, sums + row * num_blocks * 2);
+        if (skips) starts[row] = find_start(from, num_inputs);
     };
     constexpr int64_t kChunkElements = 16384;
     const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, stride));
-    if (copy || integers) {
+    if (copy || integers || skips) {
         if (num_rows <= rows_per_chunk) {
             for (int64_t row = 0; row < num_rows; ++row) prepare_row(row);
         } else {
@@ -135,8 +152,8 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         }
     }
     Activations activations;
-    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks};
-    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks};
+    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks, starts};
+    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts};
     return activations;
 }
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rarefy.core.errors import PatternError
-from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.patterns import NM, Blocks, Unstructured
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.1, math.nan, "half", None, True])
@@ -44,3 +44,29 @@ def test_a_narrow_layer_is_named():
     NM(2, 4).check_fits(4, "m.q")
     with pytest.raises(PatternError, match=r"layer m\.q: input axis 3 is smaller than the group of 4"):
         NM(2, 4).check_fits(3, "m.q")
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 4), (4, 4097), (4.0, 4), (True, 4), (4,), (4, 4, 4), [4, 4], "44", None, (-1, 4), ("4", 4)]
+)
+def test_impossible_blocks(shape):
+    with pytest.raises(PatternError, match=r"two integers in \[1, 4096\]"):
+        Blocks(shape, 0.5)
+    with pytest.raises(PatternError, match="sparsity"):
+        Blocks((4, 4), 1.5)
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 5), st.integers(1, 5), st.floats(0, 1))
+def test_the_most_that_blocks_can_hold(rows, width, high, wide, sparsity):
+    blocks = Blocks((high, wide), sparsity)
+    sizes = [
+        min(high, rows - top) * min(wide, width - left)
+        for top in range(0, rows, high)
+        for left in range(0, width, wide)
+    ]
+    down, across = blocks.grid_shape((rows, width))
+    assert down * across == len(sizes)
+    num_keep = len(sizes) - round(sparsity * len(sizes))
+    assert blocks.max_num_values((rows, width)) == sum(sorted(sizes, reverse=True)[:num_keep])
+    if sizes:
+        assert blocks.is_even((rows, width)) == all(size == high * wide for size in sizes)

@@ -4,6 +4,8 @@
 
 layouts/FORMAT.json: metadata, the bytes of each array as hex, and the matrix that they mean.
 artifact-v1/: a whole artifact with one layer of each of the first ten formats, a tied alias and three plain tensors.
+artifact-v1-codes/: the same with codes of 3 and 2 bits, ternary, binary and the lookup tables.
+artifact-v1-blocks/: the same with the block, low-rank and sum formats.
 """
 
 import json
@@ -13,21 +15,56 @@ from pathlib import Path
 import numpy as np
 
 from rarefy.artifact import write_artifact
-from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize
-from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
+from rarefy.core.patterns import NM, Blocks, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, Ternary, pack
+from rarefy.layouts import (
+    FORMATS,
+    NF4,
+    AnyLayout,
+    Binary,
+    BitmaskInt,
+    DenseFloat,
+    DenseInt,
+    LookupTable,
+    LowRank,
+    Sum,
+    Ternary,
+    pack,
+)
 
 HERE = Path(__file__).resolve().parent
-FIRST_FORMATS = (
-    *("dense-f32-v1", "dense-bf16-v1", "dense-int8-v1", "dense-int4-v1"),
-    *("bitmask-bf16-v1", "bitmask-int8-v1", "bitmask-int4-v1", "nm-bf16-v1", "nm-int8-v1", "nm-int4-v1"),
-)
 ROWS, WIDTH = 3, 37  # odd, beyond one group of 32 by five columns, beyond one of N:M by one
+RANK = 2
+
+ARTIFACTS = {
+    "artifact-v1": [
+        f"{packing}-{values}-v1" for packing in ("dense", "bitmask", "nm") for values in ("bf16", "int8", "int4")
+    ]
+    + ["dense-f32-v1"],
+    "artifact-v1-codes": ["dense-bf16-v1"]
+    + [f"{packing}-{values}-v1" for packing in ("dense", "bitmask", "nm") for values in ("int3", "int2")]
+    + ["ternary-v1", "binary-v1", "lut4-v1", "lut8-v1"],
+    "artifact-v1-blocks": [
+        "dense-bf16-v1",
+        "block-bf16-v1",
+        "block-int8-v1",
+        "lowrank-bf16-v1",
+        "lowrank-int8-v1",
+        "sum-v1",
+    ],
+}
 
 
 def example(format: str) -> AnyLayout:
     """A small layout of the format; no random generator, whose numbers may change with its version."""
+    if format == "sum-v1":
+        first, second = example("lowrank-bf16-v1"), example("bitmask-int4-v1")
+        assert isinstance(first, LowRank)
+        assert isinstance(second, BitmaskInt)
+        return Sum(first, second)
+    if format.startswith("lowrank-"):
+        return low_rank_example(format.split("-")[1])
     o, i = np.indices((ROWS, WIDTH))
     weight = (((17 * o + 29 * i + o * i) % 41 - 20) / 16).astype(np.float32)
     scale = ((3 + np.arange(6).reshape(ROWS, 2)) / 8).astype(np.float32)
@@ -46,6 +83,7 @@ def example(format: str) -> AnyLayout:
         "dense": (None, None),
         "bitmask": ((5 * o + 3 * i) % 7 < 3, Unstructured(0.5)),
         "nm": (((i % 4 + o) % 4 < 2) | (i == WIDTH - 1), NM(2, 4)),
+        "block": ((o // 2 + i // 5) % 3 != 1, Blocks((2, 5), 0.3)),
     }[packing]
     if mask is not None:
         weight = weight * mask
@@ -58,6 +96,24 @@ def example(format: str) -> AnyLayout:
     layout = pack(Solution(weight, mask, pattern, fitted), float_format="f32" if values == "f32" else "bf16")
     assert layout.format == format
     return layout
+
+
+def low_rank_example(values: str) -> LowRank:
+    """Factors whose products and sums every arithmetic computes exactly."""
+    k, j = np.indices((RANK, WIDTH))
+    right = ((7 * k + 3 * j) % 9 - 4).astype(np.float32)
+    left = right[:, :ROWS].T * np.float32(0.25)
+    factors = []
+    for factor in (left, right):
+        grid = None
+        if values == "int8":
+            shape = (factor.shape[0], 1)
+            zero_point = (100 + np.arange(shape[0], dtype=np.uint8)).reshape(shape)
+            grid = FittedGrid(IntGrid(8, None, False), np.full(shape, 0.25, dtype=np.float32), zero_point)
+        layout = pack(Solution(np.ascontiguousarray(factor), None, None, grid))
+        assert isinstance(layout, DenseFloat | DenseInt)
+        factors.append(layout)
+    return LowRank(*factors)
 
 
 def main() -> None:
@@ -75,11 +131,13 @@ def main() -> None:
         }
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, sort_keys=True) + "\n")
-    if not (HERE / "artifact-v1").exists():
+    for name, formats in ARTIFACTS.items():
+        if (HERE / name).exists():
+            continue
         write_artifact(
-            HERE / "artifact-v1",
+            HERE / name,
             config={"model_type": "golden"},
-            layers={f"layer.{format}": layouts[format] for format in FIRST_FORMATS},
+            layers={f"layer.{format}": layouts[format] for format in formats},
             tied={"head": "layer.dense-bf16-v1"},
             tensors={
                 "norm.weight": np.array([1.0, -2.5, 0.125], dtype=np.float32),

@@ -13,13 +13,20 @@ from rarefy import kernels
 native = pytest.importorskip("rarefy._native")
 
 
+def integers(meta) -> dict[str, int]:
+    found = {name: int(value) for name, value in meta.items() if isinstance(value, int)}
+    if "block_shape" in meta:
+        found["block_shape_0"], found["block_shape_1"] = meta["block_shape"]
+    return found
+
+
 def arguments(w, isa: str = "reference") -> dict[str, object]:
     return {
         "format": w.layout.format,
         "isa": isa,
         "num_outputs": w.layout.shape[0],
         "num_inputs": w.layout.shape[1],
-        "integers": {name: int(value) for name, value in w.layout.meta().items() if isinstance(value, int)},
+        "integers": integers(w.layout.meta()),
         "arrays": {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()},
     }
 
@@ -29,7 +36,7 @@ def test_the_undamaged_arrays_are_accepted(weight, layout_format) -> None:
 
 
 def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format) -> None:
-    good = arguments(weight(layout_format, 5, 70, symmetric=False))
+    good = arguments(weight(layout_format, 5, 70, symmetric=False, density=1.0))  # every block is there
     for name, array in good["arrays"].items():
         flat = array.reshape(-1)
         damaged = [flat[:-1], np.append(flat, flat[:1]), flat.astype(np.int64), flat.astype(np.float64), flat[:0]]
@@ -65,10 +72,39 @@ def test_each_array_missing_short_long_or_of_another_dtype(weight, layout_format
 )
 def test_wrong_numbers(weight, layout_format, wrong) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
-        native.prepare(**{**arguments(weight(layout_format, 5, 70)), **wrong})
+        native.prepare(**{**arguments(weight(layout_format, 5, 70, density=1.0)), **wrong})
+
+
+@pytest.mark.parametrize("layout_format", ["block-bf16-v1", "block-int8-v1"])
+def test_blocks_that_do_not_fit(weight, layout_format) -> None:
+    good = arguments(weight(layout_format, 40, 200, density=0.4))
+    mask = good["arrays"]["mask"]
+    for row, bit, message in ((0, 0, "wrong size"), (2, 3, "wrong size"), (1, 4, "last column"), (2, 7, "last column")):
+        damaged = mask.copy()
+        damaged[row, 0] ^= 1 << bit
+        with pytest.raises(ValueError, match=message):
+            native.prepare(**{**good, "arrays": {**good["arrays"], "mask": damaged}})
+    for high, wide in (
+        (0, 64),
+        (-16, 64),
+        (16, 0),
+        (8, 64),
+        (16, 48),
+        (4112, 64),
+        (16, 4128),
+        (2**62, 2**62),
+        (32, 64),
+    ):
+        integers = {**good["integers"], "block_shape_0": high, "block_shape_1": wide}
+        with pytest.raises(ValueError):  # noqa: PT011
+            native.prepare(**{**good, "integers": integers})
+    with pytest.raises(ValueError, match="block_shape_1 missing"):
+        native.prepare(**{**good, "integers": {k: v for k, v in good["integers"].items() if k != "block_shape_1"}})
 
 
 def test_masks_that_do_not_fit(weight, layout_format) -> None:
+    if layout_format.startswith("block"):
+        pytest.skip("its mask is one of blocks")
     good = arguments(weight(layout_format, 5, 70, density=0.4))
     if "mask" not in good["arrays"]:
         good["arrays"]["mask"] = np.zeros((5, 9), np.uint8)

@@ -12,7 +12,6 @@ from rarefy.layouts import FORMATS
 MASK = np.array([[0b00010101], [0b00001010]], dtype=np.uint8)
 NM_MASK = np.array([[0b00010101], [0b00011010]], dtype=np.uint8)
 CODEBOOKS = ("ternary-v1", "binary-v1", "lut4-v1", "lut8-v1")
-KEYS = ("shape", "num_values", "keep", "group", "group_size", "symmetric")
 SCALES = np.array([[0x3F80], [0x4000]], dtype=np.uint16)
 ZERO_POINTS = np.array([[0], [15]], dtype=np.uint8)
 VALUES = np.array([0x3F80, 0xBF80, 0, 0x4000, 0x3F00], dtype=np.uint16)
@@ -23,7 +22,24 @@ ASYMMETRIC = {"group_size": None, "symmetric": False}
 def example(format):
     if format in CODEBOOKS:
         return codebook_example(format)
+    if format == "sum-v1":
+        (first_meta, first), (second_meta, second) = example("lowrank-bf16-v1"), example("bitmask-int8-v1")
+        parts = [{"format": "lowrank-bf16-v1", **first_meta}, {"format": "bitmask-int8-v1", **second_meta}]
+        for part in parts:
+            del part["shape"]
+        arrays = {f"0_{name}": array for name, array in first.items()}
+        return {"shape": [2, 5], "parts": parts}, arrays | {f"1_{name}": array for name, array in second.items()}
     packing, values, _ = format.split("-")
+    if packing == "lowrank":
+        meta, arrays = {"shape": [2, 5], "rank": 3}, {}
+        for side, shape in (("left", (2, 3)), ("right", (3, 5))):
+            if values == "bf16":
+                arrays[f"{side}_values"] = np.resize(VALUES, shape)
+            else:
+                arrays[f"{side}_codes"] = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+                arrays[f"{side}_scales"] = np.full((shape[0], 1), 0x3F80, dtype=np.uint16)
+                arrays[f"{side}_zero_points"] = np.full((shape[0], 1), 7, dtype=np.uint8)
+        return meta | (ASYMMETRIC if values == "int8" else {}), arrays
     meta = {"shape": [2, 5]}
     arrays = {}
     if packing == "bitmask":
@@ -32,7 +48,10 @@ def example(format):
     elif packing == "nm":
         meta |= {"keep": 2, "group": 4}
         arrays["mask"] = NM_MASK
-    count = {"dense": 10, "bitmask": 5, "nm": 6}[packing]
+    elif packing == "block":  # blocks of 2, 2 and 1 columns, of which the first and the last are stored
+        meta |= {"block_shape": [4, 2], "num_values": 6}
+        arrays["mask"] = np.array([[0b101]], dtype=np.uint8)
+    count = {"dense": 10, "bitmask": 5, "nm": 6, "block": 6}[packing]
     if values == "f32":
         arrays["values"] = np.arange(10, dtype=np.float32).reshape(2, 5)
     elif values == "bf16":
@@ -128,7 +147,7 @@ def test_shape(format, shape):
 @pytest.mark.parametrize("value", [-1, 4, 6, 11, 2**70, 5.0, "5", None, True, []])
 def test_num_values(format, value):
     meta, arrays = example(format)
-    if "num_values" in meta:
+    if "num_values" in meta and value != meta["num_values"]:
         refuse(format, {**meta, "num_values": value}, arrays)
 
 
@@ -165,7 +184,8 @@ def test_symmetry_and_zero_points_must_agree(format):
 def test_non_finite_values(format, bits):
     meta, arrays = example(format)
     if format.endswith("bf16-v1"):
-        refuse(format, meta, {**arrays, "values": changed(arrays["values"], (-1,), bits)}, "NaN")
+        name = next(name for name in arrays if name.endswith("values"))
+        refuse(format, meta, {**arrays, name: changed(arrays[name], (-1,), bits)}, "NaN")
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -177,8 +197,9 @@ def test_non_finite_float32(value):
 @pytest.mark.parametrize("bits", [0, 0x0001, 0x007F, 0x7B01, 0x7F80, 0x7FC0, 0x8000, 0xBF80, 0xFFFF])
 def test_scales(format, bits):
     meta, arrays = example(format)
-    if "scales" in arrays:
-        refuse(format, meta, {**arrays, "scales": changed(SCALES, (1, 0), bits)}, "scale out of range")
+    for name in arrays:
+        if name.endswith("scales"):
+            refuse(format, meta, {**arrays, name: changed(arrays[name], (1, 0), bits)}, "scale out of range")
 
 
 @pytest.mark.parametrize("num_bits", [2, 3, 4])
@@ -194,7 +215,7 @@ def test_zero_point_beyond_the_codes(packing, num_bits):
 
 def test_mask_padding_bits(format):
     meta, arrays = example(format)
-    if "mask" in arrays:
+    if "mask" in arrays and not format.startswith("block"):
         for bit in (5, 6, 7):
             damaged = arrays["mask"].copy()
             damaged[1, 0] = damaged[1, 0] & ~np.uint8(2) | np.uint8(1 << bit)  # the number of bits stays
@@ -203,9 +224,91 @@ def test_mask_padding_bits(format):
 
 def test_number_of_mask_bits(format):
     meta, arrays = example(format)
-    if "mask" in arrays:
+    if "mask" in arrays and not format.startswith("block"):
         refuse(format, meta, {**arrays, "mask": changed(arrays["mask"], (0, 0), 0b10101 ^ 0b10)}, "bits set")
         refuse(format, meta, {**arrays, "mask": changed(arrays["mask"], (0, 0), 0b10100)}, "bits set")
+
+
+@pytest.mark.parametrize("format", ["block-bf16-v1", "block-int8-v1"])
+def test_marked_blocks(format):
+    meta, arrays = example(format)
+    FORMATS[format].from_arrays(format, {**meta, "num_values": 6}, {**arrays, "mask": np.array([[0b110]], np.uint8)})
+    for mask in (0b001, 0b011, 0b111, 0b100, 0):  # blocks of another number of entries
+        refuse(format, meta, {**arrays, "mask": np.array([[mask]], np.uint8)}, r"blocks of \d+ entries")
+    for bit in range(3, 8):
+        refuse(format, meta, {**arrays, "mask": np.array([[0b101 | 1 << bit]], np.uint8)}, "padding bit")
+
+
+@pytest.mark.parametrize(
+    "shape", [None, 4, [4], [4, 2, 1], [0, 2], [4, -2], [4.0, 2], [True, 2], [4, 4097], [4, 3], "42"]
+)
+@pytest.mark.parametrize("format", ["block-bf16-v1", "block-int8-v1"])
+def test_block_shape(format, shape):
+    meta, arrays = example(format)
+    refuse(format, {**meta, "block_shape": shape}, arrays)
+
+
+def test_a_block_far_larger_than_the_matrix_costs_no_memory():
+    meta, arrays = example("block-bf16-v1")
+    meta |= {"block_shape": [4096, 4096], "num_values": 10}
+    arrays = {"mask": np.array([[1]], np.uint8), "values": np.resize(VALUES, 10)}
+    layout = FORMATS["block-bf16-v1"].from_arrays("block-bf16-v1", meta, arrays)
+    assert layout.mask_OI().all()
+    assert layout.to_dense().shape == (2, 5)
+
+
+@pytest.mark.parametrize("rank", [2, 4, -1, 2**31, 3.0, True, None])
+def test_rank(rank):
+    meta, arrays = example("lowrank-bf16-v1")
+    refuse("lowrank-bf16-v1", {**meta, "rank": rank}, arrays)
+
+
+def test_a_product_that_could_overflow():
+    meta, arrays = example("lowrank-bf16-v1")
+    for side in ("left", "right"):
+        arrays[f"{side}_values"] = changed(arrays[f"{side}_values"], (0, 0), 0x5F80)  # 2**64
+    refuse("lowrank-bf16-v1", meta, arrays, "magnitudes up to")
+
+
+def test_a_sum_that_could_overflow():
+    bits = np.full((2, 5), 0x7F7F, dtype=np.uint16)
+    meta = {"shape": [2, 5], "parts": [{"format": "dense-bf16-v1"}, {"format": "dense-bf16-v1"}]}
+    refuse("sum-v1", meta, {"0_values": bits, "1_values": bits}, "magnitudes up to")
+
+
+PART = {"format": "dense-bf16-v1"}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        None,
+        {},
+        "ab",
+        [],
+        [PART],
+        [PART, PART, PART],
+        [PART, None],
+        [PART, {}],
+        [PART, {"format": 3}],
+        [PART, {"format": "dense-bf16-v9"}],
+        [PART, {"format": "dense-bf16-v1", "rank": 1}],
+        [PART, {"format": "dense-bf16-v1", "shape": [2, 5]}],
+        [PART, {"format": "dense-int8-v1"}],
+        [PART, {"format": "sum-v1", "parts": [PART, PART]}],
+    ],
+)
+def test_parts(parts):
+    arrays = {f"{i}_values": np.resize(VALUES, (2, 5)) for i in range(2)}
+    FORMATS["sum-v1"].from_arrays("sum-v1", {"shape": [2, 5], "parts": [PART, PART]}, arrays)
+    refuse("sum-v1", {"shape": [2, 5], "parts": parts}, arrays)
+
+
+def test_parts_without_end():
+    parts = [PART]
+    for _ in range(5000):
+        parts = [PART, {"format": "sum-v1", "parts": parts}]
+    refuse("sum-v1", {"shape": [2, 5], "parts": parts}, {})
 
 
 def test_nm_counts_hold_in_every_group_not_only_in_sum(format):
@@ -295,7 +398,12 @@ json_values = st.recursive(
 @given(
     st.sampled_from(sorted(FORMATS)),
     st.dictionaries(
-        st.sampled_from(["shape", "num_values", "keep", "group", "group_size", "symmetric", "scaled", "x"]),
+        st.sampled_from(
+            [
+                *("shape", "num_values", "keep", "group", "group_size", "symmetric", "scaled"),
+                *("block_shape", "rank", "parts", "x"),
+            ]
+        ),
         json_values,
         max_size=3,
     ),

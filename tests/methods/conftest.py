@@ -2,20 +2,22 @@ import pytest
 import torch
 
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.patterns import NM, Blocks, Unstructured
 from rarefy.methods import GPTQ, METHODS, RTN, LayerMethod, Magnitude, SparseGPT, Wanda
 
 INT4, INT8 = IntGrid(4, 32, False), IntGrid(8, None, True)
 
 EXAMPLES: dict[str, list[LayerMethod]] = {
-    "magnitude": [Magnitude(Unstructured(0.5)), Magnitude(NM(2, 4))],
-    "wanda": [Wanda(Unstructured(0.7)), Wanda(NM(16, 64))],
+    "magnitude": [Magnitude(Unstructured(0.5)), Magnitude(NM(2, 4)), Magnitude(Blocks((4, 8), 0.5))],
+    "wanda": [Wanda(Unstructured(0.7)), Wanda(NM(16, 64)), Wanda(Blocks((3, 20), 0.4))],
     "sparsegpt": [
         SparseGPT(Unstructured(0.6), block_size=48),
         SparseGPT(NM(2, 4), order="activation"),
         SparseGPT(NM(3, 7), refit_steps=0),
         SparseGPT(Unstructured(0.5), INT4),
         SparseGPT(NM(2, 4), IntGrid(2, 32, False)),
+        SparseGPT(Blocks((4, 24), 0.5), order="activation"),
+        SparseGPT(Blocks((1, 8), 0.5), INT8, refit_steps=0),
         SparseGPT(NM(8, 16), INT4, refit_steps=0, order="activation"),
     ],
     "rtn": [

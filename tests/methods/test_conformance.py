@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
 from rarefy.core.errors import PatternError
-from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.patterns import NM, Blocks, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import pack, unpack
 from rarefy.methods import METHODS, LayerMethod, Magnitude
@@ -47,7 +47,10 @@ def test_a_later_step_never_undoes_an_earlier_one(first: str, second: str) -> No
             pattern = getattr(two, "pattern", None)
             if pattern is not None:
                 assert result.mask_OI is not None
-                assert result.mask_OI.mean() <= 1 - pattern.sparsity + 0.02
+                most = (1 - pattern.sparsity + 0.02) * result.mask_OI.size
+                if isinstance(pattern, Blocks):  # smaller ones at the edges
+                    most = pattern.max_num_values(result.shape)
+                assert result.mask_OI.sum() <= most
             # what is stored is what was computed (floats are stored in bfloat16)
             stored = unpack(pack(result))
             tolerance = 0 if result.grid is not None else 2**-8 * np.abs(result.weight_OI)

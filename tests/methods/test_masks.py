@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rarefy.core.patterns import NM
-from rarefy.methods.masks import keep_highest, num_pruned, select_nm, select_unstructured
+from rarefy.core.patterns import NM, Blocks
+from rarefy.methods.masks import keep_highest, num_pruned, select_blocks, select_nm, select_unstructured
 
 SCORES = arrays(
     np.float32,
@@ -64,3 +64,38 @@ def test_earlier_zeros_stay_and_count(sparsity: float) -> None:
     assert (~kept_ON).sum() == max(8, round(20 * sparsity))
     nm_ON = select_nm(score_ON, NM(1, 2), present_ON)
     assert nm_ON.tolist() == [[False] * 4 + [True, False] * 3] * 2
+
+
+@given(SCORES, st.integers(1, 4), st.integers(1, 9), st.floats(0, 1), st.booleans())
+def test_select_blocks_keeps_the_blocks_of_highest_sums(
+    score_OI: np.ndarray, high: int, wide: int, sparsity: float, per_row: bool
+) -> None:
+    score_OI = np.where(np.isfinite(score_OI), score_OI, np.float32(0))
+    pattern = Blocks((high, wide), sparsity)
+    kept_OI = select_blocks(score_OI, pattern, None, per_row=per_row)
+    rows, width = score_OI.shape
+    sums, kept = [], []
+    for top in range(0, rows, high):
+        blocks = [(slice(top, top + high), slice(left, left + wide)) for left in range(0, width, wide)]
+        sums.append([float(np.float32(sum(score_OI[block].ravel().tolist()))) for block in blocks])
+        for block in blocks:
+            assert kept_OI[block].all() or not kept_OI[block].any()
+        kept.append([bool(kept_OI[block].all()) for block in blocks])
+    num_blocks = sum(map(len, sums))
+    assert sum(not k for row in kept for k in row) == round(sparsity * num_blocks)
+    if not per_row:
+        sums, kept = ([[value for row in rows for value in row]] for rows in (sums, kept))
+    for row, chosen in zip(sums, kept, strict=True):
+        assert chosen == kept_by_sorting(row, sum(chosen))
+
+
+def test_blocks_that_are_zero_already_count_and_stay() -> None:
+    score_OI = np.arange(64, dtype=np.float32).reshape(4, 16)
+    present_OI = np.ones((4, 16), dtype=np.bool_)
+    present_OI[2:, 8:] = False  # the block of the highest scores
+    present_OI[0, :8:2] = False  # a part of another
+    kept_OI = select_blocks(score_OI, Blocks((2, 8), 0.5), present_OI)
+    expected = np.zeros((4, 16), dtype=np.bool_)
+    expected[:2, 8:] = expected[2:, :8] = True
+    assert kept_OI.tolist() == expected.tolist()
+    assert select_blocks(score_OI, Blocks((2, 8), 0.25), present_OI).tolist() == present_OI.tolist()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from torch import nn
 
 from rarefy.artifact import write_artifact
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize, to_bf16_bits
-from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, Ternary, pack
+from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, LowRank, RowLayout, Sum, Ternary, pack
 
 torch.set_num_threads(2)
 
@@ -24,10 +24,13 @@ TINY = {"hidden_size": 48, "num_attention_heads": 4, "num_hidden_layers": 2, "vo
 def solution_for(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = False) -> Solution:
     """A solution that `pack` stores in the given format, by magnitude and round-to-nearest."""
     kind, values, _ = format_name.split("-")
-    pattern: Pattern | None = {"dense": None, "bitmask": Unstructured(0.6), "nm": NM(3, 8)}[kind]
+    patterns = {"dense": None, "bitmask": Unstructured(0.6), "nm": NM(3, 8), "block": Blocks((8, 16), 0.5)}
+    pattern: Pattern | None = patterns[kind]
     mask = None
     if isinstance(pattern, Unstructured):
         mask = np.abs(weight_OI) > np.quantile(np.abs(weight_OI), 0.6)
+    elif isinstance(pattern, Blocks):
+        mask = np.add.outer(np.arange(weight_OI.shape[0]) // 8, np.arange(weight_OI.shape[1]) // 16) % 2 == 0
     elif isinstance(pattern, NM):
         mask = np.zeros(weight_OI.shape, dtype=bool)
         keep_G = pattern.keep_counts_G(weight_OI.shape[1])
@@ -52,6 +55,15 @@ def bf16(weight: np.ndarray) -> np.ndarray:
 
 
 def make_layout(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = False) -> AnyLayout:
+    if format_name == "sum-v1":
+        rest = weight_OI - make_layout("lowrank-bf16-v1", weight_OI).to_dense()
+        return Sum(make_layout("lowrank-bf16-v1", weight_OI), make_layout("bitmask-bf16-v1", rest))
+    if format_name.startswith("lowrank"):
+        u, s, vt = np.linalg.svd(weight_OI.astype(np.float64), full_matrices=False)
+        factor_format = format_name.replace("lowrank", "dense")
+        rank = max(1, len(s) // 2)
+        factors = (u[:, :rank] * s[:rank], vt[:rank])
+        return LowRank(*(make_layout(factor_format, factor, symmetric=symmetric) for factor in factors))
     size = np.abs(weight_OI).mean(axis=1, keepdims=True, dtype=np.float32)
     size[size == 0] = 1  # the row of a padding token
     match format_name:
@@ -68,6 +80,13 @@ def make_layout(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = Fa
     layout = pack(solution, float_format="f32" if "f32" in format_name else "bf16")
     assert layout.format == format_name
     return layout
+
+
+def row_format(format_name: str) -> str:
+    """The format, or its dense relative where rows of it cannot be looked up."""
+    if FORMATS[format_name] in get_args(RowLayout):
+        return format_name
+    return "dense-bf16-v1" if format_name == "sum-v1" else f"dense-{format_name.split('-')[1]}-v1"
 
 
 def make_model(family: str) -> nn.Module:
@@ -131,12 +150,17 @@ Chooser = Callable[[str, nn.Module], str | None]
 
 
 def write(path: Path, model: Any, choose: Chooser, *, tied: Mapping[str, str] | None = None) -> dict[str, AnyLayout]:
-    """Write `model` as an artifact with the layers that `choose` names a format for, and give it the same weights."""
+    """Write `model` as an artifact with the layers that `choose` names a format for, and give it the same weights.
+
+    Embeddings get the dense relative of a format whose rows cannot be looked up.
+    """
     tied = dict(tied or {})
     layers: dict[str, AnyLayout] = {}
     for name, module in model.named_modules():
         format_name = None if name in tied else choose(name, module)
         if format_name is not None:
+            if isinstance(module, nn.Embedding):
+                format_name = row_format(format_name)
             layers[name] = make_layout(format_name, module.weight.detach().numpy())
             module.weight.data = torch.from_numpy(layers[name].to_dense()).clone()
     for alias, name in tied.items():

@@ -33,13 +33,11 @@ FEW_FORMATS = ["bitmask-bf16-v1", "dense-int8-v1", "nm-int4-v1"]
 
 
 def everything(format_name: str) -> Callable[[str, nn.Module], str | None]:
-    """Every linear layer in the given format, and the embedding of words in its dense relative."""
-    dense = f"dense-{format_name.split('-')[1]}-v1"
+    """Every linear layer in the given format, and the embedding of words."""
 
     def choose(name: str, module: nn.Module) -> str | None:
-        if name.endswith(("embed_tokens", "word_embeddings")):
-            return dense
-        return format_name if type(module) is nn.Linear else None
+        chosen = name.endswith(("embed_tokens", "word_embeddings")) or type(module) is nn.Linear
+        return format_name if chosen else None
 
     return choose
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from rarefy.core.errors import PathError, RecipeError, UsageError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Unstructured
-from rarefy.methods import GPTQ, METHODS, RTN, SparseGPT
+from rarefy.core.patterns import NM, Blocks, Unstructured
+from rarefy.methods import GPTQ, METHODS, RTN, SparseGPT, Wanda
 from rarefy.recipe import Recipe, Step, load_recipe, shipped_names
 from rarefy.recipe.schema import STEP_MODELS, json_schema
 from rarefy.recipe.source import parse_yaml
@@ -76,6 +76,13 @@ def test_an_object_in_python_is_named_by_its_class() -> None:
     assert recipe.to_dict()["steps"][0]["method"] == "gptq"
 
 
+def test_blocks(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "steps:\n  - method: wanda\n    pattern: {block: [16, 64], sparsity: 0.5}\n"))
+    assert recipe.steps[0].method == Wanda(Blocks((16, 64), 0.5))
+    assert recipe.to_dict()["steps"][0]["pattern"] == {"block": [16, 64], "sparsity": 0.5}
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+
+
 @pytest.mark.parametrize("name", shipped_names())
 def test_every_shipped_recipe_is_valid_and_described(name: str) -> None:
     recipe = load_recipe(name)
@@ -109,7 +116,22 @@ WRONG = [
     ("steps:\n  - method: wanda\n    pattern: {sparsity: yes}\n", 3, "sparsity is True", "a number"),
     ("steps:\n  - method: wanda\n    pattern:\n      keep: 5\n      group: 4\n", 3, "'keep': 5", "keep <= group"),
     ("steps:\n  - method: wanda\n    pattern:\n      keep: 0\n      group: 4\n", 4, "keep is 0", ">= 1 and <= 64"),
-    ("steps:\n  - method: wanda\n    pattern: 0.5\n", 3, "pattern is 0.5", "{sparsity: S} or {keep: K, group: G}"),
+    (
+        "steps:\n  - method: wanda\n    pattern: 0.5\n",
+        3,
+        "pattern is 0.5",
+        "{keep: K, group: G} or {block: [R, C], sparsity: S}",
+    ),
+    ("steps:\n  - method: wanda\n    pattern: {block: [16, 64]}\n", 3, "'sparsity' is missing", "block, sparsity"),
+    (
+        "steps:\n  - method: wanda\n    pattern: {block: 16, sparsity: 0.5}\n",
+        3,
+        "block is 16",
+        "two integers in [1, 4096]",
+    ),
+    ("steps:\n  - method: wanda\n    pattern: {block: [16], sparsity: 0.5}\n", 3, "block is [16]", "rows and columns"),
+    ("steps:\n  - method: wanda\n    pattern: {block: [0, 64], sparsity: 0.5}\n", 3, "item of block is 0", "[1, 4096]"),
+    ("steps:\n  - method: wanda\n    pattern: {block: [8, 8], keep: 1}\n", 3, "unknown key 'keep'", "block, sparsity"),
     ("steps:\n  - method: wanda\n    pattern: {}\n", 3, "the key 'sparsity' is missing", "sparsity"),
     ("steps:\n  - method: rtn\n    values: {num_bits: 5}\n", 3, "num_bits is 5", "2, 3, 4 or 8"),
     ("steps:\n  - method: rtn\n    values: {num_bits: '4'}\n", 3, "num_bits is '4'", "4 or 8"),

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from rarefy.core.errors import PatternError
 
 MAX_GROUP = 64
+MAX_BLOCK = 4096
 
 
 @final
@@ -94,4 +95,54 @@ class NM:
             )
 
 
-Pattern = Unstructured | NM
+@final
+@dataclass(frozen=True)
+class Blocks:
+    """Whole blocks are zero: the matrix is cut into a grid of blocks, which are smaller at its lower and right edge.
+
+    Args:
+        block_shape: rows and columns of a block, each in [1, 4096].
+        sparsity: fraction of blocks that are zero, in [0, 1].
+
+    Raises:
+        PatternError: a field is out of range.
+    """
+
+    block_shape: tuple[int, int]
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        shape: object = self.block_shape
+        ok = isinstance(shape, tuple) and len(shape) == 2
+        if not ok or not all(type(size) is int and 1 <= size <= MAX_BLOCK for size in self.block_shape):
+            raise PatternError("pattern", f"block {shape!r:.60}", allowed=f"two integers in [1, {MAX_BLOCK}]")
+        Unstructured(self.sparsity)  # the same bounds
+
+    def grid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of blocks that cover a matrix (O, I), the smaller ones included."""
+        return -(-shape[0] // self.block_shape[0]), -(-shape[1] // self.block_shape[1])
+
+    def is_even(self, shape: tuple[int, int]) -> bool:
+        """Whether all blocks of a matrix (O, I) are whole."""
+        return shape[0] % self.block_shape[0] == 0 and shape[1] % self.block_shape[1] == 0
+
+    def max_num_values(self, shape: tuple[int, int]) -> int:
+        """Entries in the blocks that are kept, if those at the edges are the ones pruned; exact where all are whole."""
+        rows, columns = self.block_shape
+        (full_down, rest_down), (full_across, rest_across) = divmod(shape[0], rows), divmod(shape[1], columns)
+        num_down, num_across = self.grid_shape(shape)
+        num_keep = num_down * num_across - round(self.sparsity * num_down * num_across)
+        kinds = [
+            (rows * columns, full_down * full_across),
+            (rows * rest_across, full_down if rest_across else 0),
+            (rest_down * columns, full_across if rest_down else 0),
+            (rest_down * rest_across, 1 if rest_down and rest_across else 0),
+        ]
+        total = 0
+        for size, number in sorted(kinds, reverse=True):
+            total += size * min(number, num_keep)
+            num_keep -= min(number, num_keep)
+        return total
+
+
+Pattern = Unstructured | NM | Blocks

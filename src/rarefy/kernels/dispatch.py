@@ -8,6 +8,7 @@ from typing import Final, final
 from rarefy.core.errors import UsageError
 from rarefy.kernels.cpu import CpuFlags
 from rarefy.kernels.extension import ISAS, extension_status, native
+from rarefy.layouts.sum import PARTS
 
 _AVX2: Final = ("avx2", "fma", "f16c", "bmi2")
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
@@ -15,6 +16,12 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "reference": (),
     "avx2": _AVX2,
     "avx512": (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"),
+}
+# formats that run through the kernels of others; a sum needs those of its parts, so all
+_RUNS_AS: Final[dict[str, tuple[str, ...]]] = {
+    "lowrank-bf16-v1": ("dense-bf16-v1",),
+    "lowrank-int8-v1": ("dense-int8-v1",),
+    "sum-v1": tuple(PARTS),
 }
 
 
@@ -30,11 +37,14 @@ class Kernel:
 
 @functools.cache
 def compiled_kernels() -> frozenset[Kernel]:
-    """Kernels in the extension; empty where it is missing."""
-    if not extension_status()[0]:
-        return frozenset()
-    module = native()
-    return frozenset() if module is None else frozenset(Kernel(*row) for row in module.kernel_list())
+    """Kernels in the extension, and what runs through them; empty where it is missing."""
+    module = native() if extension_status()[0] else None
+    rows = set() if module is None else {Kernel(*row) for row in module.kernel_list()}
+    for isa in {row.isa for row in rows}:
+        for format, others in _RUNS_AS.items():
+            if all(Kernel("matmul", other, isa) in rows for other in others):
+                rows.add(Kernel("matmul", format, isa))
+    return frozenset(rows)
 
 
 def runnable_isas(cpu: CpuFlags) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
 Shapes: T rows of activations, O outputs, I inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, final
 
@@ -14,12 +15,30 @@ from rarefy.core.errors import UsageError
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import ISAS, detect_cpu, isa_cap, native
 from rarefy.kernels.reference import ReferenceWeights
-from rarefy.layouts import Layout
+from rarefy.layouts import BlockFloat, BlockInt, Layout, LowRank, Meta, Sum
 
 if TYPE_CHECKING:
     from rarefy._native import Weights
 
 Float32Array = NDArray[np.float32]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """x meets `inner`, and what comes out meets `outer`: a low-rank pair."""
+
+    inner: "Prepared"
+    outer: "Prepared"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """x meets both, and the outputs are added."""
+
+    first: "Prepared"
+    second: "Prepared"
 
 
 @final
@@ -39,20 +58,18 @@ class Prepared:
         self.shape = layout.shape
         self.format = layout.format
         self.isa = kernel.isa
-        self.weights: Weights | ReferenceWeights
-        module = None if kernel.isa == "numpy" else native()
-        if module is None:
-            self.weights = ReferenceWeights(layout)
-        else:
-            self.weights = module.prepare(
-                self.format,
-                self.isa,
-                self.shape[0],
-                self.shape[1],
-                {name: int(value) for name, value in layout.meta().items() if isinstance(value, int)},
-                {name: np.ascontiguousarray(array) for name, array in layout.arrays().items()},
-            )
-        self.nbytes = int(self.weights.nbytes)
+        self.nbytes: int
+        self.weights: Weights | ReferenceWeights | _Chain | _Sum
+        match layout:
+            case LowRank():
+                self.weights = _Chain(*(_prepare_as(part, kernel) for part in (layout.right, layout.left)))
+                self.nbytes = self.weights.inner.nbytes + self.weights.outer.nbytes
+            case Sum():
+                self.weights = _Sum(*(_prepare_as(part, kernel) for part in layout.parts))
+                self.nbytes = self.weights.first.nbytes + self.weights.second.nbytes
+            case _:
+                self.weights = _repack(layout, kernel)
+                self.nbytes = int(self.weights.nbytes)
 
     def __repr__(self) -> str:
         return f"Prepared({self.format}, shape={self.shape}, isa={self.isa}, nbytes={self.nbytes})"
@@ -60,6 +77,41 @@ class Prepared:
     def matmul(self, x_TI: ArrayLike) -> Float32Array:
         """x @ W^T in float32; see `matmul`."""
         return matmul_many(x_TI, (self,))[0]
+
+
+def _prepare_as(part: Layout, kernel: Kernel) -> Prepared:
+    return Prepared(part, Kernel(kernel.op, part.format, kernel.isa))
+
+
+def _repack(layout: Layout, kernel: Kernel) -> "Weights | ReferenceWeights":
+    module = None if kernel.isa == "numpy" else native()
+    if isinstance(layout, BlockFloat | BlockInt) and (module is None or not _has_half_cells(layout.block_shape)):
+        layout = layout.as_bitmask()
+    if module is None:
+        return ReferenceWeights(layout)
+    weights: Weights = module.prepare(
+        layout.format,
+        kernel.isa,
+        layout.shape[0],
+        layout.shape[1],
+        _integers(layout.meta()),
+        {name: np.ascontiguousarray(array) for name, array in layout.arrays().items()},
+    )
+    return weights
+
+
+def _has_half_cells(block_shape: tuple[int, int]) -> bool:
+    """Whether blocks are made of 16 outputs by 32 inputs, as native/matmul/encodings/block.h needs them."""
+    return block_shape[0] % 16 == 0 and block_shape[1] % 32 == 0
+
+
+def _integers(meta: Meta) -> dict[str, int]:
+    """Integers of the metadata; those of a list get its name and their place in it."""
+    integers = {name: int(value) for name, value in meta.items() if isinstance(value, int)}
+    for name, value in meta.items():
+        if isinstance(value, list) and name != "shape":
+            integers |= {f"{name}_{i}": item for i, item in enumerate(value)}
+    return integers
 
 
 def prepare(layout: Layout, *, isa: str | None = None) -> Prepared:
@@ -90,7 +142,8 @@ def matmul(x_TI: ArrayLike, w: Layout | Prepared) -> Float32Array:
     """y = x @ W^T.
 
     Float layouts: float32 sums of exact products' roundings. Int layouts: each row of x is quantized in blocks of 64
-    columns to 8 bits first; docs/formats.md states the arithmetic.
+    columns to 8 bits first. Low-rank pairs: x with the right factor, and what comes out with the left one. Sums: the
+    products with both parts, added in float32. docs/format.md states the arithmetic.
 
     Args:
         x_TI: activations, (..., I), converted to float32.
@@ -128,19 +181,49 @@ def matmul_many(x_TI: ArrayLike, weights: Sequence[Prepared]) -> list[Float32Arr
             )
     leading = x.shape[:-1]
     rows_TI = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(prod(leading), x.shape[-1]))
+    results = iter(_products(rows_TI, [part for w in weights for part in _first_parts(w)]))
+    outputs = [_finish(w, results) for w in weights]
+    return outputs if x.ndim == 2 else [y_TO.reshape(*leading, y_TO.shape[1]) for y_TO in outputs]
+
+
+def _first_parts(w: Prepared) -> list[Prepared]:
+    """The weights that x itself meets, so that those of all products share one fork-join."""
+    match w.weights:
+        case _Chain(inner, _):
+            return [inner]
+        case _Sum(first, second):
+            return _first_parts(first) + _first_parts(second)
+        case _:
+            return [w]
+
+
+def _finish(w: Prepared, results: Iterator[Float32Array]) -> Float32Array:
+    """Make the product out of those with its first parts, which come in their order."""
+    match w.weights:
+        case _Chain(_, outer):
+            return _products(next(results), [outer])[0]
+        case _Sum(first, second):
+            y_TO = _finish(first, results)
+            with np.errstate(over="ignore", invalid="ignore"):
+                return np.add(y_TO, _finish(second, results), out=y_TO)
+        case _:
+            return next(results)
+
+
+def _products(x_TI: Float32Array, weights: Sequence[Prepared]) -> list[Float32Array]:
     outputs: list[Float32Array] = []
     native_weights = []
     native_outputs = []
     for w in weights:
         if isinstance(w.weights, ReferenceWeights):
-            y_TO = w.weights.matmul(rows_TI)
+            y_TO = w.weights.matmul(x_TI)
         else:
-            y_TO = np.empty((rows_TI.shape[0], w.shape[0]), np.float32)
+            y_TO = np.empty((x_TI.shape[0], w.shape[0]), np.float32)
             native_weights.append(w.weights)
             native_outputs.append(y_TO)
         outputs.append(y_TO)
     if native_weights:
         module = native()
         assert module is not None
-        module.matmul(rows_TI, native_weights, native_outputs)
-    return outputs if x.ndim == 2 else [y_TO.reshape(*leading, y_TO.shape[1]) for y_TO in outputs]
+        module.matmul(x_TI, native_weights, native_outputs)
+    return outputs

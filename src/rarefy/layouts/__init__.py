@@ -8,9 +8,12 @@ from rarefy.layouts.base import Array, ArraySpec, Layout, Meta, MetaValue
 from rarefy.layouts.binary import Binary
 from rarefy.layouts.bitmask_float import BitmaskFloat
 from rarefy.layouts.bitmask_int import BitmaskInt
+from rarefy.layouts.block_float import BlockFloat
+from rarefy.layouts.block_int import BlockInt
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
 from rarefy.layouts.lookup_table import NF4, LookupTable
+from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.packing import (
@@ -23,6 +26,7 @@ from rarefy.layouts.packing import (
     packed_nbytes,
     unpack,
 )
+from rarefy.layouts.sum import Sum
 from rarefy.layouts.ternary import Ternary
 
 __all__ = [
@@ -34,16 +38,20 @@ __all__ = [
     "Binary",
     "BitmaskFloat",
     "BitmaskInt",
+    "BlockFloat",
+    "BlockInt",
     "DenseFloat",
     "DenseInt",
     "FloatFormat",
     "Layout",
     "LookupTable",
+    "LowRank",
     "Meta",
     "MetaValue",
     "NMFloat",
     "NMInt",
     "RowLayout",
+    "Sum",
     "Ternary",
     "choose_format",
     "pack",

@@ -15,7 +15,7 @@ from rarefy.core.grids import MAX_SCALE, MIN_SCALE, NUM_BITS, Float32Array, IntG
 from rarefy.core.patterns import NM
 
 Array = npt.NDArray[np.generic]
-MetaValue = int | bool | None | list[int]
+MetaValue = int | bool | None | list[int] | list[dict[str, object]]
 Meta = Mapping[str, object]
 ArraySpec = dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]]
 
@@ -93,7 +93,7 @@ def read_shape(format: str, meta: Meta, *other_keys: str) -> tuple[int, int]:
     shape = meta["shape"]
     if not isinstance(shape, list | tuple) or len(shape) != 2:
         raise LayoutError(format, f"shape {shape!r:.60}", allowed="two integers [O, I]")
-    rows, width = (_integer(format, "shape", size, 0, MAX_DIMENSION) for size in shape)
+    rows, width = (read_integer(format, "shape", size, 0, MAX_DIMENSION) for size in shape)
     return rows, width
 
 
@@ -115,7 +115,7 @@ def read_pattern(format: str, meta: Meta) -> NM:
 
 def read_num_values(format: str, meta: Meta, shape: tuple[int, int]) -> int:
     """Read num_values."""
-    return _integer(format, "num_values", meta["num_values"], 0, shape[0] * shape[1])
+    return read_integer(format, "num_values", meta["num_values"], 0, shape[0] * shape[1])
 
 
 def read_group_size(format: str, meta: Meta) -> int | None:
@@ -280,7 +280,13 @@ def _unit(num_bits: int) -> tuple[int, int]:
     return 8 // shared, num_bits // shared
 
 
-def _integer(format: str, name: str, value: object, low: int, high: int) -> int:
+def without_prefix(arrays: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    """The arrays whose names begin with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def read_integer(format: str, name: str, value: object, low: int, high: int) -> int:
+    """Refuse what is no integer in [low, high]."""
     if type(value) is not int or not low <= value <= high:
         raise LayoutError(format, f"{name} {value!r:.60}", allowed=f"an integer in [{low}, {high}]")
     return value

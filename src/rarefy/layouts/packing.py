@@ -7,25 +7,30 @@ import numpy.typing as npt
 
 from rarefy.core.errors import NonFiniteError
 from rarefy.core.grids import Float32Array, IntGrid, Uint16Array, quantize, to_bf16_bits
-from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import base
 from rarefy.layouts.base import Meta
 from rarefy.layouts.binary import Binary
 from rarefy.layouts.bitmask_float import BitmaskFloat
 from rarefy.layouts.bitmask_int import BitmaskInt
+from rarefy.layouts.block_float import BlockFloat
+from rarefy.layouts.block_int import BlockInt
+from rarefy.layouts.block_order import blocks_of, count_entries, to_stream
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
 from rarefy.layouts.lookup_table import LookupTable
+from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.scales import stored_grid
+from rarefy.layouts.sum import Sum
 from rarefy.layouts.ternary import Ternary
 
 FloatFormat = Literal["bf16", "f32"]
 # whose rows lie at known places, so that an embedding can look them up
 RowLayout = DenseFloat | DenseInt | Ternary | Binary | LookupTable
-AnyLayout = RowLayout | BitmaskFloat | BitmaskInt | NMFloat | NMInt
+AnyLayout = RowLayout | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt | LowRank | Sum
 
 # the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
 FORMATS: dict[str, type[AnyLayout]] = {
@@ -49,6 +54,11 @@ FORMATS: dict[str, type[AnyLayout]] = {
     "binary-v1": Binary,
     "lut4-v1": LookupTable,
     "lut8-v1": LookupTable,
+    "block-bf16-v1": BlockFloat,
+    "block-int8-v1": BlockInt,
+    "lowrank-bf16-v1": LowRank,
+    "lowrank-int8-v1": LowRank,
+    "sum-v1": Sum,
 }
 
 
@@ -64,9 +74,10 @@ def choose_format(
     grid: IntGrid | None,
     *,
     num_values: int | None = None,
+    num_block_values: int | None = None,
     float_format: FloatFormat = "bf16",
 ) -> tuple[str, int]:
-    """Which format `pack` stores a matrix in, and how many bytes that takes.
+    """Which format `pack` stores a matrix in, and how many bytes that takes: of those that can hold it, the smallest.
 
     A sparse layout that would be larger than the dense one (its mask costs more than the zeros save) gives way to it.
 
@@ -74,7 +85,8 @@ def choose_format(
         shape: (O, I).
         pattern: zero pattern, None for dense.
         grid: value grid, None for floats.
-        num_values: entries kept by an unstructured pattern; None: what its sparsity says.
+        num_values: entries kept by an unstructured or block pattern; None: what its sparsity says.
+        num_block_values: entries of the blocks that hold those; None: what the sparsity says, at most.
         float_format: dtype of dense floats. Sparse floats are always bfloat16.
 
     Returns:
@@ -82,24 +94,33 @@ def choose_format(
     """
     rows, width = shape
     values = float_format if grid is None else f"int{grid.num_bits}"
-    grid_meta = {} if grid is None else {"group_size": grid.group_size, "symmetric": grid.symmetric}
-    dense = f"dense-{values}-v1"
-    dense_bytes = packed_nbytes(dense, {"shape": [rows, width], **grid_meta})
+    sparse_values = "bf16" if grid is None else values
+    common: dict[str, object] = {"shape": [rows, width]}
+    if grid is not None:
+        common |= {"group_size": grid.group_size, "symmetric": grid.symmetric}
+    candidates: list[tuple[str, Meta]] = []
     match pattern:
         case None:
-            return dense, dense_bytes
+            pass
         case NM():
-            sparse = f"nm-{'bf16' if grid is None else values}-v1"
-            meta = {"shape": [rows, width], "keep": pattern.keep, "group": pattern.group, **grid_meta}
+            candidates.append((f"nm-{sparse_values}-v1", {"keep": pattern.keep, "group": pattern.group}))
         case Unstructured():
             if num_values is None:
                 num_values = rows * width - round(rows * width * pattern.sparsity)
-            sparse = f"bitmask-{'bf16' if grid is None else values}-v1"
-            meta = {"shape": [rows, width], "num_values": num_values, **grid_meta}
+            candidates.append((f"bitmask-{sparse_values}-v1", {"num_values": num_values}))
+        case Blocks():
+            if num_block_values is None:
+                num_block_values = pattern.max_num_values(shape)
+            block_meta = {"block_shape": list(pattern.block_shape), "num_values": num_block_values}
+            if f"block-{sparse_values}-v1" in FORMATS:
+                candidates.append((f"block-{sparse_values}-v1", block_meta))
+            num_values = num_block_values if num_values is None else num_values
+            candidates.append((f"bitmask-{sparse_values}-v1", {"num_values": num_values}))
         case _:
             assert_never(pattern)
-    sparse_bytes = packed_nbytes(sparse, meta)
-    return (dense, dense_bytes) if sparse_bytes > dense_bytes else (sparse, sparse_bytes)
+    candidates.append((f"dense-{values}-v1", {}))
+    sizes = [(name, packed_nbytes(name, {**common, **meta})) for name, meta in candidates]
+    return min(sizes, key=lambda size: size[1])  # the first of equals: the sparse one
 
 
 def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout:
@@ -110,8 +131,10 @@ def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout
         float_format: "bf16" (weights without a grid are rounded to nearest even) or "f32" (dense layouts only).
 
     Returns:
-        nm-* for an N:M pattern, bitmask-* for an unstructured one, dense-* without a mask or where the sparse one would
-        be larger. An N:M group that keeps fewer entries than its pattern is filled up with stored zeros.
+        nm-* for an N:M pattern, bitmask-* for an unstructured one, block-* for blocks (bitmask-* where those take fewer
+        bytes, and for codes of fewer than 8 bits), dense-* without a mask or where the sparse one would be larger. An
+        N:M group that keeps fewer entries than its pattern, and a block of which some are kept, is filled up with
+        stored zeros.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite, or too large for bfloat16.
@@ -119,23 +142,38 @@ def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout
     """
     solution.check()
     grid = None if solution.grid is None else solution.grid.grid
-    mask_OI = solution.mask_OI
-    num_values = None if mask_OI is None else int(np.count_nonzero(mask_OI))
-    format, _ = choose_format(solution.shape, solution.pattern, grid, num_values=num_values, float_format=float_format)
-    if mask_OI is None or format.startswith("dense-"):
+    mask_OI, pattern = solution.mask_OI, solution.pattern
+    if mask_OI is None:
         return _pack_dense(solution, float_format)
-    if isinstance(solution.pattern, NM):
-        return _pack_nm(solution, solution.pattern, _fill_groups(mask_OI, solution.pattern))
+    mask_RC, num_block_values = None, None
+    if isinstance(pattern, Blocks):
+        mask_RC = blocks_of(mask_OI, pattern)
+        num_block_values = count_entries(mask_RC, pattern, solution.shape)
+    format, _ = choose_format(
+        solution.shape,
+        pattern,
+        grid,
+        num_values=int(np.count_nonzero(mask_OI)),
+        num_block_values=num_block_values,
+        float_format=float_format,
+    )
+    if format.startswith("dense-"):
+        return _pack_dense(solution, float_format)
+    if isinstance(pattern, NM):
+        return _pack_nm(solution, pattern, _fill_groups(mask_OI, pattern))
+    if isinstance(pattern, Blocks) and mask_RC is not None and format.startswith("block-"):
+        return _pack_blocks(solution, pattern, mask_RC)
     return _pack_bitmask(solution, mask_OI)
 
 
 def unpack(layout: AnyLayout) -> Solution:
     """The solution that a layout stores; its weights are the stored ones (after rounding).
 
-    No grid of core.grids describes ternary, binary and lookup-table layouts: theirs has none.
+    No grid of core.grids describes ternary, binary and lookup-table layouts: theirs has none. Nor does a solution say
+    how a matrix is factorized: of a low-rank pair or a sum it is the matrix itself.
     """
     match layout:
-        case DenseFloat() | Ternary() | Binary() | LookupTable():
+        case DenseFloat() | Ternary() | Binary() | LookupTable() | LowRank() | Sum():
             return Solution.dense(layout.to_dense())
         case DenseInt():
             return Solution(layout.to_dense(), None, None, layout.fitted)
@@ -148,6 +186,11 @@ def unpack(layout: AnyLayout) -> Solution:
             return Solution(layout.to_dense(), layout.mask_OI(), layout.pattern, None)
         case NMInt():
             return Solution(layout.to_dense(), layout.mask_OI(), layout.pattern, layout.fitted)
+        case BlockFloat() | BlockInt():
+            mask_RC = layout.mask_RC()
+            blocks = Blocks(layout.block_shape, 1.0 - float(mask_RC.mean()) if mask_RC.size else 0.0)
+            grid = layout.fitted if isinstance(layout, BlockInt) else None
+            return Solution(layout.to_dense(), layout.mask_OI(), blocks, grid)
         case _:
             assert_never(layout)
 
@@ -175,6 +218,14 @@ def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) ->
         return NMFloat(solution.shape, pattern, mask, _bf16(solution.weight_OI[mask_OI]))
     codes, _ = _stream(solution, mask_OI)
     return NMInt(solution.shape, solution.grid.grid, pattern, mask, codes, *stored_grid(solution.grid))
+
+
+def _pack_blocks(solution: Solution, pattern: Blocks, mask_RC: npt.NDArray[np.bool_]) -> AnyLayout:
+    mask, block_shape = base.pack_mask(mask_RC), pattern.block_shape
+    if solution.grid is None:
+        return BlockFloat(solution.shape, block_shape, mask, _bf16(to_stream(solution.weight_OI, mask_RC, pattern)))
+    codes = to_stream(quantize(solution.weight_OI, solution.grid), mask_RC, pattern)
+    return BlockInt(solution.shape, block_shape, solution.grid.grid, mask, codes, *stored_grid(solution.grid))
 
 
 def _stream(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], int]:

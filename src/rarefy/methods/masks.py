@@ -1,6 +1,6 @@
 """Choosing which entries to keep, for every pattern, and combining the choice with the zeros that are there already.
 
-Shape suffixes: O out (rows), I in (columns), N entries that compete with each other.
+Shape suffixes: O out (rows), I in (columns), N entries that compete with each other, R rows and C columns of blocks.
 """
 
 from itertools import pairwise
@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.core.patterns import NM, Pattern
+from rarefy.core.patterns import NM, Blocks, Pattern
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
@@ -91,6 +91,46 @@ def select_nm(score_OI: FloatArray, pattern: NM, present_OI: BoolArray | None) -
         num_keep = int(pattern.keep_counts_G(width)[-1])
         kept_OI[:, body:] = keep_highest(np.ascontiguousarray(score_OI[:, body:]), num_keep)
     return kept_OI if present_OI is None else kept_OI & present_OI
+
+
+def select_blocks(
+    score_OI: FloatArray, pattern: Blocks, present_OI: BoolArray | None, *, per_row: bool = False, offset: int = 0
+) -> BoolArray:
+    """Prune the blocks with the lowest sums of scores; blocks that are zero already count towards the fraction.
+
+    Args:
+        score_OI: float32, what pruning an entry would cost; the first row and column begin a block.
+        pattern: block shape and sparsity.
+        present_OI: bool, False where an entry was pruned earlier; None: all are present.
+        per_row: blocks compete within their row of blocks, not over the whole matrix.
+        offset: how many blocks of the layer come before these (see select_unstructured).
+
+    Returns:
+        bool (O, I): whole blocks, without the entries that were pruned earlier.
+    """
+    present_RC = None
+    if present_OI is not None:
+        score_OI = np.where(present_OI, score_OI, np.float32(0))
+        present_RC = _sum_blocks(present_OI, pattern) > 0
+    with np.errstate(over="ignore"):  # infinity compares as it should
+        score_RC = _sum_blocks(score_OI, pattern).astype(np.float32)
+    shape = score_RC.shape if per_row else (1, score_RC.size)
+    present = None if present_RC is None else present_RC.reshape(shape)
+    kept_RC = select_unstructured(score_RC.reshape(shape), pattern.sparsity, present, offset).reshape(score_RC.shape)
+    rows, columns = pattern.block_shape
+    kept_OI: BoolArray = np.repeat(np.repeat(kept_RC, rows, axis=0), columns, axis=1)
+    kept_OI = kept_OI[: score_OI.shape[0], : score_OI.shape[1]]
+    return np.ascontiguousarray(kept_OI) if present_OI is None else kept_OI & present_OI
+
+
+def _sum_blocks(value_OI: npt.NDArray[np.float32] | BoolArray, pattern: Blocks) -> npt.NDArray[np.float64]:
+    num_down, num_across = pattern.grid_shape((value_OI.shape[0], value_OI.shape[1]))
+    if value_OI.size == 0:
+        return np.zeros((num_down, num_across))
+    rows, columns = pattern.block_shape
+    sum_OC = np.add.reduceat(value_OI, np.arange(0, value_OI.shape[1], columns), axis=1, dtype=np.float64)
+    sums_RC: npt.NDArray[np.float64] = np.add.reduceat(sum_OC, np.arange(0, value_OI.shape[0], rows), axis=0)
+    return sums_RC
 
 
 def pattern_of(kept_OI: BoolArray, wanted: Pattern, earlier: Pattern | None, earlier_OI: BoolArray | None) -> Pattern:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from rarefy.calibrate.statistics import Gram
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.layouts import FloatFormat, choose_format
 from rarefy.methods.masks import sparser
 from rarefy.plan.cost import Rates, gram_seconds, measure_rates, solve_seconds
@@ -96,7 +96,7 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
     num_patterns = 0
     for _, method in layer.steps:
         wanted = getattr(method, "pattern", None)
-        if isinstance(wanted, NM | Unstructured):
+        if isinstance(wanted, NM | Unstructured | Blocks):
             num_patterns += 1
             pattern = sparser(pattern, wanted)
         values = getattr(method, "values", None)
@@ -111,7 +111,7 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
         format=name,
         input_bytes=_weight_bytes(ref, rows * width),
         packed_bytes=num_bytes,
-        exact=num_patterns < 2,
+        exact=num_patterns < 2 and (not isinstance(pattern, Blocks) or pattern.is_even(layer.shape)),
     )
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from rarefy.core.errors import RarefyError, RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import MAX_GROUP, NM, Pattern, Unstructured
+from rarefy.core.patterns import MAX_BLOCK, MAX_GROUP, NM, Blocks, Pattern, Unstructured
 from rarefy.methods import METHODS, LayerMethod
 from rarefy.methods.base import describe_bounds
 from rarefy.recipe.model import Recipe, RestDtype, Step
@@ -43,6 +43,16 @@ class NMSpec(_Strict):
         return self
 
 
+BlockSize = Annotated[int, Field(ge=1, le=MAX_BLOCK)]
+
+
+class BlocksSpec(_Strict):
+    """Zeros in whole blocks; those at the lower and right edge of a matrix may be smaller."""
+
+    block: list[BlockSize] = Field(min_length=2, max_length=2, description="rows and columns of a block")
+    sparsity: float = Field(ge=0, le=1, description="fraction of blocks that are zero")
+
+
 class ValuesSpec(_Strict):
     """The integer grid that weights are rounded to."""
 
@@ -54,11 +64,16 @@ class ValuesSpec(_Strict):
 
 
 def _pattern_tag(value: object) -> str:
-    return "nm" if isinstance(value, Mapping) and ("keep" in value or "group" in value) else "unstructured"
+    keys = value.keys() if isinstance(value, Mapping) else set()
+    return "blocks" if "block" in keys else "nm" if keys & {"keep", "group"} else "unstructured"
 
 
 PatternSpec = Annotated[
-    Union[Annotated[UnstructuredSpec, Tag("unstructured")], Annotated[NMSpec, Tag("nm")]],  # noqa: UP007
+    Union[  # noqa: UP007
+        Annotated[UnstructuredSpec, Tag("unstructured")],
+        Annotated[NMSpec, Tag("nm")],
+        Annotated[BlocksSpec, Tag("blocks")],
+    ],
     Discriminator(_pattern_tag),
 ]
 
@@ -175,6 +190,8 @@ def _from_file(value: object) -> object:
             return Unstructured(value.sparsity)
         case NMSpec():
             return NM(value.keep, value.group)
+        case BlocksSpec():
+            return Blocks((value.block[0], value.block[1]), value.sparsity)
         case ValuesSpec():
             return IntGrid(value.num_bits, value.group_size, value.symmetric)
         case dict():  # a default of a method
@@ -244,6 +261,8 @@ def _follow(loc: tuple[str | int, ...], data: Any) -> tuple[Path, Any, type[Base
             model = STEP_MODELS[str(part)]
         elif part == "nm":
             model = NMSpec
+        elif part == "blocks":
+            model = BlocksSpec
         elif part == "unstructured":
             model = UnstructuredSpec
     return tuple(path), here, model
@@ -258,7 +277,7 @@ def _label(path: Path) -> str:
 
 def _mapping_allowed(path: Path, model: type[BaseModel] | None) -> str:
     if path and path[-1] == "pattern":
-        return "{sparsity: S} or {keep: K, group: G}"
+        return "{sparsity: S}, {keep: K, group: G} or {block: [R, C], sparsity: S}"
     if path and path[-1] == "values":
         model = ValuesSpec
     elif len(path) == 2:
@@ -274,6 +293,8 @@ def _allowed(detail: Any, model: type[BaseModel] | None) -> str:
     context: Mapping[str, Any] = detail.get("ctx", {})
     if detail["type"] in ("string_type", "list_type") and _globs_at(detail["loc"]):
         return "a glob, or a list of globs"
+    if "block" in detail["loc"]:
+        return f"two integers in [1, {MAX_BLOCK}]: rows and columns"
     words = {
         "float_type": "a number",
         "int_type": "an integer",

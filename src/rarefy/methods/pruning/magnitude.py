@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
-from rarefy.core.patterns import NM, Pattern
+from rarefy.core.patterns import NM, Blocks, Pattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_finite_weight, check_hyperparameters, hyperparameter
-from rarefy.methods.masks import pattern_of, select_nm, select_unstructured
+from rarefy.methods.masks import pattern_of, select_blocks, select_nm, select_unstructured
 
 
 @final
@@ -19,7 +19,7 @@ from rarefy.methods.masks import pattern_of, select_nm, select_unstructured
 class Magnitude:
     """Keep the weights with the largest |w|; no data needed.
 
-    Unstructured zeros are chosen over the whole layer, N:M ones within each group.
+    Unstructured zeros and blocks (by the sum of their |w|) are chosen over the whole layer, N:M ones in each group.
 
     References:
         Han et al., Learning both Weights and Connections for Efficient Neural Networks, arXiv:1506.02626, section 3.1.
@@ -48,6 +48,8 @@ class Magnitude:
         if isinstance(self.pattern, NM):
             self.pattern.check_fits(weight_OI.shape[1], layer)
             kept_OI = select_nm(score_OI, self.pattern, present_OI)
+        elif isinstance(self.pattern, Blocks):
+            kept_OI = select_blocks(score_OI, self.pattern, present_OI)
         else:
             present = None if present_OI is None else present_OI.reshape(1, -1)
             kept_OI = select_unstructured(score_OI.reshape(1, -1), self.pattern.sparsity, present)

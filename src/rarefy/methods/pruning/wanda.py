@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
-from rarefy.core.patterns import NM, Pattern
+from rarefy.core.patterns import NM, Blocks, Pattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_finite_weight, check_hyperparameters, finite_statistic, hyperparameter
-from rarefy.methods.masks import pattern_of, select_nm, select_unstructured
+from rarefy.methods.masks import pattern_of, select_blocks, select_nm, select_unstructured
 
 
 @final
@@ -26,6 +26,7 @@ class Wanda:
     Notes:
         ||x_i||_2 is taken as the root of the mean square over tokens: the same order, whatever their number. Where
         the sparsity of a row is no whole number of entries, some rows lose one more, so that the total is exact.
+        Blocks, which the paper does not have, compare the sums of their scores within a row of blocks.
     """
 
     paper: ClassVar[str] = "arXiv:2306.11695"
@@ -48,6 +49,8 @@ class Wanda:
         if isinstance(self.pattern, NM):
             self.pattern.check_fits(weight_OI.shape[1], layer)
             kept_OI = select_nm(score_OI, self.pattern, solution.mask_OI)
+        elif isinstance(self.pattern, Blocks):
+            kept_OI = select_blocks(score_OI, self.pattern, solution.mask_OI, per_row=True)
         else:
             kept_OI = select_unstructured(score_OI, self.pattern.sparsity, solution.mask_OI)
         pattern = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)
