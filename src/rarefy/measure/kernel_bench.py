@@ -24,12 +24,13 @@ from rarefy.kernels import (
     prepare,
     set_num_threads,
 )
-from rarefy.kernels.reference import BLOCK, quantize_activations
-from rarefy.layouts import FORMATS, Layout
+from rarefy.kernels.reference import BLOCK, is_integer, quantize_activations
+from rarefy.layouts import FORMATS, Layout, LowRank, Sum
 from rarefy.measure.kernel_samples import Sample, samples_of
 from rarefy.measure.latency import Timings, interleave
 
 Float32Array = NDArray[np.float32]
+_Float64Array = NDArray[np.float64]
 
 SHAPES: Final = ((4096, 4096), (11008, 4096), (2048, 5632))
 ROWS: Final = (1, 128)
@@ -277,35 +278,56 @@ def _row(weight: _Weight, product: _Product, timings: Timings, reading: _Reading
 
 
 def _verified(weight: _Weight, x_TI: Float32Array) -> Float32Array:
-    """The outputs of the first copy, after a comparison with float64 arithmetic; every other copy must give the same.
+    """The outputs of the first copy, compared with float64 arithmetic; every other copy must give the same."""
+    where = f"{weight.sample.name}, {weight.shape[0]}x{weight.shape[1]}, {x_TI.shape[0]} rows"
+    first = weight.copies.prepared[0].matmul(x_TI)
+    expected_TP, bound_TP = _expected(weight.small, x_TI, where)
+    row_of_O = np.arange(weight.shape[0]) % weight.small.shape[0]
+    _require_near(first, expected_TP[:, row_of_O], bound_TP[:, row_of_O], where)
+    for other in weight.copies.prepared[1:] if x_TI.shape[0] == 1 else ():
+        if not np.array_equal(other.matmul(x_TI), first):
+            raise NonFiniteError(weight.sample.name, "two copies of a weight give different products")
+    return first
+
+
+def _expected(layout: Layout, x_TI: Float32Array, where: str) -> tuple[_Float64Array, _Float64Array]:
+    """The product in float64, and how far a kernel may be from it.
 
     The expected product is x_hat @ W^T in float64, where W is what the layout stores and x_hat the activations as the
     reference quantizes them (ADR 0004), or x itself for float weights. A kernel's float32 sums may differ from it by
     (n + 4) 2^-24 sum |x_hat w|, to first order, with n additions in a row: one per segment of at least 32 columns of
-    exact integers, and for floats 64 in a block and one per block.
+    exact integers, and for floats 64 in a block and one per block. A low-rank pair is two such products, the second of
+    what the first one gave, which is checked by itself; a sum adds once more.
     """
-    num_inputs = weight.shape[1]
-    dense_PI = weight.small.to_dense().astype(np.float64)
-    x_hat_TI: NDArray[np.float64] = x_TI.astype(np.float64)
-    if "int" in weight.sample.format:
+    match layout:
+        case LowRank():
+            inner_TK = prepare(layout.right).matmul(x_TI)
+            _require_near(inner_TK, *_expected(layout.right, x_TI, where), where)
+            return _expected(layout.left, inner_TK, where)
+        case Sum():
+            (first_TO, first_bound_TO), (second_TO, second_bound_TO) = (
+                _expected(part, x_TI, where) for part in layout.parts
+            )
+            bound_TO = first_bound_TO + second_bound_TO
+            return first_TO + second_TO, bound_TO + 2.0**-24 * (np.abs(first_TO + second_TO) + bound_TO)
+    x_hat_TI: _Float64Array = x_TI.astype(np.float64)
+    num_inputs = layout.shape[1]
+    if is_integer(layout.format):
         q, scale_TB = quantize_activations(x_TI)
         scale_TI = np.repeat(scale_TB.astype(np.float64), BLOCK, axis=1)
         x_hat_TI = (q.astype(np.float64) * scale_TI)[:, :num_inputs]
         num_additions = math.ceil(num_inputs / 32)
     else:
         num_additions = 64 + math.ceil(num_inputs / 64)
-    expected_TP = x_hat_TI @ dense_PI.T
-    bound_TP = (num_additions + 4) * 2.0**-24 * 1.01 * (np.abs(x_hat_TI) @ np.abs(dense_PI).T)
-    first = weight.copies.prepared[0].matmul(x_TI)
-    row_of_O = np.arange(weight.shape[0]) % dense_PI.shape[0]
-    error_TO = np.abs(first - expected_TP[:, row_of_O])
-    if not np.all(error_TO <= bound_TP[:, row_of_O]):
-        worst = float(np.max(error_TO / np.maximum(bound_TP[:, row_of_O], 1e-300)))
+    dense_OI = layout.to_dense().astype(np.float64)
+    bound_TO = (num_additions + 4) * 2.0**-24 * 1.01 * (np.abs(x_hat_TI) @ np.abs(dense_OI).T)
+    return x_hat_TI @ dense_OI.T, bound_TO
+
+
+def _require_near(y_TO: Float32Array, expected_TO: _Float64Array, bound_TO: _Float64Array, where: str) -> None:
+    error_TO = np.abs(y_TO - expected_TO)
+    if not np.all(error_TO <= bound_TO):
+        worst = float(np.max(error_TO / np.maximum(bound_TO, 1e-300)))
         raise NonFiniteError(
-            f"{weight.sample.name}, {weight.shape[0]}x{weight.shape[1]}, {x_TI.shape[0]} rows",
-            f"the product is {worst:.3g} times as far from the reference as rounding explains, or not a number",
+            where, f"the product is {worst:.3g} times as far from the reference as rounding explains, or not a number"
         )
-    for other in weight.copies.prepared[1:] if x_TI.shape[0] == 1 else ():
-        if not np.array_equal(other.matmul(x_TI), first):
-            raise NonFiniteError(weight.sample.name, "two copies of a weight give different products")
-    return first
