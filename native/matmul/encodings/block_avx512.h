@@ -10,8 +10,8 @@ constexpr int kCellTileRows = 12;
 // Panels that take turns with the same rows and the same stretch of blocks: activations that one of them skips another
 // needs, and they stay in the L1 cache meanwhile.
 constexpr int kGroupPanels = 4;
-constexpr int kFloatRunBlocks = 4;
-constexpr int kIntRunBlocks = 16;
+constexpr int kFloatRunBlocks = 8;
+constexpr int kIntRunBlocks = 32;
 
 // The cells of a panel that lie in a stretch of blocks. The first run of a panel starts its sums.
 struct Run {
@@ -253,7 +253,14 @@ void walk_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part, 
 template <int kSteps>
 inline void take_cell_int(const PanelWeights& w, const Rows& rows, const Part& part, CellWalk& walk) {
     const int32_t cell = *walk.cell++;
-    prefetch<2048>(walk.values, num_columns(cell) * kPanelOutputs);
+    prefetch<4096>(walk.values, num_columns(cell) * kPanelOutputs);
+    // No hardware foresees which scales come next.
+    constexpr int kCellsAhead = 4;
+    if (walk.end - walk.cell > kCellsAhead) {
+        const int64_t segment = cell_block(walk.cell[kCellsAhead]) * (16 / kSteps);
+        _mm_prefetch(reinterpret_cast<const char*>(w.scales + SegmentGroup(w, walk.panel, segment).offset),
+                     _MM_HINT_T0);
+    }
     __m512 totals[1] = {walk.total};
     walk.values = cell_int<1, kSteps>(w, rows, walk.panel, part.row_begin, cell, walk.values, totals);
     walk.total = totals[0];
