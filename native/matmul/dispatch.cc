@@ -116,7 +116,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     // Rows that lie a multiple of 4 KiB apart displace each other from the L1 cache, up to five times slower on Zen 5.
     // An odd number of blocks from row to row keeps them apart; rows that are not copied for their padding are for
     // this, where there are enough of them to pay for it.
-    const bool spread = num_rows >= kSpreadRows && num_blocks % 2 == 0;
+    const bool spread = num_rows >= kSpreadRows && num_blocks > 0 && num_blocks % 2 == 0;
     const int64_t padded_inputs = num_blocks * kBlockInputs;
     const bool copy = floats && (padded_inputs != num_inputs || (spread && (skips || padded_inputs % 1024 == 0)));
     const int64_t stride = copy || !floats ? padded_inputs + (spread ? kBlockInputs : 0) : num_inputs;
