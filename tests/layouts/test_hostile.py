@@ -276,6 +276,22 @@ def test_a_sum_that_could_overflow():
     refuse("sum-v1", meta, {"0_values": bits, "1_values": bits}, "magnitudes up to")
 
 
+@pytest.mark.parametrize(("entry", "scale"), [(2.0**8 - 1, 0x7B00), (2.0**-100, 0x7B00), (1.0, 0x3F80)])
+def test_a_sum_with_a_table_that_could_overflow(entry, scale):
+    """The largest entry times the largest scale, 2**119, and the largest bfloat16 or half of it."""
+    table_meta, table = example("lut4-v1")
+    table |= {"table": np.full(16, entry, np.float32), "scales": np.full((2, 1), scale, np.uint16)}
+    arrays = {f"0_{name}": array for name, array in table.items()}
+    del table_meta["shape"]
+    meta = {"shape": [2, 5], "parts": [{"format": "lut4-v1", **table_meta}, {"format": "dense-bf16-v1"}]}
+    for bits in (0x7F7F, 0x7EFF):
+        arrays["1_values"] = np.full((2, 5), bits, dtype=np.uint16)
+        if bits == 0x7F7F and entry > 1:
+            refuse("sum-v1", meta, arrays, "magnitudes up to")
+        else:
+            assert np.isfinite(FORMATS["sum-v1"].from_arrays("sum-v1", meta, arrays).to_dense()).all()
+
+
 PART = {"format": "dense-bf16-v1"}
 
 
