@@ -35,7 +35,7 @@ class Good:
 
     @classmethod
     def array_spec(cls, format, meta):
-        base.check_float_format(format, "good-v1")
+        base.check_format(format, "good-v1")
         shape = base.read_shape(format, meta, "flag")
         if type(meta["flag"]) is not bool:
             raise LayoutError(format, "flag")
