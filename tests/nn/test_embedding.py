@@ -8,7 +8,7 @@ from rarefy.core.errors import LayoutError
 from rarefy.layouts import FORMATS, Layout
 from rarefy.nn import CompressedEmbedding, CompressedLinear
 
-WITH_ROWS = sorted(name for name in FORMATS if not name.startswith(("bitmask", "nm")))
+WITH_ROWS = sorted(name for name in FORMATS if not name.startswith(("bitmask", "nm", "block", "lowrank", "sum")))
 
 
 LayoutFor = Callable[[str, np.ndarray], Layout]
@@ -56,9 +56,10 @@ def test_compute_dtype_follows_the_model(table: Table) -> None:
         assert torch.equal(embedding.get_buffer(name), array)
 
 
-def test_sparse_formats_are_refused(layout_for: LayoutFor) -> None:
-    layout = layout_for("bitmask-int4-v1", np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32))
-    with pytest.raises(LayoutError, match="allowed: a format without mask"):
+@pytest.mark.parametrize("format_name", sorted(set(FORMATS) - set(WITH_ROWS)))
+def test_formats_without_whole_rows_are_refused(layout_for: LayoutFor, format_name: str) -> None:
+    layout = layout_for(format_name, np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32))
+    with pytest.raises(LayoutError, match="allowed: a format that stores whole rows"):
         CompressedEmbedding.from_layout(layout)
 
 

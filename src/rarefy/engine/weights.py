@@ -119,7 +119,7 @@ class Weights:
         """
         layout = self._layout(name, shape)
         if not isinstance(layout, RowLayout):
-            raise self._wrong(name, f"format {layout.format}", "a format without mask, since rows are looked up")
+            raise self._wrong(name, f"format {layout.format}", "one that stores whole rows, which are looked up")
         self.nbytes += layout.nbytes
         return Embedding(layout)
 

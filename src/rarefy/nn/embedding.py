@@ -19,7 +19,7 @@ class CompressedEmbedding(LayoutHolder):
     """Rows of a packed table, widened to the compute dtype only where they are looked up.
 
     Args:
-        format_name: a format without mask (a lookup needs rows at known offsets).
+        format_name: a dense format or one of codes and tables (a lookup needs rows at known offsets).
         meta: the layout's metadata; its shape is (O, I).
         scale: factor on the looked-up rows (Gemma multiplies by the square root of the width), or None.
         source: the module whose arrays this table shares.
@@ -43,7 +43,7 @@ class CompressedEmbedding(LayoutHolder):
             raise LayoutError(
                 "embedding",
                 f"format {format_name!r}",
-                allowed="a format without mask",
+                allowed="a format that stores whole rows, such as dense-int8-v1",
                 hint="a lookup needs whole rows",
             )
         self.num_embeddings, self.embedding_dim = self.shape
