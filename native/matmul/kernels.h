@@ -6,10 +6,8 @@
 // The instruction sets of an encoding: each list calls macro(name, isa) once for each.
 #if RAREFY_X86
 #define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, avx2) macro(name, avx512)
-#define RAREFY_REFERENCE_AVX512(macro, name) macro(name, reference) macro(name, avx512)
 #else
 #define RAREFY_EVERY_ISA(macro, name) macro(name, reference)
-#define RAREFY_REFERENCE_AVX512(macro, name) macro(name, reference)
 #endif
 
 namespace rarefy::matmul {
