@@ -374,8 +374,8 @@ def relative_error(
         error = float(difference_OI.square().sum(dtype=torch.float64))
         size = float(weight_OI.square().sum(dtype=torch.float64))
         return (error / size if size > 0 else 0.0), "weight"
-    error = float(torch.einsum("oi,oi->", difference_OI @ gram_II, difference_OI))
-    size = float(torch.einsum("oi,oi->", weight_OI @ gram_II, weight_OI))
+    error = float(torch.dot((difference_OI @ gram_II).flatten(), difference_OI.flatten()))
+    size = float(torch.dot((weight_OI @ gram_II).flatten(), weight_OI.flatten()))
     return (max(0.0, error) / size if size > 0 else 0.0), "output"
 
 

@@ -35,6 +35,11 @@ class ModuleRunner:
             self._model = getattr(model, model.base_model_prefix, model)
         self.vocabulary_size = int(config.get_text_config().vocab_size)
 
+    def cast(self, dtype: str) -> None:
+        """Compute in "float32" or "bfloat16" from now on; buffers (rotary frequencies) stay as they are."""
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+
     def decode(self, prompt: list[int], num_tokens: int) -> Mapping[str, float]:
         """Process a prompt, then generate greedily."""
         with torch.inference_mode():

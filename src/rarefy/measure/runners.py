@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Literal, Protocol, final
+from typing import Literal, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +35,14 @@ class Runner(Protocol):
 
     def encode(self, batch: list[list[int]]) -> Mapping[str, float]:
         """Encode sequences of equal length; return the seconds of "encode"."""
+
+
+@runtime_checkable
+class CastableRunner(Protocol):
+    """A loaded model that can go on in another type."""
+
+    def cast(self, dtype: str) -> None:
+        """Compute in "float32" or "bfloat16" from now on."""
 
 
 def open_runner(model: str | Path, runtime: str, *, num_threads: int | None = None) -> Runner:

@@ -19,7 +19,7 @@ from typing import Any, Self, TextIO, final
 from rarefy.core.environment import users_environment
 from rarefy.core.errors import RarefyError, UsageError
 from rarefy.measure.memory import peak_memory_bytes
-from rarefy.measure.runners import Kind, Runner, open_runner
+from rarefy.measure.runners import CastableRunner, Kind, Runner, open_runner
 
 
 @final
@@ -31,14 +31,18 @@ class Worker:
         model: what to load.
         runtime: one of `rarefy.measure.runners.RUNTIMES`.
         num_threads: threads to compute with; None for the runtime's own choice.
+        wait: until the model is loaded; without, `wait_until_loaded` is to be called before anything else.
 
     Raises:
         RarefyError: the model cannot be loaded.
     """
 
-    def __init__(self, name: str, model: str | Path, runtime: str, *, num_threads: int | None = None) -> None:
+    def __init__(
+        self, name: str, model: str | Path, runtime: str, *, num_threads: int | None = None, wait: bool = True
+    ) -> None:
         self.name = name
         self.model = str(model)
+        self.runtime = runtime
         self._work: dict[str, Any] = {}
         environment = users_environment()
         if num_threads is not None:
@@ -53,20 +57,28 @@ class Worker:
             text=True,
             env=environment,
         )
-        self._num_threads = num_threads
         try:
-            self.load(runtime)
+            self._send({"op": "load", "model": self.model, "runtime": runtime, "num_threads": num_threads})
+            if wait:
+                self.wait_until_loaded()
         except BaseException:
             self.close()
             raise
 
-    def load(self, runtime: str) -> None:
-        """Load the model again, under another runtime; the one before is dropped first."""
-        self.runtime = runtime
-        request = {"op": "load", "model": self.model, "runtime": runtime, "num_threads": self._num_threads}
-        loaded = self._ask(request)
+    def wait_until_loaded(self) -> None:
+        """Wait for the model.
+
+        Raises:
+            RarefyError: it cannot be loaded.
+        """
+        loaded = self._receive()
         self.kind: Kind = loaded["kind"]
         self.vocabulary_size = int(loaded["vocabulary_size"])
+
+    def cast(self, dtype: str) -> None:
+        """Compute in "float32" or "bfloat16" from now on: the model of a transformers runtime is cast where it is."""
+        self._ask({"op": "cast", "dtype": dtype})
+        self.runtime = f"transformers-{dtype}"
 
     def set_decoding(self, prompt: list[int], num_tokens: int) -> None:
         """Make a round: process this prompt, then generate so many tokens."""
@@ -103,14 +115,19 @@ class Worker:
         self.close()
 
     def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        self._send(request)
+        return self._receive()
+
+    def _send(self, request: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
+        # A process that has ended cannot be asked, and gives no answer: `_receive` tells.
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
             raise RarefyError(self.name, f"its process ended with code {code}", hint="was the machine out of memory?")
@@ -128,9 +145,12 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         request = json.loads(line)
         try:
             if request["op"] == "load":
-                runner = None  # two models might not fit
                 runner = open_runner(request["model"], request["runtime"], num_threads=request["num_threads"])
                 answer: dict[str, Any] = {"kind": runner.kind, "vocabulary_size": runner.vocabulary_size}
+            elif request["op"] == "cast":
+                assert isinstance(runner, CastableRunner)
+                runner.cast(request["dtype"])
+                answer = {}
             elif request["op"] == "peak":
                 answer = {"bytes": peak_memory_bytes()}
             else:

@@ -15,10 +15,11 @@ from rarefy.engine import Engine
 from rarefy.layouts import AnyLayout
 from rarefy.measure.measurement import Measurement, compare, exact
 from rarefy.measure.size import disk_bytes
+from rarefy.measure.worker import Worker
 from rarefy.models.loaded import LoadedModel
 from rarefy.nn import replace_linear
 from rarefy.verdict.quality import ENGINE, Baseline, quality
-from rarefy.verdict.speed import speed
+from rarefy.verdict.speed import original, speed
 
 
 def judge(
@@ -43,6 +44,19 @@ def judge(
     Returns:
         The metrics, and warnings about what could not be measured.
     """
+    with original(loaded, baseline) as before:
+        return _judge(loaded, baseline, before, artifact, layouts, tied, tick)
+
+
+def _judge(
+    loaded: LoadedModel,
+    baseline: Baseline,
+    before: Worker | None,
+    artifact: Path,
+    layouts: Mapping[str, AnyLayout],
+    tied: Mapping[str, str],
+    tick: Callable[[str], None],
+) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
     warnings: list[str] = []
     engine: Engine | None = None
     if baseline.role != "other":
@@ -52,13 +66,13 @@ def judge(
             # The report is published; where the artifact lay while it was measured is nobody's business.
             why = str(error).replace(f"{artifact}{os.sep}", "")
             warnings.append(f"rarefy's engine does not run this model ({why}); measured with torch instead")
-    metrics = [_size(loaded, artifact)]
-    tick("speed")
     packed = None if engine is not None else _packed_model(loaded, layouts, tied)
-    metrics.append(_weight_bytes(loaded, engine, packed, layouts))
-    metrics.extend(speed(loaded, baseline, engine, packed))
+    metrics = [_size(loaded, artifact), _weight_bytes(loaded, engine, packed, layouts)]
+    # First, while the original is being loaded: company does not change its result.
     tick("quality")
     judged = quality(baseline, engine, packed)
+    tick("speed")
+    metrics.extend(speed(loaded, baseline, before, engine, packed))
     if judged is None:
         warnings.append("quality was not measured: no calibration data was left over to judge it by")
     else:

@@ -5,7 +5,8 @@ after it the engine where it knows the model, torch with packed layers elsewhere
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -32,18 +33,36 @@ _PROMPT_TOKENS = 128
 _DECODE_TOKENS = 16
 _ENCODE_BATCH = 8
 _DTYPES = ("bfloat16", "float32")
+_CLEARLY_SLOWER = 1.5
 
 
-def speed(loaded: LoadedModel, baseline: Baseline, engine: Engine | None, packed: nn.Module | None) -> list[Metric]:
-    """Interleaved rounds of the result and of the original, in bfloat16 and then in float32; the better one counts.
+@contextmanager
+def original(loaded: LoadedModel, baseline: Baseline) -> Iterator[Worker | None]:
+    """The original in a process of its own, which loads it meanwhile; None for what cannot be loaded by a path.
 
-    An original that can be loaded by its path runs in a process of its own, with the user's environment: torch's
-    threads and ours would take the processor from each other, and the command line makes torch's wait in a way that
-    suits ours and costs torch a third of its speed. One copy of the original is in memory at a time.
+    Such a process has the user's environment: torch's threads and ours would take the processor from each other, and
+    the command line makes torch's wait in a way that suits ours and costs torch a third of its speed.
+    """
+    if baseline.role == "other" or loaded.kind == "module":
+        yield None
+        return
+    with Worker("before", loaded.path, "transformers-float32", wait=False) as before:
+        yield before
+
+
+def speed(
+    loaded: LoadedModel,
+    baseline: Baseline,
+    before: Worker | None,
+    engine: Engine | None,
+    packed: nn.Module | None,
+) -> list[Metric]:
+    """Interleaved rounds of the result and of the original, in bfloat16 and in float32; the better one counts.
 
     Args:
         loaded: the original; what it holds has its shapes, if not its weights.
         baseline: from `measure_before`.
+        before: from `original`.
         engine: the engine with the result, if it runs it.
         packed: otherwise the result in torch.
     """
@@ -60,35 +79,42 @@ def speed(loaded: LoadedModel, baseline: Baseline, engine: Engine | None, packed
     else:
         shape = (_ENCODE_BATCH, length)
         tokens = np.random.default_rng(0).integers(0, after.vocabulary_size, size=shape).tolist()
-        if loaded.kind == "module":
+        if before is None:
             rounds = _module_rounds(loaded, baseline.role, after, tokens)
         else:
-            rounds = _process_rounds(loaded, baseline.role, after, tokens)
+            rounds = _process_rounds(before, baseline.role, after, tokens)
             where = "the original in a process of its own"
     metrics = []
     for phase, (name, units, words) in _phases(baseline.role, length).items():
         best = max(rounds, key=lambda dtype: rounds[dtype].rate("before", phase, units).median)
         how = (
             f"{words}; {_ROUNDS} interleaved rounds after 1 for warm-up, {where}; before: torch {best}"
-            f"{', the better of bfloat16 and float32' if len(rounds) > 1 else ''}; after: "
+            f"{'' if after is None else ', the better of bfloat16 and float32'}; after: "
             f"{'torch with packed layers' if engine is None else ENGINE}"
         )
-        before, result = (rounds[best].rate(side, phase, units) for side in ("before", "after"))
-        metrics.append(Metric(name, f"{name.removesuffix('_per_s').rpartition('_')[2]}/s", True, before, result, how))
+        was, result = (rounds[best].rate(side, phase, units) for side in ("before", "after"))
+        metrics.append(Metric(name, f"{name.removesuffix('_per_s').rpartition('_')[2]}/s", True, was, result, how))
     return metrics
 
 
-def _process_rounds(loaded: LoadedModel, role: Role, after: Runner, tokens: list[list[int]]) -> dict[str, Timings]:
-    rounds: dict[str, Timings] = {}
-    with Worker("before", loaded.path, f"transformers-{_DTYPES[0]}") as before:
-        for dtype in _DTYPES:
-            if dtype != _DTYPES[0]:
-                before.load(f"transformers-{dtype}")
-            if role == "decoder":
-                before.set_decoding(tokens[0], _DECODE_TOKENS)
-            else:
-                before.set_encoding(tokens)
-            rounds[dtype] = _interleaved(before, _Contestant("after", _round_of(after, role, tokens)))
+def _process_rounds(before: Worker, role: Role, after: Runner, tokens: list[list[int]]) -> dict[str, Timings]:
+    before.wait_until_loaded()
+    if role == "decoder":
+        before.set_decoding(tokens[0], _DECODE_TOKENS)
+    else:
+        before.set_encoding(tokens)
+    contestants = before, _Contestant("after", _round_of(after, role, tokens))
+    look = interleave([before], rounds=1, warmup=1)
+    before.cast("bfloat16")
+    rounds = {"bfloat16": _interleaved(*contestants)}
+    times = {
+        phase: (look.seconds("before", phase).median, rounds["bfloat16"].seconds("before", phase).median)
+        for phase in _phases(role, len(tokens[0]))
+    }
+    # Where one look shows float32 far behind, more rounds of it would say nothing new.
+    if any(float32 < _CLEARLY_SLOWER * bfloat16 for float32, bfloat16 in times.values()):
+        before.cast("float32")  # the values were rounded by now; the time of a product does not depend on them
+        rounds["float32"] = _interleaved(*contestants)
     return rounds
 
 
