@@ -18,12 +18,12 @@ struct Tile {
 
 // The outputs of kRows rows while a tile is multiplied; starts at 0 with block 0, else at y.
 template <int kRows>
-struct Totals {
+struct TileTotals {
     __m256 sums[kRows][kHalves];
     float* y;
     int64_t stride;
     __m256i lanes[kHalves];
-    Totals(const PanelWeights& w, const Part& part, const Tile& tile, int64_t row)
+    TileTotals(const PanelWeights& w, const Part& part, const Tile& tile, int64_t row)
         : y(part.y + row * part.y_stride + tile.panel * kPanelOutputs), stride(part.y_stride) {
         UNROLL for (int half = 0; half < kHalves; ++half) {
             lanes[half] = output_lanes(w, tile.panel * kPanelOutputs + 8 * half);
@@ -57,7 +57,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
     const int16_t* wide_q = kSmall ? nullptr : rows.wide_q + first;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
-    Totals<kRows> totals(w, part, tile, row);
+    TileTotals<kRows> totals(w, part, tile, row);
     const uint8_t* values = tile.values;
     Groups groups(w, tile.block_begin * kSegments);
     for (int64_t segment = tile.block_begin * kSegments; segment < tile.block_end * kSegments; ++segment) {
@@ -116,7 +116,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
 template <int kRows>
 void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const Tile& tile, int64_t row) {
     const float* x = rows.x + row * rows.stride + tile.block_begin * kBlockInputs;
-    Totals<kRows> totals(w, part, tile, row);
+    TileTotals<kRows> totals(w, part, tile, row);
     const uint8_t* values = tile.values;
     for (int64_t block = tile.block_begin; block < tile.block_end; ++block) {
         __m256 sums[kRows][kHalves];
@@ -148,11 +148,14 @@ inline constexpr TileFunction kIntTiles[kIntTileRows] = {tile_int<kSmall, 1, kSt
 inline constexpr TileFunction kFloatTiles[kFloatTileRows] = {tile_float<1>, tile_float<2>, tile_float<3>,
                                                              tile_float<4>, tile_float<5>, tile_float<6>};
 
+// Splits the rows of a part evenly.
 inline void multiply_tile(const TileFunction* functions, int max_rows, const PanelWeights& w, const Rows& rows,
                           const Part& part, const Tile& tile) {
-    for (int64_t row = part.row_begin; row < part.row_end;) {
-        const int64_t left = part.row_end - row;
-        const int64_t count = left < max_rows ? left : max_rows;
+    const int64_t num_rows = part.row_end - part.row_begin;
+    const int64_t num_groups = (num_rows + max_rows - 1) / max_rows;
+    int64_t row = part.row_begin;
+    for (int64_t group = 0; group < num_groups; ++group) {
+        const int64_t count = (num_rows + group) / num_groups;
         functions[count - 1](w, rows, part, tile, row);
         row += count;
     }

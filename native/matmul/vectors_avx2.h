@@ -78,6 +78,22 @@ struct Groups {
     }
 };
 
+// Fetches a panel's values ahead of the stream that reads them, a block (or a kPieces-th of one) at a time. Where the
+// values of a block are depends on a mask; that they are spread evenly is near enough.
+template <int kPieces>
+struct Ahead {
+    const uint8_t* values;
+    int64_t num_bytes;  // of a piece
+    void start(const PanelWeights& w, int64_t panel) {
+        values = w.values + w.value_offsets[panel] + 4096;
+        num_bytes = (w.value_offsets[panel + 1] - w.value_offsets[panel]) / (w.num_blocks * kPieces);
+    }
+    void fetch(int64_t piece) const {
+        const auto* from = reinterpret_cast<const char*>(values + piece * num_bytes);
+        for (int64_t offset = 0; offset < num_bytes; offset += 64) _mm_prefetch(from + offset, _MM_HINT_T0);
+    }
+};
+
 template <int kSteps>
 inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
     return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];

@@ -101,8 +101,8 @@ namespace rarefy::matmul::avx512 {
 // For many rows: expands half a block at a time.
 template <class Bits>
 struct BitStream : PanelStream {
-    static constexpr bool kIsExpanded = false;
     static constexpr int kOddShift = 0;
+    void fetch(int num_steps) const { prefetch<2048>(values, num_steps * Bits::kHalfBytes / kHalfSteps); }
     alignas(64) uint8_t steps[kHalfSteps * 64];
     int next_step = 0;
     void next(__m512i, __m512i& even, __m512i& odd) {
@@ -167,7 +167,7 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
 template <class Bits, int kSteps>
 void multiply_bits_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin > 1)
-        many_rows_int<BitStream<Bits>, kSteps>(w, rows, part);
+        many_rows_int<BitStream<Bits>>(w, rows, part);
     else if (w.zero_points == nullptr)
         walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, true>, walk_bits<Bits, 1, kSteps, true>);
     else

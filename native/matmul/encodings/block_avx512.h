@@ -12,6 +12,7 @@ constexpr int kCellTileRows = 12;
 constexpr int kGroupPanels = 4;
 constexpr int kFloatRunBlocks = 8;
 constexpr int kIntRunBlocks = 32;
+constexpr int kFloatBlockBytes = kBlockInputs * kPanelOutputs * 4;
 
 // The cells of a panel that lie in a stretch of blocks. The first run of a panel starts its sums.
 struct Run {

@@ -71,6 +71,7 @@ namespace rarefy::matmul::avx2 {
 //   static void expand(const uint8_t* table, const uint8_t* codes, float* out)    the entries of 32 columns
 template <class Lookup>
 struct LutStream : PanelStream {
+    static constexpr int kFewRows = 4;
     const PanelWeights* w;
     int64_t panel, half_block;
     int column;
@@ -172,7 +173,6 @@ void one_row_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
 // For many rows.
 template <class Lookup>
 struct LutStream : PanelStream {
-    static constexpr bool kIsExpanded = false;
     const PanelWeights* w;
     int64_t panel, half_block;
     int column;
@@ -184,6 +184,7 @@ struct LutStream : PanelStream {
         half_block = 0;
         column = 0;
     }
+    void fetch(int num_columns) const { prefetch<2048>(values, num_columns * Lookup::kBytes / Lookup::kColumns); }
     void next(__m512& even, __m512& odd) {
         if (column == 0) expand();
         even = _mm512_load_ps(weights + column * kPanelOutputs);

@@ -218,6 +218,7 @@ inline void expand_step(const uint8_t*& values, const uint8_t* mask, const __m25
 
 template <bool kInt4>
 struct CodeStream : PanelStream {
+    static constexpr int kFewRows = 4;
     static constexpr bool kSmallCodes = kInt4;
     const uint8_t* high;
     __m256i pruned[kHalves];
@@ -242,7 +243,6 @@ struct CodeStream : PanelStream {
 namespace rarefy::matmul::avx512 {
 
 struct PanelStream {
-    static constexpr bool kIsExpanded = false;
     const uint8_t *values, *mask;
     void start(const PanelWeights& w, int64_t panel) {
         values = w.values + w.value_offsets[panel];

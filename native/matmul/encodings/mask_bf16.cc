@@ -41,6 +41,7 @@ namespace rarefy::matmul::avx2 {
 namespace {
 
 struct Stream : PanelStream {
+    static constexpr int kFewRows = 16;
     void next(__m256 (&even)[kHalves], __m256 (&odd)[kHalves]) {
         UNROLL for (int half = 0; half < kHalves; ++half) {
             __m128i quarters[2];
