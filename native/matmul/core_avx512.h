@@ -124,7 +124,12 @@ void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
 
 template <class Stream>
 void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    walk_rows(w, rows, part, kRowsInt<Stream>);
+    if (w.steps_per_segment == 8)
+        walk_rows(w, rows, part, kRowsInt<Stream, 8, false>);
+    else if (w.zero_points == nullptr)
+        walk_rows(w, rows, part, kRowsInt<Stream, 16, true>);
+    else
+        walk_rows(w, rows, part, kRowsInt<Stream, 16, false>);
 }
 
 template <class Stream>

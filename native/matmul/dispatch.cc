@@ -32,11 +32,11 @@ constexpr Row kKernels[] = {
 constexpr Isa kIsas[] = {Isa::reference, Isa::avx2, Isa::avx512};
 
 // Rows of activations that one task multiplies with a panel: enough to pay for reading and expanding it.
-constexpr int64_t kTaskRows = 96;
+constexpr int64_t kTaskRows = 128;
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kSpreadRows = 4;
-constexpr int64_t kRowMultiple = 24;  // whole register tiles of every instruction set
+constexpr int64_t kRowMultiple = 16;  // whole register tiles of every instruction set
 
 KernelFunction find_kernel(Encoding encoding, Isa isa) {
     for (const Row& row : kKernels)

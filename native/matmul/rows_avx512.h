@@ -10,8 +10,8 @@ namespace rarefy::matmul::avx512 {
 constexpr int kMaxRows = 8;  // by a pair of panels: 16 sums
 constexpr int kPair = 2;     // panels
 
-// kRows rows from `row` on by the panels `panel` and `panel + distance`.
-template <class Stream, int kRows>
+// kRows rows from `row` on by the panels `panel` and `panel + distance`. kSymmetric: all zero points are the same.
+template <class Stream, int kRows, int kSteps, bool kSymmetric>
 void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance) {
     const int8_t* q = rows.q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
@@ -19,23 +19,28 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
     Stream streams[kPair];
     UNROLL for (int p = 0; p < kPair; ++p) { streams[p].start(w, panel + p * distance); }
-    const int num_segments = 16 / w.steps_per_segment;  // of a block
-    const int num_pairs = w.steps_per_segment / 2;
+    constexpr int kSegments = 16 / kSteps;  // of a block
+    constexpr int kPairs = kSteps / 2;
+    const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
+    const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
     Groups groups(w, 0);
-    for (int64_t segment = 0; segment < w.num_blocks * num_segments; ++segment) {
+    for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment) {
         Sums dots[kRows][kPair];
         __m512i pruned[kPair];
         UNROLL for (int p = 0; p < kPair; ++p) {
-            const __m512i zero_points = groups.zero_points(panel + p * distance);
-            pruned[p] = pruned_codes<Stream>(zero_points);
+            const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
+            pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
             UNROLL for (int r = 0; r < kRows; ++r) {
                 const int32_t* sums = half_sums + r * rows.num_blocks * 2;
-                const int32_t sum = num_segments == 2 ? segment_sum<8>(sums, segment) : segment_sum<16>(sums, segment);
-                dots[r][p] = times(zero_points, -sum);
+                const int32_t sum = segment_sum<kSteps>(sums, segment);
+                if (kSymmetric)
+                    dots[r][p] = reinterpret_cast<Sums>(_mm512_set1_epi32(-sum * w.zero_point));
+                else
+                    dots[r][p] = times(zero_points, -sum);
             }
-            streams[p].fetch(2 * num_pairs);
+            streams[p].fetch(2 * kPairs);
         }
-        for (int pair = 0; pair < num_pairs; ++pair, q += 8) {
+        for (int pair = 0; pair < kPairs; ++pair, q += 8) {
             __m512i even[kPair], odd[kPair];
             UNROLL for (int p = 0; p < kPair; ++p) {
                 streams[p].next(pruned[p], even[p], odd[p]);
@@ -50,7 +55,7 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
         UNROLL for (int p = 0; p < kPair; ++p) {
             const __m512 scales = groups.scales(panel + p * distance);
             UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / num_segments]);
+                const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
                 const __m512 total = _mm512_load_ps(totals[r][p]);
                 _mm512_store_ps(totals[r][p],
                                 _mm512_fmadd_ps(to_floats(dots[r][p]), _mm512_mul_ps(row_scale, scales), total));
@@ -108,10 +113,12 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
 using RowsFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, int64_t panel,
                               int64_t distance);
 
-template <class Stream>
-constexpr RowsFunction kRowsInt[kMaxRows] = {rows_int<Stream, 1>, rows_int<Stream, 2>, rows_int<Stream, 3>,
-                                             rows_int<Stream, 4>, rows_int<Stream, 5>, rows_int<Stream, 6>,
-                                             rows_int<Stream, 7>, rows_int<Stream, 8>};
+template <class Stream, int kSteps, bool kSymmetric>
+constexpr RowsFunction kRowsInt[kMaxRows] = {
+    rows_int<Stream, 1, kSteps, kSymmetric>, rows_int<Stream, 2, kSteps, kSymmetric>,
+    rows_int<Stream, 3, kSteps, kSymmetric>, rows_int<Stream, 4, kSteps, kSymmetric>,
+    rows_int<Stream, 5, kSteps, kSymmetric>, rows_int<Stream, 6, kSteps, kSymmetric>,
+    rows_int<Stream, 7, kSteps, kSymmetric>, rows_int<Stream, 8, kSteps, kSymmetric>};
 template <class Stream>
 constexpr RowsFunction kRowsFloat[kMaxRows] = {rows_float<Stream, 1>, rows_float<Stream, 2>, rows_float<Stream, 3>,
                                                rows_float<Stream, 4>, rows_float<Stream, 5>, rows_float<Stream, 6>,

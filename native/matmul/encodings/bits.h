@@ -167,7 +167,7 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
 template <class Bits, int kSteps>
 void multiply_bits_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin > 1)
-        many_rows_int<BitStream<Bits>>(w, rows, part);
+        many_rows_int<BitStream<Bits> >(w, rows, part);
     else if (w.zero_points == nullptr)
         walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, true>, walk_bits<Bits, 1, kSteps, true>);
     else
