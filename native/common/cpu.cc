@@ -2,6 +2,8 @@
 
 #if RAREFY_X86
 #include <cpuid.h>
+#elif RAREFY_ARM && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace rarefy::common {
@@ -38,6 +40,9 @@ CpuFlags detect_cpu() {
         flags.avx_vnni = ymm && (a >> 4 & 1);
         flags.avx512_bf16 = zmm && (a >> 5 & 1);
     }
+#elif RAREFY_ARM && defined(__linux__)
+    constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+    flags.asimddp = (getauxval(AT_HWCAP) & kDotProduct) != 0;
 #endif
     return flags;
 }

@@ -6,6 +6,8 @@
 // The instruction sets of an encoding: each list calls macro(name, isa) once for each.
 #if RAREFY_X86
 #define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, avx2) macro(name, avx512)
+#elif RAREFY_ARM
+#define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, neon)
 #else
 #define RAREFY_EVERY_ISA(macro, name) macro(name, reference)
 #endif
@@ -24,13 +26,15 @@ namespace rarefy::matmul {
 // q = rint(x * inv) half to even, scale = amax / 127. A block whose amax is 0 or makes inv overflow becomes zeros with
 // scale 0; one with a NaN or an infinity becomes zeros with scale NaN, which makes all outputs of the row NaN.
 // Writes whole blocks of q, the sums of q of each half block and, unless null, wide_q, which quantize_row_avx512
-// ignores.
+// and quantize_row_neon ignore.
 using QuantizeFunction = void (*)(const float* x, int64_t num_inputs, int8_t* q, int16_t* wide_q, float* scales,
                                   int32_t* sums);
 void quantize_row_reference(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 #if RAREFY_X86
 void quantize_row_avx2(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 void quantize_row_avx512(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
+#elif RAREFY_ARM
+void quantize_row_neon(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 #endif
 
 }  // namespace rarefy::matmul

@@ -72,6 +72,8 @@ public:
         const common::CpuFlags cpu = common::detect_cpu();
         if (isa == "avx512" && common::can_run_avx512(cpu)) kernels_ = &ops::kAvx512Kernels;
         if (isa == "avx2" && common::can_run_avx2(cpu)) kernels_ = &ops::kAvx2Kernels;
+#elif RAREFY_ARM
+        if (isa == "neon" && common::can_run_neon(common::detect_cpu())) kernels_ = &ops::kNeonKernels;
 #endif
         if (isa == "reference") kernels_ = &ops::kRefKernels;
         if (kernels_ == nullptr) throw std::invalid_argument("this CPU cannot run the instruction set " + isa);

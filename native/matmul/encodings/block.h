@@ -160,6 +160,8 @@ struct CellStream {
 #include "matmul/encodings/block_avx2.h"
 #elif RAREFY_PASS_AVX512
 #include "matmul/encodings/block_avx512.h"
+#elif RAREFY_PASS_NEON
+#include "matmul/encodings/block_neon.h"
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

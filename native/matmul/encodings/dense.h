@@ -56,4 +56,14 @@ struct PanelStream {
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+struct PanelStream {
+    const uint8_t* values;
+    void start(const PanelWeights& w, int64_t panel) { values = w.values + w.value_offsets[panel]; }
+};
+
+}  // namespace rarefy::matmul::neon
+
 #endif

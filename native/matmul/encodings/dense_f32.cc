@@ -66,6 +66,27 @@ void dense_f32(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            even[i] = vreinterpretq_f32_u8(load(values + 16 * i));
+            odd[i] = vreinterpretq_f32_u8(load(values + 64 + 16 * i));
+        }
+        values += 128;
+    }
+};
+
+}  // namespace
+
+void dense_f32(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

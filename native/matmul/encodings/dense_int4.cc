@@ -93,6 +93,30 @@ void dense_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mul
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    static constexpr bool kSmallCodes = true;
+    void set_zero_points(const Bytes (&)[kQuarters]) {}
+    void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            const Bytes both = load(values + 16 * i);
+            even[i] = vandq_u8(both, vdupq_n_u8(15));
+            odd[i] = vshrq_n_u8(both, 4);
+        }
+        values += 64;
+    }
+};
+
+}  // namespace
+
+void dense_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

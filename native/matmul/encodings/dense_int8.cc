@@ -68,6 +68,29 @@ void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mul
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    static constexpr bool kSmallCodes = false;
+    void set_zero_points(const Bytes (&)[kQuarters]) {}
+    void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            even[i] = load(values + 16 * i);
+            odd[i] = load(values + 64 + 16 * i);
+        }
+        values += 128;
+    }
+};
+
+}  // namespace
+
+void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

@@ -88,6 +88,29 @@ void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            const uint8_t bits = mask[i];
+            const Bytes order = load(reinterpret_cast<const uint8_t*>(kShuffles.words[bits]));
+            widen_pairs(vqtbl1q_u8(load(values), order), even[i], odd[i]);
+            values += 2 * __builtin_popcount(bits);
+        }
+        mask += 4;
+    }
+};
+
+}  // namespace
+
+void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

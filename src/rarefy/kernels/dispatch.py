@@ -14,6 +14,7 @@ _AVX2: Final = ("avx2", "fma", "f16c", "bmi2")
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "numpy": (),
     "reference": (),
+    "neon": ("asimddp",),
     "avx2": _AVX2,
     "avx512": (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"),
 }
