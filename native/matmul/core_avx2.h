@@ -3,6 +3,7 @@
 //
 // Codes below 16: vpmaddubsw of unsigned codes and activations; 8 steps fit 16 bits (8 * 2 * 15 * 127 < 2^15).
 // Others: that would saturate, so columns 0 and 2, then 1 and 3, are widened to 16 bits and meet wide activations.
+// With AVX-VNNI all codes meet activations as bytes, in vpdpbusd.
 //
 // An encoding gives a `Stream` that reads a panel from its start, two steps at a time:
 //   static constexpr int kFewRows    up to so many rows it decodes a panel again for every 4; beyond, tiles expand it
@@ -23,7 +24,7 @@ template <class Stream, int kSteps>
 void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel) {
     const int64_t row = part.row_begin;
     const int8_t* q = rows.q + row * rows.stride;
-    const int16_t* wide_q = Stream::kSmallCodes ? nullptr : rows.wide_q + row * rows.stride;
+    const int16_t* wide_q = kAsBytes<Stream> ? nullptr : rows.wide_q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
     Stream stream;
@@ -42,15 +43,20 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             dots[half] = _mm256_mullo_epi32(groups.zero_points(panel, half), sum);
         }
         for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
-            __m256i sums_16[kHalves] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+            constexpr int kChains = kVnni ? 2 : 1;  // of additions, which take longer in vpdpbusd
+            __m256i sums[kChains][kHalves];
+            UNROLL for (int chain = 0; chain < kChains; ++chain) {
+                UNROLL for (int half = 0; half < kHalves; ++half) { sums[chain][half] = _mm256_setzero_si256(); }
+            }
             UNROLL for (int i = 0; i < 4; ++i) {
                 __m256i codes[2][kHalves];
                 stream.next(codes[0], codes[1]);
                 UNROLL for (int step = 0; step < 2; ++step) {
-                    if constexpr (Stream::kSmallCodes) {
+                    if constexpr (kAsBytes<Stream>) {
                         const __m256i four = broadcast_u32(q);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            sums_16[half] = add_int4(sums_16[half], codes[step][half], four);
+                            __m256i& chain = sums[step % kChains][half];
+                            chain = add_bytes(chain, codes[step][half], four);
                         }
                         q += 4;
                     } else {
@@ -63,8 +69,12 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                     }
                 }
             }
-            if constexpr (Stream::kSmallCodes) {
-                UNROLL for (int half = 0; half < kHalves; ++half) { dots[half] = fold_int4(dots[half], sums_16[half]); }
+            if constexpr (kAsBytes<Stream>) {
+                UNROLL for (int chain = 0; chain < kChains; ++chain) {
+                    UNROLL for (int half = 0; half < kHalves; ++half) {
+                        dots[half] = fold(dots[half], sums[chain][half]);
+                    }
+                }
             }
         }
         const __m256 row_scale = _mm256_set1_ps(row_scales[segment * kSteps / 16]);
@@ -139,14 +149,14 @@ void expand_int(const PanelWeights& w, Stream& stream, int64_t panel, int64_t be
             stream.next(codes[0], codes[1]);
             UNROLL for (int step = 0; step < 2; ++step) {
                 UNROLL for (int half = 0; half < kHalves; ++half) {
-                    if constexpr (Stream::kSmallCodes) {
+                    if constexpr (kAsBytes<Stream>) {
                         store(out + 32 * half, codes[step][half]);
                     } else {
                         store(out + 32 * half, low_bytes(codes[step][half]));
                         store(out + 64 + 32 * half, high_bytes(codes[step][half]));
                     }
                 }
-                out += kStepBytes<Stream::kSmallCodes>;
+                out += kStepBytes<kAsBytes<Stream>>;
             }
         }
         new_group = groups.advance();
@@ -167,7 +177,7 @@ void expand_float(Stream& stream, int64_t num_blocks, uint8_t* out) {
 
 template <class Stream, int kSteps>
 void expanded_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    alignas(64) uint8_t expanded[kIntTileBlocks * 16 * kStepBytes<Stream::kSmallCodes>];
+    alignas(64) uint8_t expanded[kIntTileBlocks * 16 * kStepBytes<kAsBytes<Stream>>];
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
         Stream stream;
         stream.start(w, panel);
@@ -177,7 +187,7 @@ void expanded_rows_int(const PanelWeights& w, const Rows& rows, const Part& part
             const int64_t end = begin + kIntTileBlocks < w.num_blocks ? begin + kIntTileBlocks : w.num_blocks;
             for (int64_t block = begin; block < end; ++block) ahead.fetch(block);
             expand_int<Stream, kSteps>(w, stream, panel, begin, end, expanded);
-            multiply_tile(kIntTiles<Stream::kSmallCodes, kSteps>, kIntTileRows, w, rows, part,
+            multiply_tile(kIntTiles<kAsBytes<Stream>, kSteps>, kIntTileRows, w, rows, part,
                           {expanded, panel, begin, end});
         }
     }

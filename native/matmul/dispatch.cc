@@ -45,7 +45,8 @@ KernelFunction find_kernel(Encoding encoding, Isa isa) {
 QuantizeFunction find_quantizer(Isa isa) {
     switch (isa) {
 #if RAREFY_X86
-        case Isa::avx2: return quantize_row_avx2;
+        case Isa::avx2:
+        case Isa::avx_vnni: return quantize_row_avx2;
         case Isa::avx512: return quantize_row_avx512;
 #elif RAREFY_ARM
         case Isa::neon: return quantize_row_neon;
@@ -222,6 +223,7 @@ const char* name(Isa isa) {
         case Isa::reference: return "reference";
         case Isa::neon: return "neon";
         case Isa::avx2: return "avx2";
+        case Isa::avx_vnni: return "avx_vnni";
         case Isa::avx512: return "avx512";
     }
     return "";
@@ -234,6 +236,7 @@ bool can_run(Isa isa, const common::CpuFlags& cpu) {
         case Isa::reference: return true;
         case Isa::neon: return can_run_neon(cpu);
         case Isa::avx2: return can_run_avx2(cpu);
+        case Isa::avx_vnni: return can_run_avx2(cpu) && cpu.avx_vnni;
         case Isa::avx512: return can_run_avx512(cpu);
     }
     return false;

@@ -3,9 +3,22 @@
 
 #include "matmul/contract.h"
 
-// The instruction sets of an encoding: each list calls macro(name, isa) once for each.
+// The instruction sets of an encoding: each list calls macro(name, isa) once for each. The last two on x86-64 need a
+// recent compiler (CMakeLists.txt).
+#if RAREFY_AVX_VNNI
+#define RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx_vnni)
+#else
+#define RAREFY_AVX_VNNI_ISA(macro, name)
+#endif
+#if RAREFY_AMX
+#define RAREFY_AMX_ISA(macro, name) macro(name, amx)
+#else
+#define RAREFY_AMX_ISA(macro, name)
+#endif
 #if RAREFY_X86
-#define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, avx2) macro(name, avx512)
+#define RAREFY_EVERY_ISA(macro, name)                                                             \
+    macro(name, reference) macro(name, avx2) RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx512) \
+        RAREFY_AMX_ISA(macro, name)
 #elif RAREFY_ARM
 #define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, neon)
 #else

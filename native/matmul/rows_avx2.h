@@ -29,7 +29,7 @@ struct Totals {
 template <class Stream, int kRows>
 void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel) {
     const int8_t* q = rows.q + row * rows.stride;
-    const int16_t* wide_q = Stream::kSmallCodes ? nullptr : rows.wide_q + row * rows.stride;
+    const int16_t* wide_q = kAsBytes<Stream> ? nullptr : rows.wide_q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
     Stream stream;
@@ -53,10 +53,10 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             }
         }
         for (int eighth = 0; eighth < num_eighths; ++eighth) {
-            if constexpr (Stream::kSmallCodes) {
-                __m256i sums_16[kRows][kHalves];
+            if constexpr (kAsBytes<Stream>) {
+                __m256i sums[kRows][kHalves];
                 UNROLL for (int r = 0; r < kRows; ++r) {
-                    UNROLL for (int half = 0; half < kHalves; ++half) { sums_16[r][half] = _mm256_setzero_si256(); }
+                    UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_si256(); }
                 }
                 for (int pair = 0; pair < 4; ++pair, q += 8) {
                     __m256i even[kHalves], odd[kHalves];
@@ -65,14 +65,14 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                         const int8_t* row_q = q + r * rows.stride;
                         const __m256i even_q = broadcast_u32(row_q), odd_q = broadcast_u32(row_q + 4);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            sums_16[r][half] = add_int4(sums_16[r][half], even[half], even_q);
-                            sums_16[r][half] = add_int4(sums_16[r][half], odd[half], odd_q);
+                            sums[r][half] = add_bytes(sums[r][half], even[half], even_q);
+                            sums[r][half] = add_bytes(sums[r][half], odd[half], odd_q);
                         }
                     }
                 }
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     UNROLL for (int half = 0; half < kHalves; ++half) {
-                        dots[r][half] = fold_int4(dots[r][half], sums_16[r][half]);
+                        dots[r][half] = fold(dots[r][half], sums[r][half]);
                     }
                 }
             } else {

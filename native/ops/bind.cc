@@ -71,7 +71,8 @@ public:
 #if RAREFY_X86
         const common::CpuFlags cpu = common::detect_cpu();
         if (isa == "avx512" && common::can_run_avx512(cpu)) kernels_ = &ops::kAvx512Kernels;
-        if (isa == "avx2" && common::can_run_avx2(cpu)) kernels_ = &ops::kAvx2Kernels;
+        if ((isa == "avx2" || (isa == "avx_vnni" && cpu.avx_vnni)) && common::can_run_avx2(cpu))
+            kernels_ = &ops::kAvx2Kernels;
 #elif RAREFY_ARM
         if (isa == "neon" && common::can_run_neon(common::detect_cpu())) kernels_ = &ops::kNeonKernels;
 #endif

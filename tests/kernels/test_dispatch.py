@@ -15,6 +15,7 @@ from rarefy.kernels.extension import ISAS
 from rarefy.layouts import FORMATS
 
 AVX2 = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True)
+AVX_VNNI = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True, avx_vnni=True)
 ARM = CpuFlags(asimddp=True)
 AVX512 = CpuFlags(
     **{name: True for name in CpuFlags.__dataclass_fields__ if not name.startswith("amx") and name != "asimddp"}
@@ -29,6 +30,7 @@ def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
 
     assert chosen(AVX512) == "avx512"
     assert chosen(AVX2) == "avx2"
+    assert chosen(AVX_VNNI) == chosen(AVX512, "avx_vnni") == "avx_vnni"
     assert chosen(CpuFlags()) == "reference"
     assert chosen(ARM) == "neon"
     assert chosen(ARM, "avx512") == "neon"
@@ -43,7 +45,7 @@ def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
 def test_one_missing_flag_disables_the_instruction_set(missing: str) -> None:
     flags = {name: getattr(AVX512, name) for name in CpuFlags.__dataclass_fields__}
     cpu = CpuFlags(**{**flags, missing: False})
-    expected = "reference" if missing == "fma" else "avx2"
+    expected = "reference" if missing == "fma" else "avx_vnni"
     assert select("matmul", "dense-int8-v1", (8, 8), cpu, compiled=COMPILED).isa == expected
 
 
@@ -54,7 +56,7 @@ def test_without_compiled_kernels_numpy_runs() -> None:
 def test_impossible_requests() -> None:
     with pytest.raises(UsageError, match="allowed: matmul"):
         select("conv", "dense-int8-v1", (8, 8), AVX2, compiled=COMPILED)
-    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx512"):
+    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx_vnni, avx512"):
         select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="amx", compiled=COMPILED)
     with pytest.raises(UsageError):
         select("matmul", "dense-int8-v1", (-1, 8), AVX2, compiled=COMPILED)
@@ -74,7 +76,7 @@ def test_isa_variable(monkeypatch: pytest.MonkeyPatch, weight) -> None:
     assert kernels.prepare(layout).isa == "numpy"
     assert kernels.describe_cpu()["isa_cap"] == "numpy"
     monkeypatch.setenv("RAREFY_ISA", "sse9")
-    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx512"):
+    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512"):
         kernels.prepare(layout)
 
 

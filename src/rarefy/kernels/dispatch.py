@@ -16,6 +16,7 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "reference": (),
     "neon": ("asimddp",),
     "avx2": _AVX2,
+    "avx_vnni": (*_AVX2, "avx_vnni"),
     "avx512": (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"),
 }
 # formats that run through the kernels of others; a sum needs those of its parts, so all
