@@ -6,12 +6,16 @@
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
-//   floats: void next(__m512& even, __m512& odd)
+//   floats: static constexpr bool kIsBf16    all values are bfloat16
+//           void next(__m512& even, __m512& odd)
 // and its kernel is multiply_int<Stream> or multiply_float<Stream>, or a function of its own that may call their two
 // halves, one_row_* and many_rows_*.
 #pragma once
 
 #include "matmul/rows_avx512.h"
+#if RAREFY_PASS_AMX
+#include "matmul/core_amx.h"
+#endif
 
 namespace rarefy::matmul::avx512 {
 
@@ -124,6 +128,9 @@ void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
 
 template <class Stream>
 void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if RAREFY_PASS_AMX
+    if (part.row_end - part.row_begin >= kAmxRows) return tiles_int<Stream>(w, rows, part);
+#endif
     if (w.steps_per_segment == 8)
         walk_rows(w, rows, part, kRowsInt<Stream, 8, false>);
     else if (w.zero_points == nullptr)
@@ -149,6 +156,11 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part) {
 
 template <class Stream>
 void many_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if RAREFY_PASS_AMX
+    if constexpr (Stream::kIsBf16) {
+        if (part.row_end - part.row_begin >= kAmxRows) return tiles_bf16<Stream>(w, rows, part);
+    }
+#endif
     walk_rows(w, rows, part, kRowsFloat<Stream>);
 }
 

@@ -47,7 +47,8 @@ QuantizeFunction find_quantizer(Isa isa) {
 #if RAREFY_X86
         case Isa::avx2:
         case Isa::avx_vnni: return quantize_row_avx2;
-        case Isa::avx512: return quantize_row_avx512;
+        case Isa::avx512:
+        case Isa::amx: return quantize_row_avx512;
 #elif RAREFY_ARM
         case Isa::neon: return quantize_row_neon;
 #endif
@@ -225,6 +226,7 @@ const char* name(Isa isa) {
         case Isa::avx2: return "avx2";
         case Isa::avx_vnni: return "avx_vnni";
         case Isa::avx512: return "avx512";
+        case Isa::amx: return "amx";
     }
     return "";
 }
@@ -236,8 +238,9 @@ bool can_run(Isa isa, const common::CpuFlags& cpu) {
         case Isa::reference: return true;
         case Isa::neon: return can_run_neon(cpu);
         case Isa::avx2: return can_run_avx2(cpu);
-        case Isa::avx_vnni: return can_run_avx2(cpu) && cpu.avx_vnni;
+        case Isa::avx_vnni: return can_run_avx_vnni(cpu);
         case Isa::avx512: return can_run_avx512(cpu);
+        case Isa::amx: return can_run_amx(cpu);
     }
     return false;
 }

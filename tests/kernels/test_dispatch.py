@@ -20,6 +20,7 @@ ARM = CpuFlags(asimddp=True)
 AVX512 = CpuFlags(
     **{name: True for name in CpuFlags.__dataclass_fields__ if not name.startswith("amx") and name != "asimddp"}
 )
+AMX = CpuFlags(**{name: name != "asimddp" for name in CpuFlags.__dataclass_fields__})
 COMPILED = frozenset(Kernel("matmul", name, isa) for name in FORMATS for isa in ISAS[1:])
 
 
@@ -29,6 +30,8 @@ def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
         return select("matmul", layout_format, (8, 8), cpu, cap=cap, compiled=COMPILED).isa
 
     assert chosen(AVX512) == "avx512"
+    assert chosen(AMX) == "amx"
+    assert chosen(AMX, "avx512") == "avx512"
     assert chosen(AVX2) == "avx2"
     assert chosen(AVX_VNNI) == chosen(AVX512, "avx_vnni") == "avx_vnni"
     assert chosen(CpuFlags()) == "reference"
@@ -56,8 +59,8 @@ def test_without_compiled_kernels_numpy_runs() -> None:
 def test_impossible_requests() -> None:
     with pytest.raises(UsageError, match="allowed: matmul"):
         select("conv", "dense-int8-v1", (8, 8), AVX2, compiled=COMPILED)
-    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx_vnni, avx512"):
-        select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="amx", compiled=COMPILED)
+    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
+        select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="sse9", compiled=COMPILED)
     with pytest.raises(UsageError):
         select("matmul", "dense-int8-v1", (-1, 8), AVX2, compiled=COMPILED)
 
@@ -76,7 +79,7 @@ def test_isa_variable(monkeypatch: pytest.MonkeyPatch, weight) -> None:
     assert kernels.prepare(layout).isa == "numpy"
     assert kernels.describe_cpu()["isa_cap"] == "numpy"
     monkeypatch.setenv("RAREFY_ISA", "sse9")
-    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512"):
+    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
         kernels.prepare(layout)
 
 

@@ -174,6 +174,9 @@ void multiply_cells_int8_steps(const PanelWeights& w, const Rows& rows, const Pa
 }
 
 inline void multiply_cells_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if RAREFY_PASS_AMX
+    if (part.row_end - part.row_begin >= kAmxRows) return tile_cells_int8(w, rows, part);
+#endif
     if (w.steps_per_segment == 16)
         multiply_cells_int8_steps<16>(w, rows, part);
     else

@@ -54,6 +54,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
+    static constexpr bool kIsBf16 = true;
     void fetch(int num_columns) const { prefetch<2048>(values, num_columns * 32); }
     void next(__m512& even, __m512& odd) {
         widen_pairs(load(values), even, odd);

@@ -173,6 +173,7 @@ void one_row_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
 // For many rows.
 template <class Lookup>
 struct LutStream : PanelStream {
+    static constexpr bool kIsBf16 = false;
     const PanelWeights* w;
     int64_t panel, half_block;
     int column;

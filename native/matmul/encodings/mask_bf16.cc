@@ -70,6 +70,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
+    static constexpr bool kIsBf16 = true;
     void fetch(int num_columns) const {
         prefetch<4096>(values, num_columns * 16);
         prefetch<4096>(mask, num_columns * 2);

@@ -11,7 +11,7 @@ from rarefy.core.errors import UsageError
 from rarefy.kernels.cpu import MAX_THREADS, CpuFlags, default_num_threads, parse_cpuinfo, read_cpuinfo
 
 ISA_VARIABLE: Final = "RAREFY_ISA"
-ISAS: Final = ("numpy", "reference", "neon", "avx2", "avx_vnni", "avx512")
+ISAS: Final = ("numpy", "reference", "neon", "avx2", "avx_vnni", "avx512", "amx")
 """Instruction sets from slowest to fastest: numpy needs no extension, `reference` is plain C++, `neon` is ARM's."""
 
 
