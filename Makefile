@@ -1,5 +1,6 @@
 # make demo   compress a real language model and generate text with the result
 # make test   every test, the slow ones too
+# make test-arm  the kernels for 64-bit ARM in an emulator; needs g++-aarch64-linux-gnu and qemu-user
 # make check  formatters, linters, types, layers
 # make bench  time the kernels beside other libraries, and write docs/performance.md (about 15 minutes)
 # make clean  remove everything that the other targets made
@@ -20,7 +21,7 @@ GGML_SOURCE := llama-cpp-python==0.3.36
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find native -type f 2>/dev/null)
 NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' 2>/dev/null)
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test test-arm bench check format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.compress $(VENV)/.smollm2
@@ -28,6 +29,9 @@ demo: $(VENV)/.compress $(VENV)/.smollm2
 
 test: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.minilm
 	$(BIN)/python -m pytest
+
+test-arm: $(VENV)/.dev
+	$(BIN)/python -m pytest -rs tests/kernels/test_arm.py
 
 # The results of an interrupted run are kept; remove $(BENCH_RESULTS) to measure everything again.
 bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml

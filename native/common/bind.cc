@@ -34,6 +34,7 @@ void bind_common(nb::module_& module) {
             {"amx_tile", cpu.amx_tile},
             {"amx_int8", cpu.amx_int8},
             {"amx_bf16", cpu.amx_bf16},
+            {"asimddp", cpu.asimddp},
         };
     });
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));

@@ -2,9 +2,30 @@
 
 #if RAREFY_X86
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#elif RAREFY_ARM && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace rarefy::common {
+
+#if RAREFY_X86
+
+// Whether this process may use the registers of AMX, after asking for them.
+static bool ask_for_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    constexpr int kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+#endif
 
 CpuFlags detect_cpu() {
     CpuFlags flags{};
@@ -31,13 +52,18 @@ CpuFlags detect_cpu() {
     flags.avx512vbmi = zmm && (c >> 1 & 1);
     flags.avx512_vbmi2 = zmm && (c >> 6 & 1);
     flags.avx512_vnni = zmm && (c >> 11 & 1);
-    flags.amx_bf16 = tiles && (d >> 22 & 1);
-    flags.amx_tile = tiles && (d >> 24 & 1);
-    flags.amx_int8 = tiles && (d >> 25 & 1);
+    if (tiles && (d >> 24 & 1) && ask_for_tiles()) {
+        flags.amx_tile = true;
+        flags.amx_bf16 = d >> 22 & 1;
+        flags.amx_int8 = d >> 25 & 1;
+    }
     if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
         flags.avx_vnni = ymm && (a >> 4 & 1);
         flags.avx512_bf16 = zmm && (a >> 5 & 1);
     }
+#elif RAREFY_ARM && defined(__linux__)
+    constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+    flags.asimddp = (getauxval(AT_HWCAP) & kDotProduct) != 0;
 #endif
     return flags;
 }

@@ -7,16 +7,27 @@ struct CpuFlags {
     bool avx2, fma, f16c, bmi2, avx_vnni;
     bool avx512f, avx512bw, avx512vl, avx512dq, avx512_vnni, avx512vbmi, avx512_vbmi2, avx512_bf16;
     bool amx_tile, amx_int8, amx_bf16;
+    bool asimddp;  // ARM: NEON with the dot product of bytes
 };
 
-// A flag is set only when the operating system saves the registers that go with it.
+// A flag is set only when the operating system saves the registers that go with it. Those of AMX are large, and Linux
+// wants to be asked for them: this does.
 CpuFlags detect_cpu();
 
-// The flags that files named *avx2.cc and *avx512.cc are compiled for.
+// The flags that the files and passes named so are compiled for.
 inline bool can_run_avx2(const CpuFlags& cpu) { return cpu.avx2 && cpu.fma && cpu.f16c && cpu.bmi2; }
+inline bool can_run_avx_vnni(const CpuFlags& cpu) { return can_run_avx2(cpu) && cpu.avx_vnni; }
 inline bool can_run_avx512(const CpuFlags& cpu) {
     return can_run_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512_vnni &&
            cpu.avx512vbmi && cpu.avx512_vbmi2;
 }
+#if RAREFY_EMULATE_AMX
+inline bool can_run_amx(const CpuFlags& cpu) { return can_run_avx512(cpu); }
+#else
+inline bool can_run_amx(const CpuFlags& cpu) {
+    return can_run_avx512(cpu) && cpu.amx_tile && cpu.amx_int8 && cpu.amx_bf16;
+}
+#endif
+inline bool can_run_neon(const CpuFlags& cpu) { return cpu.asimddp; }
 
 }  // namespace rarefy::common

@@ -17,7 +17,8 @@
 // and float kernels
 //   y = sum over blocks, in order:    y = y + (sum over columns, in order: part = fma(x, w, part))
 // so all kernels of an encoding give the same bits, for every number of rows and threads. (The float reference emulates
-// fma in double precision and may differ in the last bit where that rounds twice.)
+// fma in double precision and may differ in the last bit where that rounds twice; AMX sums many rows of bfloat16
+// weights in an order of its own, core_amx.h.)
 #pragma once
 
 #include <cstdint>

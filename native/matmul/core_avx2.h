@@ -1,19 +1,21 @@
-// What the AVX2 kernels of all encodings share: one row straight from the packed bytes, and many rows through expanded
-// tiles. A step of a panel is two vectors of 8 outputs by 4 codes, or by 1 float.
+// What the AVX2 kernels of all encodings share: one row and few rows straight from the packed bytes, and many rows
+// through expanded tiles. A step of a panel is two vectors of 8 outputs by 4 codes, or by 1 float.
 //
 // Codes below 16: vpmaddubsw of unsigned codes and activations; 8 steps fit 16 bits (8 * 2 * 15 * 127 < 2^15).
 // Others: that would saturate, so columns 0 and 2, then 1 and 3, are widened to 16 bits and meet wide activations.
+// With AVX-VNNI all codes meet activations as bytes, in vpdpbusd.
 //
 // An encoding gives a `Stream` that reads a panel from its start, two steps at a time:
-//   void start(w, panel)
-//   codes:  static constexpr bool kSmallCodes    below 16
-//           void set_zero_points(const __m256i (&)[kHalves])    in every byte; comes before the first step of each
-//           group void next(__m256i (&even)[kHalves], __m256i (&odd)[kHalves])
+//   static constexpr int kFewRows    up to so many rows it decodes a panel again for every 4; beyond, tiles expand it
+//   once void start(w, panel) codes:  static constexpr bool kSmallCodes    below 16
+//           void set_zero_points(const __m256i (&)[kHalves])    in every byte; called before each group's first step
+//           void next(__m256i (&even)[kHalves], __m256i (&odd)[kHalves])
 //   floats: void next(__m256 (&even)[kHalves], __m256 (&odd)[kHalves])
 // and its kernel is multiply_int<Stream> or multiply_float<Stream>, or a function of its own that may call their two
 // halves, one_row_* and many_rows_*.
 #pragma once
 
+#include "matmul/rows_avx2.h"
 #include "matmul/tiles_avx2.h"
 
 namespace rarefy::matmul::avx2 {
@@ -22,31 +24,39 @@ template <class Stream, int kSteps>
 void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel) {
     const int64_t row = part.row_begin;
     const int8_t* q = rows.q + row * rows.stride;
-    const int16_t* wide_q = Stream::kSmallCodes ? nullptr : rows.wide_q + row * rows.stride;
+    const int16_t* wide_q = kAsBytes<Stream> ? nullptr : rows.wide_q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
     Stream stream;
     stream.start(w, panel);
+    Ahead<1> ahead;
+    ahead.start(w, panel);
     __m256 totals[kHalves] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
     Groups groups(w, 0);
     bool new_group = true;
     for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment) {
         if (new_group) groups.give_zero_points(stream, panel);
+        if (kSteps == 16 || segment % 2 == 0) ahead.fetch(segment * kSteps / 16);
         const __m256i sum = _mm256_set1_epi32(-segment_sum<kSteps>(half_sums, segment));
         __m256i dots[kHalves];
         UNROLL for (int half = 0; half < kHalves; ++half) {
             dots[half] = _mm256_mullo_epi32(groups.zero_points(panel, half), sum);
         }
         for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
-            __m256i sums_16[kHalves] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+            constexpr int kChains = kVnni ? 2 : 1;  // of additions, which take longer in vpdpbusd
+            __m256i sums[kChains][kHalves];
+            UNROLL for (int chain = 0; chain < kChains; ++chain) {
+                UNROLL for (int half = 0; half < kHalves; ++half) { sums[chain][half] = _mm256_setzero_si256(); }
+            }
             UNROLL for (int i = 0; i < 4; ++i) {
                 __m256i codes[2][kHalves];
                 stream.next(codes[0], codes[1]);
                 UNROLL for (int step = 0; step < 2; ++step) {
-                    if constexpr (Stream::kSmallCodes) {
+                    if constexpr (kAsBytes<Stream>) {
                         const __m256i four = broadcast_u32(q);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            sums_16[half] = add_int4(sums_16[half], codes[step][half], four);
+                            __m256i& chain = sums[step % kChains][half];
+                            chain = add_bytes(chain, codes[step][half], four);
                         }
                         q += 4;
                     } else {
@@ -59,8 +69,12 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                     }
                 }
             }
-            if constexpr (Stream::kSmallCodes) {
-                UNROLL for (int half = 0; half < kHalves; ++half) { dots[half] = fold_int4(dots[half], sums_16[half]); }
+            if constexpr (kAsBytes<Stream>) {
+                UNROLL for (int chain = 0; chain < kChains; ++chain) {
+                    UNROLL for (int half = 0; half < kHalves; ++half) {
+                        dots[half] = fold(dots[half], sums[chain][half]);
+                    }
+                }
             }
         }
         const __m256 row_scale = _mm256_set1_ps(row_scales[segment * kSteps / 16]);
@@ -81,9 +95,11 @@ template <class Stream, int kPanels>
 void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel) {
     const float* x = rows.x + part.row_begin * rows.stride;
     Stream streams[kPanels];
+    Ahead<4> ahead[kPanels];
     __m256 totals[kPanels][kHalves];
     UNROLL for (int p = 0; p < kPanels; ++p) {
         streams[p].start(w, panel + p);
+        ahead[p].start(w, panel + p);
         UNROLL for (int half = 0; half < kHalves; ++half) { totals[p][half] = _mm256_setzero_ps(); }
     }
     for (int64_t block = 0; block < w.num_blocks; ++block) {
@@ -92,6 +108,9 @@ void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
             UNROLL for (int half = 0; half < kHalves; ++half) { sums[p][half] = _mm256_setzero_ps(); }
         }
         for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
+            if (pair % 8 == 0) {
+                UNROLL for (int p = 0; p < kPanels; ++p) { ahead[p].fetch(4 * block + pair / 8); }
+            }
             const __m256 even_x = _mm256_broadcast_ss(x), odd_x = _mm256_broadcast_ss(x + 1);
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m256 even[kHalves], odd[kHalves];
@@ -130,14 +149,14 @@ void expand_int(const PanelWeights& w, Stream& stream, int64_t panel, int64_t be
             stream.next(codes[0], codes[1]);
             UNROLL for (int step = 0; step < 2; ++step) {
                 UNROLL for (int half = 0; half < kHalves; ++half) {
-                    if constexpr (Stream::kSmallCodes) {
+                    if constexpr (kAsBytes<Stream>) {
                         store(out + 32 * half, codes[step][half]);
                     } else {
                         store(out + 32 * half, low_bytes(codes[step][half]));
                         store(out + 64 + 32 * half, high_bytes(codes[step][half]));
                     }
                 }
-                out += kStepBytes<Stream::kSmallCodes>;
+                out += kStepBytes<kAsBytes<Stream>>;
             }
         }
         new_group = groups.advance();
@@ -157,40 +176,64 @@ void expand_float(Stream& stream, int64_t num_blocks, uint8_t* out) {
 }
 
 template <class Stream, int kSteps>
-void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel)
-        walk_int<Stream, kSteps>(w, rows, part, panel);
-}
-
-template <class Stream, int kSteps>
-void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    alignas(64) uint8_t expanded[kIntTileBlocks * 16 * kStepBytes<Stream::kSmallCodes>];
+void expanded_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    alignas(64) uint8_t expanded[kIntTileBlocks * 16 * kStepBytes<kAsBytes<Stream>>];
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
         Stream stream;
         stream.start(w, panel);
+        Ahead<1> ahead;
+        ahead.start(w, panel);
         for (int64_t begin = 0; begin < w.num_blocks; begin += kIntTileBlocks) {
             const int64_t end = begin + kIntTileBlocks < w.num_blocks ? begin + kIntTileBlocks : w.num_blocks;
+            for (int64_t block = begin; block < end; ++block) ahead.fetch(block);
             expand_int<Stream, kSteps>(w, stream, panel, begin, end, expanded);
-            multiply_tile(kIntTiles<Stream::kSmallCodes, kSteps>, kIntTileRows, w, rows, part,
+            multiply_tile(kIntTiles<kAsBytes<Stream>, kSteps>, kIntTileRows, w, rows, part,
                           {expanded, panel, begin, end});
         }
     }
 }
 
+template <class Stream>
+void expanded_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
+    alignas(64) uint8_t expanded[kFloatTileBlocks * kBlockInputs * 64];
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        Stream stream;
+        stream.start(w, panel);
+        Ahead<1> ahead;
+        ahead.start(w, panel);
+        for (int64_t begin = 0; begin < w.num_blocks; begin += kFloatTileBlocks) {
+            const int64_t end = begin + kFloatTileBlocks < w.num_blocks ? begin + kFloatTileBlocks : w.num_blocks;
+            for (int64_t block = begin; block < end; ++block) ahead.fetch(block);
+            expand_float(stream, end - begin, expanded);
+            multiply_tile(kFloatTiles, kFloatTileRows, w, rows, part, {expanded, panel, begin, end});
+        }
+    }
+}
+
 template <class Stream, int kSteps>
-void multiply_int_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin == 1)
-        one_row_int<Stream, kSteps>(w, rows, part);
+void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel)
+        walk_int<Stream, kSteps>(w, rows, part, panel);
+}
+
+template <class Stream>
+void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (part.row_end - part.row_begin <= Stream::kFewRows)
+        walk_rows(w, rows, part, kRowsInt<Stream>);
+    else if (w.steps_per_segment == 16)
+        expanded_rows_int<Stream, 16>(w, rows, part);
     else
-        many_rows_int<Stream, kSteps>(w, rows, part);
+        expanded_rows_int<Stream, 8>(w, rows, part);
 }
 
 template <class Stream>
 void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.steps_per_segment == 16)
-        multiply_int_steps<Stream, 16>(w, rows, part);
+    if (part.row_end - part.row_begin > 1)
+        many_rows_int<Stream>(w, rows, part);
+    else if (w.steps_per_segment == 16)
+        one_row_int<Stream, 16>(w, rows, part);
     else
-        multiply_int_steps<Stream, 8>(w, rows, part);
+        one_row_int<Stream, 8>(w, rows, part);
 }
 
 template <class Stream>
@@ -202,24 +245,18 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part) {
 
 template <class Stream>
 void many_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
-    alignas(64) uint8_t expanded[kFloatTileBlocks * kBlockInputs * 64];
-    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
-        Stream stream;
-        stream.start(w, panel);
-        for (int64_t begin = 0; begin < w.num_blocks; begin += kFloatTileBlocks) {
-            const int64_t end = begin + kFloatTileBlocks < w.num_blocks ? begin + kFloatTileBlocks : w.num_blocks;
-            expand_float(stream, end - begin, expanded);
-            multiply_tile(kFloatTiles, kFloatTileRows, w, rows, part, {expanded, panel, begin, end});
-        }
-    }
+    if (part.row_end - part.row_begin <= Stream::kFewRows)
+        walk_rows(w, rows, part, kRowsFloat<Stream>);
+    else
+        expanded_rows_float<Stream>(w, rows, part);
 }
 
 template <class Stream>
 void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin == 1)
-        one_row_float<Stream>(w, rows, part);
-    else
+    if (part.row_end - part.row_begin > 1)
         many_rows_float<Stream>(w, rows, part);
+    else
+        one_row_float<Stream>(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx2

@@ -1,26 +1,23 @@
-// What the AVX-512 kernels (VNNI, VBMI2) of all encodings share: one row straight from the packed bytes, and many rows
-// through expanded tiles. One vector is one step of a panel: 16 outputs by 4 codes, or by 1 float.
+// What the AVX-512 kernels (VNNI, VBMI2) of all encodings share. One vector is one step of a panel: 16 outputs by 4
+// codes, or by 1 float.
 //
 // An encoding gives a `Stream` that reads a panel from its start, two steps at a time:
-//   static constexpr bool kIsExpanded    the packed bytes are what a register tile wants: tiles read them in place
 //   void start(w, panel)
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
-//   floats: void next(__m512& even, __m512& odd)
+//   floats: static constexpr bool kIsBf16    all values are bfloat16
+//           void next(__m512& even, __m512& odd)
 // and its kernel is multiply_int<Stream> or multiply_float<Stream>, or a function of its own that may call their two
 // halves, one_row_* and many_rows_*.
 #pragma once
 
-#include "matmul/tiles_avx512.h"
+#include "matmul/rows_avx512.h"
+#if RAREFY_PASS_AMX
+#include "matmul/core_amx.h"
+#endif
 
 namespace rarefy::matmul::avx512 {
-
-// Zero points (one per lane) in every byte; for 4-bit codes in both nibbles.
-template <class Stream>
-inline __m512i pruned_codes(__m512i zero_points) {
-    return _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(Stream::kOddShift == 4 ? 0x11111111 : 0x01010101));
-}
 
 // One row of activations by kPanels panels, `distance` apart, straight from the packed bytes. kSymmetric: all zero
 // points are the same.
@@ -121,33 +118,6 @@ inline void walk_panels(const PanelWeights& w, const Rows& rows, const Part& par
     for (; panel < part.panel_end; ++panel) one(w, rows, part, panel, 0);
 }
 
-// Expands blocks [begin, end) of one panel into plain codes.
-template <class Stream, int kSteps>
-void expand_int(const PanelWeights& w, Stream& stream, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
-    constexpr int kSegments = 16 / kSteps;
-    Groups groups(w, begin * kSegments);
-    for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
-        const __m512i pruned = pruned_codes<Stream>(groups.zero_points(panel));
-        for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
-            __m512i even, odd;
-            stream.next(pruned, even, odd);
-            _mm512_store_si512(out, even);
-            _mm512_store_si512(out + 64, _mm512_srli_epi16(odd, Stream::kOddShift));
-        }
-        groups.advance();
-    }
-}
-
-template <class Stream>
-void expand_float(Stream& stream, int64_t num_blocks, uint8_t* out) {
-    for (int64_t pair = 0; pair < num_blocks * kBlockInputs / 2; ++pair, out += 128) {
-        __m512 even, odd;
-        stream.next(even, odd);
-        _mm512_store_ps(out, even);
-        _mm512_store_ps(out + 64, odd);
-    }
-}
-
 template <class Stream, int kSteps>
 void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (w.zero_points == nullptr)
@@ -156,45 +126,27 @@ void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
         walk_panels(w, rows, part, walk_int<Stream, 2, kSteps, false>, walk_int<Stream, 1, kSteps, false>);
 }
 
-template <class Stream, int kSteps>
+template <class Stream>
 void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    int64_t panel = part.panel_begin;
-    alignas(64) uint8_t expanded[kTilePanels * kIntTileBlocks * kIntBlockBytes];
-    while (panel < part.panel_end) {
-        const int num_panels = part.panel_end - panel >= kTilePanels ? kTilePanels : 1;
-        Stream streams[kTilePanels];
-        for (int p = 0; p < num_panels; ++p) streams[p].start(w, panel + p);
-        const uint8_t* values = w.values + w.value_offsets[panel];
-        const TileFunction* functions = num_panels == 1 ? kIntTiles<1, kSteps> : kIntTiles<kTilePanels, kSteps>;
-        for (int64_t begin = 0; begin < w.num_blocks; begin += kIntTileBlocks) {
-            const int64_t end = begin + kIntTileBlocks < w.num_blocks ? begin + kIntTileBlocks : w.num_blocks;
-            Tile tile{values + begin * kIntBlockBytes, w.num_blocks * kIntBlockBytes, panel, begin, end};
-            if (!Stream::kIsExpanded) {
-                tile.values = expanded;
-                tile.panel_stride = kIntTileBlocks * kIntBlockBytes;
-                for (int p = 0; p < num_panels; ++p)
-                    expand_int<Stream, kSteps>(w, streams[p], panel + p, begin, end, expanded + p * tile.panel_stride);
-            }
-            multiply_tile(functions, w, rows, part, tile);
-        }
-        panel += num_panels;
-    }
-}
-
-template <class Stream, int kSteps>
-void multiply_int_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin == 1)
-        one_row_int<Stream, kSteps>(w, rows, part);
+#if RAREFY_PASS_AMX
+    if (part.row_end - part.row_begin >= kAmxRows) return tiles_int<Stream>(w, rows, part);
+#endif
+    if (w.steps_per_segment == 8)
+        walk_rows(w, rows, part, kRowsInt<Stream, 8, false>);
+    else if (w.zero_points == nullptr)
+        walk_rows(w, rows, part, kRowsInt<Stream, 16, true>);
     else
-        many_rows_int<Stream, kSteps>(w, rows, part);
+        walk_rows(w, rows, part, kRowsInt<Stream, 16, false>);
 }
 
 template <class Stream>
 void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.steps_per_segment == 16)
-        multiply_int_steps<Stream, 16>(w, rows, part);
+    if (part.row_end - part.row_begin > 1)
+        many_rows_int<Stream>(w, rows, part);
+    else if (w.steps_per_segment == 16)
+        one_row_int<Stream, 16>(w, rows, part);
     else
-        multiply_int_steps<Stream, 8>(w, rows, part);
+        one_row_int<Stream, 8>(w, rows, part);
 }
 
 template <class Stream>
@@ -204,35 +156,20 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part) {
 
 template <class Stream>
 void many_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
-    int64_t panel = part.panel_begin;
-    alignas(64) uint8_t expanded[kTilePanels * kFloatTileBlocks * kFloatBlockBytes];
-    while (panel < part.panel_end) {
-        const int num_panels = part.panel_end - panel >= kTilePanels ? kTilePanels : 1;
-        Stream streams[kTilePanels];
-        for (int p = 0; p < num_panels; ++p) streams[p].start(w, panel + p);
-        const uint8_t* values = w.values + w.value_offsets[panel];
-        const TileFunction* functions = num_panels == 1 ? kFloatTiles<1> : kFloatTiles<kTilePanels>;
-        for (int64_t begin = 0; begin < w.num_blocks; begin += kFloatTileBlocks) {
-            const int64_t end = begin + kFloatTileBlocks < w.num_blocks ? begin + kFloatTileBlocks : w.num_blocks;
-            Tile tile{values + begin * kFloatBlockBytes, w.num_blocks * kFloatBlockBytes, panel, begin, end};
-            if (!Stream::kIsExpanded) {
-                tile.values = expanded;
-                tile.panel_stride = kFloatTileBlocks * kFloatBlockBytes;
-                for (int p = 0; p < num_panels; ++p)
-                    expand_float(streams[p], end - begin, expanded + p * tile.panel_stride);
-            }
-            multiply_tile(functions, w, rows, part, tile);
-        }
-        panel += num_panels;
+#if RAREFY_PASS_AMX
+    if constexpr (Stream::kIsBf16) {
+        if (part.row_end - part.row_begin >= kAmxRows) return tiles_bf16<Stream>(w, rows, part);
     }
+#endif
+    walk_rows(w, rows, part, kRowsFloat<Stream>);
 }
 
 template <class Stream>
 void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin == 1)
-        one_row_float<Stream>(w, rows, part);
-    else
+    if (part.row_end - part.row_begin > 1)
         many_rows_float<Stream>(w, rows, part);
+    else
+        one_row_float<Stream>(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512

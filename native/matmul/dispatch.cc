@@ -29,14 +29,12 @@ constexpr Row kKernels[] = {
 #undef RAREFY_KERNEL
 };
 
-constexpr Isa kIsas[] = {Isa::reference, Isa::avx2, Isa::avx512};
-
-// Rows of activations that one task multiplies with one expanded panel: enough to pay for the expansion.
-constexpr int64_t kTaskRows = 96;
+// Rows of activations that one task multiplies with a panel: enough to pay for reading and expanding it.
+constexpr int64_t kTaskRows = 128;
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kSpreadRows = 4;
-constexpr int64_t kRowMultiple = 12;  // whole register tiles of every instruction set
+constexpr int64_t kRowMultiple = 16;  // whole register tiles of every instruction set
 
 KernelFunction find_kernel(Encoding encoding, Isa isa) {
     for (const Row& row : kKernels)
@@ -47,8 +45,12 @@ KernelFunction find_kernel(Encoding encoding, Isa isa) {
 QuantizeFunction find_quantizer(Isa isa) {
     switch (isa) {
 #if RAREFY_X86
-        case Isa::avx2: return quantize_row_avx2;
-        case Isa::avx512: return quantize_row_avx512;
+        case Isa::avx2:
+        case Isa::avx_vnni: return quantize_row_avx2;
+        case Isa::avx512:
+        case Isa::amx: return quantize_row_avx512;
+#elif RAREFY_ARM
+        case Isa::neon: return quantize_row_neon;
 #endif
         default: return quantize_row_reference;
     }
@@ -220,20 +222,33 @@ void run_task(const Grid& grid, int64_t task) {
 const char* name(Isa isa) {
     switch (isa) {
         case Isa::reference: return "reference";
+        case Isa::neon: return "neon";
         case Isa::avx2: return "avx2";
+        case Isa::avx_vnni: return "avx_vnni";
         case Isa::avx512: return "avx512";
+        case Isa::amx: return "amx";
     }
     return "";
 }
 
+bool can_run(Isa isa, const common::CpuFlags& cpu) {
+    if (std::none_of(std::begin(kKernels), std::end(kKernels), [&](const Row& row) { return row.isa == isa; }))
+        return false;
+    switch (isa) {
+        case Isa::reference: return true;
+        case Isa::neon: return can_run_neon(cpu);
+        case Isa::avx2: return can_run_avx2(cpu);
+        case Isa::avx_vnni: return can_run_avx_vnni(cpu);
+        case Isa::avx512: return can_run_avx512(cpu);
+        case Isa::amx: return can_run_amx(cpu);
+    }
+    return false;
+}
+
 Isa runnable_isa(const std::string& wanted) {
-    const common::CpuFlags cpu = common::detect_cpu();
     for (const Isa isa : kIsas) {
         if (wanted != name(isa)) continue;
-        const bool compiled =
-            std::any_of(std::begin(kKernels), std::end(kKernels), [&](const Row& row) { return row.isa == isa; });
-        const bool runs = isa == Isa::reference || (isa == Isa::avx2 ? can_run_avx2(cpu) : can_run_avx512(cpu));
-        if (compiled && runs) return isa;
+        if (can_run(isa, common::detect_cpu())) return isa;
         throw std::invalid_argument("this machine cannot run " + wanted);
     }
     throw std::invalid_argument("unknown instruction set " + wanted);

@@ -5,11 +5,14 @@
 #include <string>
 #include <vector>
 
+#include "common/cpu.h"
 #include "matmul/weights.h"
 
 namespace rarefy::matmul {
 
 const char* name(Isa isa);
+// Whether this build has kernels for the instruction set, and a CPU with these flags runs them.
+bool can_run(Isa isa, const common::CpuFlags& cpu);
 // Throws std::invalid_argument for an unknown name, or where this build or CPU cannot run it.
 Isa runnable_isa(const std::string& name);
 

@@ -3,9 +3,24 @@
 
 #include "matmul/contract.h"
 
-// The instruction sets of an encoding: each list calls macro(name, isa) once for each.
+// The instruction sets of an encoding: each list calls macro(name, isa) once for each. The last two on x86-64 need a
+// recent compiler (CMakeLists.txt).
+#if RAREFY_AVX_VNNI
+#define RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx_vnni)
+#else
+#define RAREFY_AVX_VNNI_ISA(macro, name)
+#endif
+#if RAREFY_AMX
+#define RAREFY_AMX_ISA(macro, name) macro(name, amx)
+#else
+#define RAREFY_AMX_ISA(macro, name)
+#endif
 #if RAREFY_X86
-#define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, avx2) macro(name, avx512)
+#define RAREFY_EVERY_ISA(macro, name)                                                             \
+    macro(name, reference) macro(name, avx2) RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx512) \
+        RAREFY_AMX_ISA(macro, name)
+#elif RAREFY_ARM
+#define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, neon)
 #else
 #define RAREFY_EVERY_ISA(macro, name) macro(name, reference)
 #endif
@@ -24,13 +39,15 @@ namespace rarefy::matmul {
 // q = rint(x * inv) half to even, scale = amax / 127. A block whose amax is 0 or makes inv overflow becomes zeros with
 // scale 0; one with a NaN or an infinity becomes zeros with scale NaN, which makes all outputs of the row NaN.
 // Writes whole blocks of q, the sums of q of each half block and, unless null, wide_q, which quantize_row_avx512
-// ignores.
+// and quantize_row_neon ignore.
 using QuantizeFunction = void (*)(const float* x, int64_t num_inputs, int8_t* q, int16_t* wide_q, float* scales,
                                   int32_t* sums);
 void quantize_row_reference(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 #if RAREFY_X86
 void quantize_row_avx2(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 void quantize_row_avx512(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
+#elif RAREFY_ARM
+void quantize_row_neon(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 #endif
 
 }  // namespace rarefy::matmul

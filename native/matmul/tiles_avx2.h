@@ -18,12 +18,12 @@ struct Tile {
 
 // The outputs of kRows rows while a tile is multiplied; starts at 0 with block 0, else at y.
 template <int kRows>
-struct Totals {
+struct TileTotals {
     __m256 sums[kRows][kHalves];
     float* y;
     int64_t stride;
     __m256i lanes[kHalves];
-    Totals(const PanelWeights& w, const Part& part, const Tile& tile, int64_t row)
+    TileTotals(const PanelWeights& w, const Part& part, const Tile& tile, int64_t row)
         : y(part.y + row * part.y_stride + tile.panel * kPanelOutputs), stride(part.y_stride) {
         UNROLL for (int half = 0; half < kHalves; ++half) {
             lanes[half] = output_lanes(w, tile.panel * kPanelOutputs + 8 * half);
@@ -44,20 +44,20 @@ struct Totals {
     }
 };
 
-// Expanded 4-bit codes: 64 bytes per step. Expanded 8-bit codes: 128 bytes per step, for each half columns 0 and 2 and
-// then columns 1 and 3 in 16 bits.
-template <bool kSmall>
-constexpr int kStepBytes = kSmall ? 64 : 128;
+// Expanded codes that meet activations as bytes: 64 bytes per step. Others: 128 bytes per step, for each half columns 0
+// and 2 and then columns 1 and 3 in 16 bits.
+template <bool kBytes>
+constexpr int kStepBytes = kBytes ? 64 : 128;
 
-template <bool kSmall, int kRows, int kSteps>
+template <bool kBytes, int kRows, int kSteps>
 void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const Tile& tile, int64_t row) {
     constexpr int kSegments = 16 / kSteps;
     const int64_t first = row * rows.stride + tile.block_begin * kBlockInputs;
     const int8_t* q = rows.q + first;
-    const int16_t* wide_q = kSmall ? nullptr : rows.wide_q + first;
+    const int16_t* wide_q = kBytes ? nullptr : rows.wide_q + first;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
-    Totals<kRows> totals(w, part, tile, row);
+    TileTotals<kRows> totals(w, part, tile, row);
     const uint8_t* values = tile.values;
     Groups groups(w, tile.block_begin * kSegments);
     for (int64_t segment = tile.block_begin * kSegments; segment < tile.block_end * kSegments; ++segment) {
@@ -68,24 +68,24 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
                 dots[r][half] = _mm256_mullo_epi32(groups.zero_points(tile.panel, half), sum);
             }
         }
-        if constexpr (kSmall) {
+        if constexpr (kBytes) {
             for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
-                __m256i sums_16[kRows][kHalves];
+                __m256i sums[kRows][kHalves];
                 UNROLL for (int r = 0; r < kRows; ++r) {
-                    UNROLL for (int half = 0; half < kHalves; ++half) { sums_16[r][half] = _mm256_setzero_si256(); }
+                    UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_si256(); }
                 }
-                for (int step = 0; step < 8; ++step, q += 4, values += kStepBytes<kSmall>) {
+                for (int step = 0; step < 8; ++step, q += 4, values += kStepBytes<kBytes>) {
                     const __m256i codes[kHalves] = {load(values), load(values + 32)};
                     UNROLL for (int r = 0; r < kRows; ++r) {
                         const __m256i four = broadcast_u32(q + r * rows.stride);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            sums_16[r][half] = add_int4(sums_16[r][half], codes[half], four);
+                            sums[r][half] = add_bytes(sums[r][half], codes[half], four);
                         }
                     }
                 }
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     UNROLL for (int half = 0; half < kHalves; ++half) {
-                        dots[r][half] = fold_int4(dots[r][half], sums_16[r][half]);
+                        dots[r][half] = fold(dots[r][half], sums[r][half]);
                     }
                 }
             }
@@ -116,7 +116,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
 template <int kRows>
 void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const Tile& tile, int64_t row) {
     const float* x = rows.x + row * rows.stride + tile.block_begin * kBlockInputs;
-    Totals<kRows> totals(w, part, tile, row);
+    TileTotals<kRows> totals(w, part, tile, row);
     const uint8_t* values = tile.values;
     for (int64_t block = tile.block_begin; block < tile.block_end; ++block) {
         __m256 sums[kRows][kHalves];
@@ -142,17 +142,20 @@ void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const
 
 using TileFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const Tile&, int64_t);
 
-template <bool kSmall, int kSteps>
-inline constexpr TileFunction kIntTiles[kIntTileRows] = {tile_int<kSmall, 1, kSteps>, tile_int<kSmall, 2, kSteps>,
-                                                         tile_int<kSmall, 3, kSteps>, tile_int<kSmall, 4, kSteps>};
+template <bool kBytes, int kSteps>
+inline constexpr TileFunction kIntTiles[kIntTileRows] = {tile_int<kBytes, 1, kSteps>, tile_int<kBytes, 2, kSteps>,
+                                                         tile_int<kBytes, 3, kSteps>, tile_int<kBytes, 4, kSteps>};
 inline constexpr TileFunction kFloatTiles[kFloatTileRows] = {tile_float<1>, tile_float<2>, tile_float<3>,
                                                              tile_float<4>, tile_float<5>, tile_float<6>};
 
+// Splits the rows of a part evenly.
 inline void multiply_tile(const TileFunction* functions, int max_rows, const PanelWeights& w, const Rows& rows,
                           const Part& part, const Tile& tile) {
-    for (int64_t row = part.row_begin; row < part.row_end;) {
-        const int64_t left = part.row_end - row;
-        const int64_t count = left < max_rows ? left : max_rows;
+    const int64_t num_rows = part.row_end - part.row_begin;
+    const int64_t num_groups = (num_rows + max_rows - 1) / max_rows;
+    int64_t row = part.row_begin;
+    for (int64_t group = 0; group < num_groups; ++group) {
+        const int64_t count = (num_rows + group) / num_groups;
         functions[count - 1](w, rows, part, tile, row);
         row += count;
     }

@@ -1,5 +1,6 @@
 // Two vectors of 8 outputs, scales and zero points: what all AVX2 kernels use. This header and those that include it
-// belong to files with AVX2 flags alone.
+// belong to files with AVX2 flags alone. With AVX-VNNI they are compiled a second time, as the namespace avx_vnni
+// (CMakeLists.txt), and differ in how codes meet activations.
 #pragma once
 
 #include <immintrin.h>
@@ -78,18 +79,44 @@ struct Groups {
     }
 };
 
+// Fetches a panel's values ahead of the stream that reads them, a block (or a kPieces-th of one) at a time. Where the
+// values of a block are depends on a mask; that they are spread evenly is near enough.
+template <int kPieces>
+struct Ahead {
+    const uint8_t* values;
+    int64_t num_bytes;  // of a piece
+    void start(const PanelWeights& w, int64_t panel) {
+        values = w.values + w.value_offsets[panel] + 4096;
+        num_bytes = (w.value_offsets[panel + 1] - w.value_offsets[panel]) / (w.num_blocks * kPieces);
+    }
+    void fetch(int64_t piece) const {
+        const auto* from = reinterpret_cast<const char*>(values + piece * num_bytes);
+        for (int64_t offset = 0; offset < num_bytes; offset += 64) _mm_prefetch(from + offset, _MM_HINT_T0);
+    }
+};
+
 template <int kSteps>
 inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
     return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];
 }
 
-inline __m256i add_int4(__m256i sums_16, __m256i codes, __m256i q) {
+// Sums of a step of codes by four activations, and what they add to the dot products of 32 bits after 8 steps.
+#if RAREFY_PASS_AVX_VNNI
+constexpr bool kVnni = true;
+inline __m256i add_bytes(__m256i sums, __m256i codes, __m256i q) { return _mm256_dpbusd_avx_epi32(sums, codes, q); }
+inline __m256i fold(__m256i dots, __m256i sums) { return _mm256_add_epi32(dots, sums); }
+#else
+constexpr bool kVnni = false;
+inline __m256i add_bytes(__m256i sums_16, __m256i codes, __m256i q) {
     return _mm256_add_epi16(sums_16, _mm256_maddubs_epi16(codes, q));
 }
-
-inline __m256i fold_int4(__m256i dots, __m256i sums_16) {
+inline __m256i fold(__m256i dots, __m256i sums_16) {
     return _mm256_add_epi32(dots, _mm256_madd_epi16(sums_16, _mm256_set1_epi16(1)));
 }
+#endif
+// Whether codes meet activations as bytes.
+template <class Stream>
+constexpr bool kAsBytes = kVnni || Stream::kSmallCodes;
 
 inline __m256i low_bytes(__m256i codes) { return _mm256_and_si256(codes, _mm256_set1_epi16(0xff)); }
 inline __m256i high_bytes(__m256i codes) { return _mm256_srli_epi16(codes, 8); }

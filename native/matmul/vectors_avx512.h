@@ -99,6 +99,12 @@ struct Groups {
     }
 };
 
+// Zero points (one per lane) in every byte; for 4-bit codes in both nibbles.
+template <class Stream>
+inline __m512i pruned_codes(__m512i zero_points) {
+    return _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(Stream::kOddShift == 4 ? 0x11111111 : 0x01010101));
+}
+
 template <int kSteps>
 inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
     return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];

@@ -70,8 +70,12 @@ public:
     explicit Ops(const std::string& isa) : isa(isa) {
 #if RAREFY_X86
         const common::CpuFlags cpu = common::detect_cpu();
-        if (isa == "avx512" && common::can_run_avx512(cpu)) kernels_ = &ops::kAvx512Kernels;
-        if (isa == "avx2" && common::can_run_avx2(cpu)) kernels_ = &ops::kAvx2Kernels;
+        if ((isa == "avx512" && common::can_run_avx512(cpu)) || (isa == "amx" && common::can_run_amx(cpu)))
+            kernels_ = &ops::kAvx512Kernels;
+        if ((isa == "avx2" && common::can_run_avx2(cpu)) || (isa == "avx_vnni" && common::can_run_avx_vnni(cpu)))
+            kernels_ = &ops::kAvx2Kernels;
+#elif RAREFY_ARM
+        if (isa == "neon" && common::can_run_neon(common::detect_cpu())) kernels_ = &ops::kNeonKernels;
 #endif
         if (isa == "reference") kernels_ = &ops::kRefKernels;
         if (kernels_ == nullptr) throw std::invalid_argument("this CPU cannot run the instruction set " + isa);

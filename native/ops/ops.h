@@ -2,7 +2,7 @@
 //
 // One table of functions per instruction set. A table's functions are single-threaded and work on whole rows or tiles;
 // driver.cc splits the work over the thread pool. kernels.inc holds the arithmetic once, in terms of the vector type of
-// vec_*.h; ref.cc, avx2.cc and avx512.cc compile it for one instruction set each.
+// vec_*.h; ref.cc, avx2.cc, avx512.cc and neon.cc compile it for one instruction set each.
 #pragma once
 
 #include <cstdint>
@@ -57,6 +57,8 @@ extern const Kernels kRefKernels;
 #if RAREFY_X86
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+#elif RAREFY_ARM
+extern const Kernels kNeonKernels;
 #endif
 
 // Split over the thread pool. Shapes as in rarefy.kernels.ops; every size is checked by the caller.

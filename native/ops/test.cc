@@ -191,6 +191,8 @@ int main() {
 #if RAREFY_X86
     if (common::can_run_avx2(cpu)) tables.emplace_back("avx2", &ops::kAvx2Kernels);
     if (common::can_run_avx512(cpu)) tables.emplace_back("avx512", &ops::kAvx512Kernels);
+#elif RAREFY_ARM
+    if (common::can_run_neon(cpu)) tables.emplace_back("neon", &ops::kNeonKernels);
 #else
     (void)cpu;
 #endif
@@ -206,6 +208,8 @@ int main() {
             for (const int64_t head_dim : {1, 5, 32, 65}) check_segments(*kernels, isa, 3, head_dim);
         }
     }
-    std::printf("%d of %d checks failed\n", num_failures, num_checks);
+    std::printf("%d of %d checks failed, on", num_failures, num_checks);
+    for (const auto& table : tables) std::printf(" %s", table.first.c_str());
+    std::printf("\n");
     return num_failures == 0 ? 0 : 1;
 }

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from rarefy import kernels
+from rarefy.kernels.extension import ISAS
 from rarefy.layouts import FORMATS, Layout
-
-ISAS = ("numpy", "reference", "avx2", "avx512")
 
 
 @dataclass(frozen=True)

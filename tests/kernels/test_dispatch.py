@@ -11,11 +11,17 @@ from rarefy import kernels
 from rarefy.core.errors import UsageError
 from rarefy.kernels import CpuFlags, Kernel, select
 from rarefy.kernels.cpu import available_cpus, default_num_threads, last_level_cache_bytes, parse_cpuinfo
+from rarefy.kernels.extension import ISAS
 from rarefy.layouts import FORMATS
 
 AVX2 = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True)
-AVX512 = CpuFlags(**{name: True for name in CpuFlags.__dataclass_fields__ if not name.startswith("amx")})
-COMPILED = frozenset(Kernel("matmul", name, isa) for name in FORMATS for isa in ("reference", "avx2", "avx512"))
+AVX_VNNI = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True, avx_vnni=True)
+ARM = CpuFlags(asimddp=True)
+AVX512 = CpuFlags(
+    **{name: True for name in CpuFlags.__dataclass_fields__ if not name.startswith("amx") and name != "asimddp"}
+)
+AMX = CpuFlags(**{name: name != "asimddp" for name in CpuFlags.__dataclass_fields__})
+COMPILED = frozenset(Kernel("matmul", name, isa) for name in FORMATS for isa in ISAS[1:])
 
 
 @pytest.mark.parametrize("layout_format", sorted(FORMATS))
@@ -24,8 +30,14 @@ def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
         return select("matmul", layout_format, (8, 8), cpu, cap=cap, compiled=COMPILED).isa
 
     assert chosen(AVX512) == "avx512"
+    assert chosen(AMX) == "amx"
+    assert chosen(AMX, "avx512") == "avx512"
     assert chosen(AVX2) == "avx2"
+    assert chosen(AVX_VNNI) == chosen(AVX512, "avx_vnni") == "avx_vnni"
     assert chosen(CpuFlags()) == "reference"
+    assert chosen(ARM) == "neon"
+    assert chosen(ARM, "avx512") == "neon"
+    assert chosen(ARM, "reference") == "reference"
     assert chosen(AVX512, "avx2") == "avx2"
     assert chosen(AVX2, "avx512") == "avx2"
     assert chosen(AVX512, "reference") == "reference"
@@ -36,7 +48,7 @@ def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
 def test_one_missing_flag_disables_the_instruction_set(missing: str) -> None:
     flags = {name: getattr(AVX512, name) for name in CpuFlags.__dataclass_fields__}
     cpu = CpuFlags(**{**flags, missing: False})
-    expected = "reference" if missing == "fma" else "avx2"
+    expected = "reference" if missing == "fma" else "avx_vnni"
     assert select("matmul", "dense-int8-v1", (8, 8), cpu, compiled=COMPILED).isa == expected
 
 
@@ -47,8 +59,8 @@ def test_without_compiled_kernels_numpy_runs() -> None:
 def test_impossible_requests() -> None:
     with pytest.raises(UsageError, match="allowed: matmul"):
         select("conv", "dense-int8-v1", (8, 8), AVX2, compiled=COMPILED)
-    with pytest.raises(UsageError, match="allowed: numpy, reference, avx2, avx512"):
-        select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="amx", compiled=COMPILED)
+    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
+        select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="sse9", compiled=COMPILED)
     with pytest.raises(UsageError):
         select("matmul", "dense-int8-v1", (-1, 8), AVX2, compiled=COMPILED)
 
@@ -67,7 +79,7 @@ def test_isa_variable(monkeypatch: pytest.MonkeyPatch, weight) -> None:
     assert kernels.prepare(layout).isa == "numpy"
     assert kernels.describe_cpu()["isa_cap"] == "numpy"
     monkeypatch.setenv("RAREFY_ISA", "sse9")
-    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, avx2, avx512"):
+    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
         kernels.prepare(layout)
 
 
@@ -99,6 +111,7 @@ def test_flags_from_cpuinfo() -> None:
     text = "processor\t: 0\nmodel name\t: some CPU\nflags\t\t: fpu avx2 fma f16c bmi2 avx512f avx512_vnni\n"
     assert parse_cpuinfo(text).names() == ("avx2", "fma", "f16c", "bmi2", "avx512f", "avx512_vnni")
     assert parse_cpuinfo("Features : fp asimd\n") == CpuFlags()
+    assert parse_cpuinfo("Features\t: fp asimd asimddp\n") == ARM
     cpuinfo = Path("/proc/cpuinfo")
     if kernels.extension_status()[0] and cpuinfo.exists() and "flags" in cpuinfo.read_text(encoding="utf-8"):
         assert parse_cpuinfo(cpuinfo.read_text(encoding="utf-8")) == kernels.detect_cpu()

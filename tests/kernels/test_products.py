@@ -223,6 +223,8 @@ def test_same_bits_for_every_thread_count_row_count_and_instruction_set(weight, 
     isas = [name for name in kernels.runnable_isas(kernels.detect_cpu()) if name != "numpy"]
     if not kernels.compiled_kernels():
         pytest.skip("the extension is not built")
+    if layout_format in ("dense-bf16-v1", "bitmask-bf16-v1", "nm-bf16-v1"):
+        isas = [name for name in isas if name != "amx"]  # ADR 0015: many rows are summed in another order
     rng = np.random.default_rng(6)
     for (num_outputs, num_inputs), (group_size, symmetric) in zip(SHAPES[-5:], GRIDS, strict=True):
         w = weight(layout_format, num_outputs, num_inputs, group_size=group_size, symmetric=symmetric)

@@ -98,6 +98,28 @@ void binary(const PanelWeights& w, const Rows& rows, const Part& part) { multipl
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Bits {
+    static constexpr int kHalfBytes = kBinaryHalfBytes;
+    static void expand(const uint8_t* half, uint8_t* out) {
+        Bytes bits = load(half);
+        UNROLL for (int step = 0; step < kHalfSteps; ++step) {
+            vst1q_u8(out + 64 * step, vandq_u8(vshlq_n_u8(bits, 1), vdupq_n_u8(2)));
+            bits = vshrq_n_u8(bits, 1);
+        }
+    }
+};
+
+}  // namespace
+
+void binary(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<BitStream<Bits>>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

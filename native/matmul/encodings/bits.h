@@ -4,7 +4,8 @@
 //   reference   static uint8_t code(const uint8_t* half, int step, int byte)    the code of a byte of a step
 //               static void place(uint8_t* half, int step, int byte, uint8_t code)    zeroes before
 //   AVX2        static void expand(const uint8_t* half, uint8_t* out)    8 steps of 64 codes
-//   AVX-512     the same, and for one row, whose sums take the codes where they stand in their bytes:
+//   NEON        static void expand(const uint8_t* half, uint8_t* out)    of 8 steps the first 16 codes
+//   AVX-512     as AVX2, and for one row, whose sums take the codes where they stand in their bytes:
 //               kSums, kShifts    by how many bits to the left each sum is off; the first by none
 //               static void dot(const uint8_t* half, const __m512i (&q)[8], Sums (&sums)[kSums])
 // and kHalfBytes, the bytes of half a block.
@@ -101,8 +102,8 @@ namespace rarefy::matmul::avx512 {
 // For many rows: expands half a block at a time.
 template <class Bits>
 struct BitStream : PanelStream {
-    static constexpr bool kIsExpanded = false;
     static constexpr int kOddShift = 0;
+    void fetch(int num_steps) const { prefetch<2048>(values, num_steps * Bits::kHalfBytes / kHalfSteps); }
     alignas(64) uint8_t steps[kHalfSteps * 64];
     int next_step = 0;
     void next(__m512i, __m512i& even, __m512i& odd) {
@@ -167,7 +168,7 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
 template <class Bits, int kSteps>
 void multiply_bits_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin > 1)
-        many_rows_int<BitStream<Bits>, kSteps>(w, rows, part);
+        many_rows_int<BitStream<Bits> >(w, rows, part);
     else if (w.zero_points == nullptr)
         walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, true>, walk_bits<Bits, 1, kSteps, true>);
     else
@@ -183,5 +184,30 @@ void multiply_bits(const PanelWeights& w, const Rows& rows, const Part& part) {
 }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+// Expands half a block at a time.
+template <class Bits>
+struct BitStream : PanelStream {
+    static constexpr bool kSmallCodes = true;
+    alignas(16) uint8_t steps[kHalfSteps * 64];
+    int next_step = 0;
+    void set_zero_points(const Bytes (&)[kQuarters]) {}
+    void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters]) {
+        if (next_step == 0) {
+            UNROLL for (int i = 0; i < 64; i += 16) { Bits::expand(values + i, steps + i); }
+            values += Bits::kHalfBytes;
+        }
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            even[i] = load(steps + next_step * 64 + 16 * i);
+            odd[i] = load(steps + next_step * 64 + 64 + 16 * i);
+        }
+        next_step = (next_step + 2) % kHalfSteps;
+    }
+};
+
+}  // namespace rarefy::matmul::neon
 
 #endif

@@ -159,7 +159,12 @@ struct CellStream {
 #elif RAREFY_PASS_AVX2
 #include "matmul/encodings/block_avx2.h"
 #elif RAREFY_PASS_AVX512
+#if RAREFY_PASS_AMX
+#include "matmul/encodings/block_amx.h"
+#endif
 #include "matmul/encodings/block_avx512.h"
+#elif RAREFY_PASS_NEON
+#include "matmul/encodings/block_neon.h"
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

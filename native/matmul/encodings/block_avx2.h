@@ -71,13 +71,16 @@ void cells_tile_float(const PanelWeights& w, const Rows& rows, const Part& part,
     totals.store();
 }
 
-// One segment of a cell: `num_steps` expanded steps from column `first` on; `halves`: whose sums of q belong to it.
+// One segment of a cell: `num_steps` steps, with AVX-VNNI as they are packed and otherwise expanded, from column
+// `first` on; `halves`: whose sums of q belong to it.
 template <int kRows>
 inline const uint8_t* segment_int(const PanelWeights& w, const Rows& rows, int64_t panel, int64_t row, int32_t cell,
                                   int first, int num_steps, int halves, const uint8_t* values,
                                   __m256 (&totals)[kRows][kHalves]) {
     const int64_t block = cell_block(cell);
-    const int16_t* wide_q = rows.wide_q + row * rows.stride + block * kBlockInputs + first;
+    const int64_t at = row * rows.stride + block * kBlockInputs + first;
+    const int8_t* q = rows.q + at;
+    const int16_t* wide_q = kVnni ? nullptr : rows.wide_q + at;
     const int32_t* half_sums = rows.sums + (row * rows.num_blocks + block) * 2;
     const Groups groups(w, w.steps_per_segment == 16 ? block : 2 * block + first / 32);
     __m256i dots[kRows][kHalves];
@@ -88,14 +91,19 @@ inline const uint8_t* segment_int(const PanelWeights& w, const Rows& rows, int64
             dots[r][half] = _mm256_mullo_epi32(groups.zero_points(panel, half), minus);
         }
     }
-    for (int step = 0; step < 2 * num_steps; ++step, wide_q += 2, values += 64) {
+    for (int step = 0; step < (kVnni ? 1 : 2) * num_steps; ++step, values += 64) {
         const __m256i codes[kHalves] = {load(values), load(values + 32)};
         UNROLL for (int r = 0; r < kRows; ++r) {
-            const __m256i two = broadcast_u32(wide_q + r * rows.stride);
+            const __m256i some = kVnni ? broadcast_u32(q + r * rows.stride) : broadcast_u32(wide_q + r * rows.stride);
             UNROLL for (int half = 0; half < kHalves; ++half) {
-                dots[r][half] = _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(codes[half], two));
+                dots[r][half] = kVnni ? add_bytes(dots[r][half], codes[half], some)
+                                      : _mm256_add_epi32(dots[r][half], _mm256_madd_epi16(codes[half], some));
             }
         }
+        if (kVnni)
+            q += 4;
+        else
+            wide_q += 2;
     }
     const float* row_scales = rows.scales + row * rows.num_blocks + block;
     UNROLL for (int half = 0; half < kHalves; ++half) {
@@ -222,8 +230,13 @@ void multiply_panel(const PanelWeights& w, const Rows& rows, const Part& part, i
     const int32_t* cells = panel_cells(w, panel, count);
     for (int64_t begin = 0; begin == 0 || begin < count; begin += kRunCells) {
         const int64_t end = begin + kRunCells < count ? begin + kRunCells : count;
-        const Run run{expanded, cells + begin, end - begin, panel, begin == 0};
-        values = expand_cells<kFloats>(values, run, expanded);
+        Run run{expanded, cells + begin, end - begin, panel, begin == 0};
+        if constexpr (kFloats || !kVnni) {
+            values = expand_cells<kFloats>(values, run, expanded);
+        } else {
+            run.values = values;
+            for (int64_t k = begin; k < end; ++k) values += num_columns(cells[k]) * kPanelOutputs;
+        }
         multiply_run(kFloats ? kCellFloatTiles : kCellIntTiles, kFloats ? kCellFloatRows : kCellIntRows, w, rows, part,
                      run);
     }

@@ -1,184 +1,9 @@
-// AVX-512 kernels of the block sparse encodings; see block.h. Register tiles are one panel wide, since neighbouring
-// panels have other cells, and many rows high.
+// AVX-512 kernels of the block sparse encodings; see block.h.
 #pragma once
 
-#include "matmul/core_avx512.h"
+#include "matmul/encodings/block_tiles_avx512.h"
 
 namespace rarefy::matmul::avx512 {
-
-constexpr int kCellTileRows = 12;
-// Panels that take turns with the same rows and the same stretch of blocks: activations that one of them skips another
-// needs, and they stay in the L1 cache meanwhile.
-constexpr int kGroupPanels = 4;
-constexpr int kFloatRunBlocks = 8;
-constexpr int kIntRunBlocks = 32;
-
-// The cells of a panel that lie in a stretch of blocks. The first run of a panel starts its sums.
-struct Run {
-    const uint8_t* values;
-    const int32_t* cells;
-    int64_t count, panel;
-    bool is_first;
-};
-
-template <int kRows>
-struct CellTotals {
-    __m512 sums[kRows];
-    float* y;
-    int64_t stride;
-    __mmask16 lanes;
-    CellTotals(const PanelWeights& w, const Rows& rows, const Part& part, const Run& run, int64_t row)
-        : y(part.y + row * part.y_stride + run.panel * kPanelOutputs),
-          stride(part.y_stride),
-          lanes(output_lanes(w, run.panel)) {
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            sums[r] =
-                run.is_first ? _mm512_set1_ps(rows.starts[row + r]) : _mm512_maskz_loadu_ps(lanes, y + r * stride);
-        }
-    }
-    void store() const {
-        UNROLL for (int r = 0; r < kRows; ++r) { _mm512_mask_storeu_ps(y + r * stride, lanes, sums[r]); }
-    }
-};
-
-// The group of a segment of a panel. Divided anew for each: gaps of any length are nothing that a branch could predict.
-struct SegmentGroup {
-    const PanelWeights& w;
-    int64_t offset;
-    SegmentGroup(const PanelWeights& weights, int64_t panel, int64_t segment)
-        : w(weights),
-          offset((panel * weights.num_groups +
-                  static_cast<uint32_t>(segment) / static_cast<uint32_t>(weights.segments_per_group)) *
-                 kPanelOutputs) {}
-    __m512 scales() const { return widen_bf16(w.scales + offset); }
-    __m512i zero_points() const { return widen_bytes(w.zero_points + offset); }
-};
-
-// kRows rows by the expanded cells of a run.
-template <int kRows>
-void cells_tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const Run& run, int64_t row) {
-    CellTotals<kRows> totals(w, rows, part, run, row);
-    const uint8_t* values = run.values;
-    for (int64_t k = 0; k < run.count; ++k) {
-        const int32_t cell = run.cells[k];
-        const float* x = rows.x + row * rows.stride + cell_block(cell) * kBlockInputs + first_column(cell);
-        __m512 sums[kRows];
-        UNROLL for (int r = 0; r < kRows; ++r) { sums[r] = _mm512_setzero_ps(); }
-        for (const float* const end = x + num_columns(cell); x != end; ++x, values += 64) {
-            const __m512 weights = _mm512_castsi512_ps(load(values));
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(x[r * rows.stride]), weights, sums[r]);
-            }
-        }
-        UNROLL for (int r = 0; r < kRows; ++r) { totals.sums[r] = _mm512_add_ps(totals.sums[r], sums[r]); }
-    }
-    totals.store();
-}
-
-// One segment of a cell: `num_steps` steps from `first` on, whose sums of q are in the given halves of the block.
-template <int kRows>
-inline const uint8_t* segment_int(const Rows& rows, int64_t row, int32_t cell, int first, int num_steps, int halves,
-                                  const SegmentGroup& group, const uint8_t* values, __m512 (&totals)[kRows]) {
-    const int64_t block = cell_block(cell);
-    const int8_t* q = rows.q + row * rows.stride + block * kBlockInputs + first;
-    const int32_t* half_sums = rows.sums + (row * rows.num_blocks + block) * 2;
-    const int32_t first_half = -(halves & 1), second_half = -(halves >> 1);  // as masks
-    Sums dots[kRows];
-    if (group.w.zero_points == nullptr) {
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            const int32_t* sums = half_sums + r * rows.num_blocks * 2;
-            const int32_t sum = (sums[0] & first_half) + (sums[1] & second_half);
-            dots[r] = reinterpret_cast<Sums>(_mm512_set1_epi32(-group.w.zero_point * sum));
-        }
-    } else {
-        const __m512i zero_points = group.zero_points();
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            const int32_t* sums = half_sums + r * rows.num_blocks * 2;
-            dots[r] = times(zero_points, -((sums[0] & first_half) + (sums[1] & second_half)));
-        }
-    }
-    for (int step = 0; step < num_steps; ++step, q += 4, values += 64) {
-        const __m512i codes = load(values);
-        UNROLL for (int r = 0; r < kRows; ++r) { dots[r] = dot_4(dots[r], codes, broadcast_4(q + r * rows.stride)); }
-    }
-    const __m512 scales = group.scales();
-    const float* row_scales = rows.scales + row * rows.num_blocks + block;
-    UNROLL for (int r = 0; r < kRows; ++r) {
-        const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks]);
-        totals[r] = _mm512_fmadd_ps(to_floats(dots[r]), _mm512_mul_ps(row_scale, scales), totals[r]);
-    }
-    return values;
-}
-
-template <int kRows, int kSteps>
-inline const uint8_t* cell_int(const PanelWeights& w, const Rows& rows, int64_t panel, int64_t row, int32_t cell,
-                               const uint8_t* values, __m512 (&totals)[kRows]) {
-    if constexpr (kSteps == 16) {
-        const SegmentGroup group(w, panel, cell_block(cell));
-        return segment_int<kRows>(rows, row, cell, first_column(cell), num_columns(cell) / 4, cell & 3, group, values,
-                                  totals);
-    }
-    for (int half = 0; half < 2; ++half) {
-        if ((cell >> half & 1) == 0) continue;
-        const SegmentGroup group(w, panel, 2 * cell_block(cell) + half);
-        values = segment_int<kRows>(rows, row, cell, 32 * half, 8, 1 << half, group, values, totals);
-    }
-    return values;
-}
-
-template <int kRows, int kSteps>
-void cells_tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const Run& run, int64_t row) {
-    CellTotals<kRows> totals(w, rows, part, run, row);
-    const uint8_t* values = run.values;
-    for (int64_t k = 0; k < run.count; ++k)
-        values = cell_int<kRows, kSteps>(w, rows, run.panel, row, run.cells[k], values, totals.sums);
-    totals.store();
-}
-
-using RunFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const Run&, int64_t row);
-
-inline constexpr RunFunction kCellFloatTiles[kCellTileRows] = {
-    cells_tile_float<1>, cells_tile_float<2>,  cells_tile_float<3>,  cells_tile_float<4>,
-    cells_tile_float<5>, cells_tile_float<6>,  cells_tile_float<7>,  cells_tile_float<8>,
-    cells_tile_float<9>, cells_tile_float<10>, cells_tile_float<11>, cells_tile_float<12>};
-template <int kSteps>
-inline constexpr RunFunction kCellIntTiles[kCellTileRows] = {
-    cells_tile_int<1, kSteps>, cells_tile_int<2, kSteps>,  cells_tile_int<3, kSteps>,  cells_tile_int<4, kSteps>,
-    cells_tile_int<5, kSteps>, cells_tile_int<6, kSteps>,  cells_tile_int<7, kSteps>,  cells_tile_int<8, kSteps>,
-    cells_tile_int<9, kSteps>, cells_tile_int<10, kSteps>, cells_tile_int<11, kSteps>, cells_tile_int<12, kSteps>};
-
-// Every row by the runs of some panels.
-inline void multiply_runs(const RunFunction* functions, const PanelWeights& w, const Rows& rows, const Part& part,
-                          const Run* runs, int num_runs) {
-    for (int64_t row = part.row_begin; row < part.row_end;) {
-        const int64_t left = part.row_end - row;
-        const int64_t count = left < kCellTileRows ? left : kCellTileRows;
-        for (int i = 0; i < num_runs; ++i)
-            if (runs[i].count != 0 || runs[i].is_first) functions[count - 1](w, rows, part, runs[i], row);
-        row += count;
-    }
-}
-
-// Cuts the cells of a panel into runs.
-struct PanelRuns {
-    const uint8_t* values;
-    const int32_t *cell, *end;
-    int64_t panel;
-    void start(const PanelWeights& w, int64_t of_panel) {
-        int64_t count;
-        panel = of_panel;
-        values = w.values + w.value_offsets[panel];
-        cell = panel_cells(w, panel, count);
-        end = cell + count;
-    }
-    // The cells before `last_block`; `bytes_per_column`: of the packed values, which the next run comes after.
-    Run next(int64_t last_block, bool is_first, int bytes_per_column) {
-        Run run{values, cell, 0, panel, is_first};
-        for (; cell != end && cell_block(*cell) < last_block; ++cell, ++run.count)
-            values += num_columns(*cell) * bytes_per_column;
-        return run;
-    }
-};
 
 // One row on its way through the cells of a panel.
 struct CellWalk {
@@ -193,6 +18,10 @@ struct CellWalk {
         int64_t count;
         cell = panel_cells(w, panel, count);
         end = cell + count;
+        // What the walk through the next panel begins with, and no stream leads to.
+        prefetch<0>(w.extra + w.extra_offsets[panel + 1], 192);
+        if (w.scales != nullptr)
+            prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales + (panel + 1) * w.num_groups * kPanelOutputs), 256);
     }
     void store(const PanelWeights& w, const Part& part) const {
         Lanes(w, panel, part.y + part.row_begin * part.y_stride + panel * kPanelOutputs).store(total);
@@ -250,20 +79,61 @@ void walk_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part, 
     first.store(w, part);
 }
 
-template <int kSteps>
-inline void take_cell_int(const PanelWeights& w, const Rows& rows, const Part& part, CellWalk& walk) {
-    const int32_t cell = *walk.cell++;
-    prefetch<4096>(walk.values, num_columns(cell) * kPanelOutputs);
-    // No hardware foresees which scales come next.
-    constexpr int kCellsAhead = 4;
-    if (walk.end - walk.cell > kCellsAhead) {
-        const int64_t segment = cell_block(walk.cell[kCellsAhead]) * (16 / kSteps);
-        _mm_prefetch(reinterpret_cast<const char*>(w.scales + SegmentGroup(w, walk.panel, segment).offset),
-                     _MM_HINT_T0);
+// kWalks walks take one segment each of the cells that they are at: `num_steps` steps from column `first` on, in the
+// given halves of the block.
+template <int kWalks, int kSteps>
+inline void take_segments(const PanelWeights& w, const Rows& rows, int64_t row, CellWalk* const (&walks)[kWalks],
+                          int first, int num_steps, int halves) {
+    const int8_t* row_q = rows.q + row * rows.stride;
+    const int8_t* q[kWalks];
+    Sums evens[kWalks], odds[kWalks];
+    __m512 scales[kWalks];
+    UNROLL for (int i = 0; i < kWalks; ++i) {
+        const int64_t block = cell_block(*walks[i]->cell);
+        const SegmentGroup group(w, walks[i]->panel, kSteps == 16 ? block : 2 * block + first / 32);
+        const int32_t* sums = rows.sums + (row * rows.num_blocks + block) * 2;
+        const int32_t sum = (sums[0] & -(halves & 1)) + (sums[1] & -(halves >> 1));
+        evens[i] = w.zero_points == nullptr ? reinterpret_cast<Sums>(_mm512_set1_epi32(-w.zero_point * sum))
+                                            : times(group.zero_points(), -sum);
+        odds[i] = Sums{};
+        scales[i] = _mm512_mul_ps(_mm512_set1_ps(rows.scales[row * rows.num_blocks + block]), group.scales());
+        q[i] = row_q + block * kBlockInputs + first;
     }
-    __m512 totals[1] = {walk.total};
-    walk.values = cell_int<1, kSteps>(w, rows, walk.panel, part.row_begin, cell, walk.values, totals);
-    walk.total = totals[0];
+    for (int step = 0; step < num_steps; step += 2) {
+        UNROLL for (int i = 0; i < kWalks; ++i) {
+            const uint8_t* values = walks[i]->values + step * 64;
+            evens[i] = dot_4(evens[i], load(values), broadcast_4(q[i] + 4 * step));
+            odds[i] = dot_4(odds[i], load(values + 64), broadcast_4(q[i] + 4 * step + 4));
+        }
+    }
+    UNROLL for (int i = 0; i < kWalks; ++i) {
+        walks[i]->values += num_steps * 64;
+        walks[i]->total = _mm512_fmadd_ps(to_floats(evens[i] + odds[i]), scales[i], walks[i]->total);
+    }
+}
+
+// One cell each, with the same halves.
+template <int kWalks, int kSteps>
+inline void take_cells_int(const PanelWeights& w, const Rows& rows, const Part& part,
+                           CellWalk* const (&walks)[kWalks]) {
+    const int32_t cell = *walks[0]->cell;
+    UNROLL for (int i = 0; i < kWalks; ++i) {
+        prefetch<4096>(walks[i]->values, num_columns(cell) * kPanelOutputs);
+        // No hardware foresees which scales come next.
+        constexpr int kCellsAhead = 5;
+        if (walks[i]->end - walks[i]->cell > kCellsAhead) {
+            const int64_t segment = cell_block(walks[i]->cell[kCellsAhead]) * (16 / kSteps);
+            _mm_prefetch(reinterpret_cast<const char*>(w.scales + SegmentGroup(w, walks[i]->panel, segment).offset),
+                         _MM_HINT_T0);
+        }
+    }
+    if constexpr (kSteps == 16) {
+        take_segments<kWalks, 16>(w, rows, part.row_begin, walks, first_column(cell), num_columns(cell) / 4, cell & 3);
+    } else {
+        for (int half = 0; half < 2; ++half)
+            if (cell >> half & 1) take_segments<kWalks, 8>(w, rows, part.row_begin, walks, 32 * half, 8, 1 << half);
+    }
+    UNROLL for (int i = 0; i < kWalks; ++i) { ++walks[i]->cell; }
 }
 
 template <int kPanels, int kSteps>
@@ -272,52 +142,18 @@ void walk_cells_int(const PanelWeights& w, const Rows& rows, const Part& part, i
     if constexpr (kPanels == 2) {
         CellWalk second(w, rows, part, panel + distance);
         while (first.cell != first.end && second.cell != second.end) {
-            take_cell_int<kSteps>(w, rows, part, first);
-            take_cell_int<kSteps>(w, rows, part, second);
+            if ((*first.cell & *second.cell & 3) == 3) {
+                take_cells_int<2, kSteps>(w, rows, part, {&first, &second});
+            } else {
+                take_cells_int<1, kSteps>(w, rows, part, {&first});
+                take_cells_int<1, kSteps>(w, rows, part, {&second});
+            }
         }
-        while (second.cell != second.end) take_cell_int<kSteps>(w, rows, part, second);
+        while (second.cell != second.end) take_cells_int<1, kSteps>(w, rows, part, {&second});
         second.store(w, part);
     }
-    while (first.cell != first.end) take_cell_int<kSteps>(w, rows, part, first);
+    while (first.cell != first.end) take_cells_int<1, kSteps>(w, rows, part, {&first});
     first.store(w, part);
-}
-
-inline uint8_t* expand_cells(const Run& run, uint8_t* out) {
-    const uint8_t* values = run.values;
-    for (int64_t k = 0; k < run.count; ++k) {
-        for (int pair = 0; pair < num_columns(run.cells[k]) / 2; ++pair, values += 64, out += 128) {
-            __m512 even, odd;
-            widen_pairs(load(values), even, odd);
-            _mm512_store_ps(out, even);
-            _mm512_store_ps(out + 64, odd);
-        }
-    }
-    return out;
-}
-
-template <bool kFloats>
-void many_rows_cells(const RunFunction* functions, const PanelWeights& w, const Rows& rows, const Part& part) {
-    constexpr int kRunBlocks = kFloats ? kFloatRunBlocks : kIntRunBlocks;
-    alignas(64) uint8_t expanded[kFloats ? kGroupPanels * kRunBlocks * kFloatBlockBytes : 1];
-    for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += kGroupPanels) {
-        const int64_t left = part.panel_end - panel;
-        const int num_panels = static_cast<int>(left < kGroupPanels ? left : kGroupPanels);
-        PanelRuns panels[kGroupPanels];
-        for (int i = 0; i < num_panels; ++i) panels[i].start(w, panel + i);
-        for (int64_t block = 0; block < w.num_blocks; block += kRunBlocks) {
-            Run runs[kGroupPanels];
-            uint8_t* out = expanded;
-            for (int i = 0; i < num_panels; ++i) {
-                runs[i] = panels[i].next(block + kRunBlocks, block == 0, kFloats ? 32 : 16);
-                if constexpr (kFloats) {
-                    uint8_t* const begin = out;
-                    out = expand_cells(runs[i], out);
-                    runs[i].values = begin;
-                }
-            }
-            multiply_runs(functions, w, rows, part, runs, num_panels);
-        }
-    }
 }
 
 inline void multiply_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
@@ -331,11 +167,16 @@ template <int kSteps>
 void multiply_cells_int8_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin == 1)
         walk_panels(w, rows, part, walk_cells_int<2, kSteps>, walk_cells_int<1, kSteps>);
+    else if (w.zero_points == nullptr)
+        many_rows_cells<false>(kCellIntTiles<kSteps, true>, w, rows, part);
     else
-        many_rows_cells<false>(kCellIntTiles<kSteps>, w, rows, part);
+        many_rows_cells<false>(kCellIntTiles<kSteps, false>, w, rows, part);
 }
 
 inline void multiply_cells_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if RAREFY_PASS_AMX
+    if (part.row_end - part.row_begin >= kAmxRows) return tile_cells_int8(w, rows, part);
+#endif
     if (w.steps_per_segment == 16)
         multiply_cells_int8_steps<16>(w, rows, part);
     else

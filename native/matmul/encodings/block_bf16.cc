@@ -45,6 +45,12 @@ void rarefy::matmul::avx512::block_bf16(const PanelWeights& w, const Rows& rows,
     multiply_cells_bf16(w, rows, part);
 }
 
+#elif RAREFY_PASS_NEON
+
+void rarefy::matmul::neon::block_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_cells_bf16(w, rows, part);
+}
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

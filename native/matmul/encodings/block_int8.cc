@@ -42,6 +42,12 @@ void rarefy::matmul::avx512::block_int8(const PanelWeights& w, const Rows& rows,
     multiply_cells_int8(w, rows, part);
 }
 
+#elif RAREFY_PASS_NEON
+
+void rarefy::matmul::neon::block_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_cells_int8(w, rows, part);
+}
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

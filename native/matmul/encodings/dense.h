@@ -38,6 +38,7 @@ struct PanelStream {
 namespace rarefy::matmul::avx2 {
 
 struct PanelStream {
+    static constexpr int kFewRows = 16;
     const uint8_t* values;
     void start(const PanelWeights& w, int64_t panel) { values = w.values + w.value_offsets[panel]; }
 };
@@ -54,5 +55,15 @@ struct PanelStream {
 };
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+struct PanelStream {
+    const uint8_t* values;
+    void start(const PanelWeights& w, int64_t panel) { values = w.values + w.value_offsets[panel]; }
+};
+
+}  // namespace rarefy::matmul::neon
 
 #endif

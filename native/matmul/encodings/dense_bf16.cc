@@ -54,7 +54,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsExpanded = false;
+    static constexpr bool kIsBf16 = true;
     void fetch(int num_columns) const { prefetch<2048>(values, num_columns * 32); }
     void next(__m512& even, __m512& odd) {
         widen_pairs(load(values), even, odd);
@@ -67,6 +67,24 @@ struct Stream : PanelStream {
 void dense_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) { widen_pairs(load(values + 16 * i), even[i], odd[i]); }
+        values += 64;
+    }
+};
+
+}  // namespace
+
+void dense_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
 
 #elif RAREFY_PASS_SAMPLES
 

@@ -52,7 +52,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsExpanded = true;
+    static constexpr bool kIsBf16 = false;
     void fetch(int num_columns) const { prefetch<2048>(values, num_columns * 64); }
     void next(__m512& even, __m512& odd) {
         even = _mm512_castsi512_ps(load(values));
@@ -66,6 +66,27 @@ struct Stream : PanelStream {
 void dense_f32(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            even[i] = vreinterpretq_f32_u8(load(values + 16 * i));
+            odd[i] = vreinterpretq_f32_u8(load(values + 64 + 16 * i));
+        }
+        values += 128;
+    }
+};
+
+}  // namespace
+
+void dense_f32(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
 
 #elif RAREFY_PASS_SAMPLES
 

@@ -102,6 +102,34 @@ void dense_int2(const PanelWeights& w, const Rows& rows, const Part& part) { mul
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Bits {
+    static constexpr int kHalfBytes = kInt2HalfBytes;
+    static void expand(const uint8_t* half, uint8_t* out) {
+        const Bytes lowest = vdupq_n_u8(3);
+        UNROLL for (int i = 0; i < 2; ++i) {
+            const Bytes codes = load(half + 64 * i);
+            uint8_t* to = out + 256 * i;
+            vst1q_u8(to, vandq_u8(codes, lowest));
+            vst1q_u8(to + 64, vandq_u8(vshrq_n_u8(codes, 2), lowest));
+            vst1q_u8(to + 128, vandq_u8(vshrq_n_u8(codes, 4), lowest));
+            vst1q_u8(to + 192, vshrq_n_u8(codes, 6));
+        }
+    }
+};
+
+}  // namespace
+
+void dense_int2(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_int<BitStream<Bits>>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

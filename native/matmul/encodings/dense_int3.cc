@@ -129,6 +129,40 @@ void dense_int3(const PanelWeights& w, const Rows& rows, const Part& part) { mul
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Bits {
+    static constexpr int kHalfBytes = kInt3HalfBytes;
+    static void expand(const uint8_t* half, uint8_t* out) {
+        const Bytes a = load(half), b = load(half + 64), c = load(half + 128);
+        vst1q_u8(out, low(a));
+        vst1q_u8(out + 64, low(vshrq_n_u8(a, 3)));
+        vst1q_u8(out + 128, low(b));
+        vst1q_u8(out + 192, low(vshrq_n_u8(b, 3)));
+        vst1q_u8(out + 256, low(c));
+        vst1q_u8(out + 320, low(vshrq_n_u8(c, 3)));
+        vst1q_u8(out + 384, join(a, vshrq_n_u8(c, 6)));
+        vst1q_u8(out + 448, join(b, vshrq_n_u8(c, 7)));
+    }
+
+private:
+    static Bytes low(Bytes codes) { return vandq_u8(codes, vdupq_n_u8(7)); }
+    static Bytes join(Bytes upper, Bytes lowest) {
+        return vorrq_u8(vshlq_n_u8(vshrq_n_u8(upper, 6), 1), vandq_u8(lowest, vdupq_n_u8(1)));
+    }
+};
+
+}  // namespace
+
+void dense_int3(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_int<BitStream<Bits>>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

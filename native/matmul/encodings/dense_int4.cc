@@ -77,7 +77,6 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsExpanded = false;
     static constexpr int kOddShift = 4;
     void fetch(int num_steps) const { prefetch<2048>(values, num_steps * 32); }
     void next(__m512i, __m512i& even, __m512i& odd) {
@@ -93,6 +92,30 @@ struct Stream : PanelStream {
 void dense_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    static constexpr bool kSmallCodes = true;
+    void set_zero_points(const Bytes (&)[kQuarters]) {}
+    void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            const Bytes both = load(values + 16 * i);
+            even[i] = vandq_u8(both, vdupq_n_u8(15));
+            odd[i] = vshrq_n_u8(both, 4);
+        }
+        values += 64;
+    }
+};
+
+}  // namespace
+
+void dense_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
 
 #elif RAREFY_PASS_SAMPLES
 

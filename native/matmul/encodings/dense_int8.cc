@@ -53,7 +53,6 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsExpanded = true;
     static constexpr int kOddShift = 0;
     void fetch(int num_steps) const { prefetch<2048>(values, num_steps * 64); }
     void next(__m512i, __m512i& even, __m512i& odd) {
@@ -68,6 +67,29 @@ struct Stream : PanelStream {
 void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    static constexpr bool kSmallCodes = false;
+    void set_zero_points(const Bytes (&)[kQuarters]) {}
+    void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            even[i] = load(values + 16 * i);
+            odd[i] = load(values + 64 + 16 * i);
+        }
+        values += 128;
+    }
+};
+
+}  // namespace
+
+void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
 
 #elif RAREFY_PASS_SAMPLES
 

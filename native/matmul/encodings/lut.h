@@ -71,6 +71,7 @@ namespace rarefy::matmul::avx2 {
 //   static void expand(const uint8_t* table, const uint8_t* codes, float* out)    the entries of 32 columns
 template <class Lookup>
 struct LutStream : PanelStream {
+    static constexpr int kFewRows = 4;
     const PanelWeights* w;
     int64_t panel, half_block;
     int column;
@@ -172,7 +173,7 @@ void one_row_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
 // For many rows.
 template <class Lookup>
 struct LutStream : PanelStream {
-    static constexpr bool kIsExpanded = false;
+    static constexpr bool kIsBf16 = false;
     const PanelWeights* w;
     int64_t panel, half_block;
     int column;
@@ -184,6 +185,7 @@ struct LutStream : PanelStream {
         half_block = 0;
         column = 0;
     }
+    void fetch(int num_columns) const { prefetch<2048>(values, num_columns * Lookup::kBytes / Lookup::kColumns); }
     void next(__m512& even, __m512& odd) {
         if (column == 0) expand();
         even = _mm512_load_ps(weights + column * kPanelOutputs);
@@ -215,6 +217,46 @@ void multiply_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
 }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+// Expands half a block at a time. A Lookup has kHalfBytes and
+//   static void expand(const uint8_t* table, const uint8_t* codes, float* out)    the entries of 32 columns
+template <class Lookup>
+struct LutStream : PanelStream {
+    const PanelWeights* w;
+    int64_t panel, half_block;
+    int column;
+    Floats scales[kQuarters];
+    alignas(16) float entries[32 * kPanelOutputs];
+    void start(const PanelWeights& weights, int64_t which) {
+        PanelStream::start(weights, which);
+        w = &weights;
+        panel = which;
+        half_block = 0;
+        column = 0;
+    }
+    void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
+        if (column == 0) advance();
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            const float* from = entries + column * kPanelOutputs + 4 * i;
+            even[i] = vmulq_f32(vld1q_f32(from), scales[i]);
+            odd[i] = vmulq_f32(vld1q_f32(from + kPanelOutputs), scales[i]);
+        }
+        column = (column + 2) % 32;
+    }
+    void advance() {
+        const Groups groups(*w, half_block++ * 8 / w->steps_per_segment);
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            scales[i] = w->scales == nullptr ? vdupq_n_f32(1.0f) : groups.scales(panel, i);
+        }
+        Lookup::expand(w->table, values, entries);
+        values += Lookup::kHalfBytes;
+    }
+};
+
+}  // namespace rarefy::matmul::neon
 
 #elif RAREFY_PASS_SAMPLES
 

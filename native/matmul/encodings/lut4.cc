@@ -97,6 +97,39 @@ void lut4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Lookup {
+    static constexpr int kHalfBytes = 256;
+    static void expand(const uint8_t* table, const uint8_t* codes, float* out) {
+        // The bytes of an entry stand at 4 * code and the three places after.
+        const uint8x16x4_t entries = vld1q_u8_x4(table);
+        for (int first = 0; first < 32; first += 8, codes += 64, out += 8 * kPanelOutputs) {
+            UNROLL for (int i = 0; i < kQuarters; ++i) {
+                Words eight = vreinterpretq_u32_u8(load(codes + 16 * i));
+                UNROLL for (int c = 0; c < 8; ++c) {
+                    const Words code = vandq_u32(eight, vdupq_n_u32(15));
+                    const Words places = vmlaq_n_u32(vdupq_n_u32(0x03020100), code, 0x04040404);
+                    vst1q_f32(out + c * kPanelOutputs + 4 * i,
+                              vreinterpretq_f32_u8(vqtbl4q_u8(entries, vreinterpretq_u8_u32(places))));
+                    eight = vshrq_n_u32(eight, 4);
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void lut4(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_float<LutStream<Lookup>>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

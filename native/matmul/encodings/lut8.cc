@@ -120,6 +120,33 @@ void lut8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Lookup {
+    static constexpr int kHalfBytes = 512;
+    static void expand(const uint8_t* table, const uint8_t* codes, float* out) {
+        const auto* entries = reinterpret_cast<const float*>(table + 512);
+        for (int first = 0; first < 32; first += 4, codes += 64, out += 4 * kPanelOutputs) {
+            UNROLL for (int c = 0; c < 4; ++c) {
+                UNROLL for (int o = 0; o < kPanelOutputs; ++o) {
+                    out[c * kPanelOutputs + o] = entries[codes[o / 4 * 16 + c / 2 * 8 + o % 4 * 2 + c % 2]];
+                }
+            }
+        }
+    }
+};
+
+}  // namespace
+
+void lut8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_float<LutStream<Lookup>>(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

@@ -10,6 +10,36 @@ constexpr int kMaskBytes = 128;  // of one block of one panel
 
 }  // namespace rarefy::matmul
 
+#if RAREFY_PASS_AVX2 || RAREFY_PASS_NEON
+
+namespace rarefy::matmul {
+
+// Shuffles that spread the first elements of a vector over the set bits of an 8-bit mask; 0x80 where a bit is not set.
+struct Shuffles {
+    uint64_t bytes[256];
+    uint64_t words[256][2];
+};
+
+constexpr Shuffles make_shuffles() {
+    Shuffles shuffles{};
+    for (int mask = 0; mask < 256; ++mask) {
+        uint64_t next = 0;
+        for (int bit = 0; bit < 8; ++bit) {
+            const bool kept = mask >> bit & 1;
+            shuffles.bytes[mask] |= (kept ? next : 0x80) << (8 * bit);
+            shuffles.words[mask][bit / 4] |= (kept ? 2 * next | (2 * next + 1) << 8 : 0x8080) << (16 * (bit % 4));
+            next += kept;
+        }
+    }
+    return shuffles;
+}
+
+alignas(64) inline constexpr Shuffles kShuffles = make_shuffles();
+
+}  // namespace rarefy::matmul
+
+#endif
+
 #if RAREFY_PASS_REFERENCE
 
 namespace rarefy::matmul {
@@ -169,28 +199,6 @@ struct PanelStream {
     }
 };
 
-// Shuffles that spread the first elements of a vector over the set bits of an 8-bit mask; 0x80 where a bit is not set.
-struct Shuffles {
-    uint64_t bytes[256];
-    uint64_t words[256][2];
-};
-
-constexpr Shuffles make_shuffles() {
-    Shuffles shuffles{};
-    for (int mask = 0; mask < 256; ++mask) {
-        uint64_t next = 0;
-        for (int bit = 0; bit < 8; ++bit) {
-            const bool kept = mask >> bit & 1;
-            shuffles.bytes[mask] |= (kept ? next : 0x80) << (8 * bit);
-            shuffles.words[mask][bit / 4] |= (kept ? 2 * next | (2 * next + 1) << 8 : 0x8080) << (16 * (bit % 4));
-            next += kept;
-        }
-    }
-    return shuffles;
-}
-
-alignas(64) inline constexpr Shuffles kShuffles = make_shuffles();
-
 // The next values of a stream at the set bits of a 16-bit mask, `pruned` at the others. kShift 4: from the high
 // nibbles.
 template <bool kInt4, int kShift>
@@ -218,6 +226,7 @@ inline void expand_step(const uint8_t*& values, const uint8_t* mask, const __m25
 
 template <bool kInt4>
 struct CodeStream : PanelStream {
+    static constexpr int kFewRows = 4;
     static constexpr bool kSmallCodes = kInt4;
     const uint8_t* high;
     __m256i pruned[kHalves];
@@ -242,7 +251,6 @@ struct CodeStream : PanelStream {
 namespace rarefy::matmul::avx512 {
 
 struct PanelStream {
-    static constexpr bool kIsExpanded = false;
     const uint8_t *values, *mask;
     void start(const PanelWeights& w, int64_t panel) {
         values = w.values + w.value_offsets[panel];
@@ -251,5 +259,65 @@ struct PanelStream {
 };
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+struct PanelStream {
+    const uint8_t *values, *mask;
+    void start(const PanelWeights& w, int64_t panel) {
+        values = w.values + w.value_offsets[panel];
+        mask = w.mask + panel * w.num_blocks * kMaskBytes;
+    }
+};
+
+// The next values of a stream at the set bits of a 16-bit mask, `pruned` at the others: a look-up beyond the vector
+// leaves what was there. kShift 4: from the high nibbles.
+template <bool kInt4, int kShift>
+inline Bytes expand_16(const uint8_t*& values, uint32_t mask, Bytes pruned) {
+    const uint32_t first = mask & 0xff, second = mask >> 8;
+    const auto num_first = static_cast<uint64_t>(__builtin_popcount(first));
+    Bytes codes = load(values);
+    values += __builtin_popcount(mask);
+    const Bytes order = vcombine_u8(vcreate_u8(kShuffles.bytes[first]),
+                                    vcreate_u8(kShuffles.bytes[second] + num_first * 0x0101010101010101));
+    if constexpr (kShift == 4) {
+        codes = vshrq_n_u8(codes, 4);
+    } else if constexpr (kInt4) {
+        codes = vandq_u8(codes, vdupq_n_u8(15));
+    }
+    return vqtbx1q_u8(pruned, codes, order);
+}
+
+template <bool kInt4, int kShift>
+inline void expand_step(const uint8_t*& values, const uint8_t* mask, const Bytes (&pruned)[kQuarters],
+                        Bytes (&codes)[kQuarters]) {
+    UNROLL for (int i = 0; i < kQuarters; ++i) {
+        uint16_t bits;
+        __builtin_memcpy(&bits, mask + 2 * i, 2);
+        codes[i] = expand_16<kInt4, kShift>(values, bits, pruned[i]);
+    }
+}
+
+template <bool kInt4>
+struct CodeStream : PanelStream {
+    static constexpr bool kSmallCodes = kInt4;
+    const uint8_t* high;
+    Bytes pruned[kQuarters];
+    void start(const PanelWeights& w, int64_t panel) {
+        PanelStream::start(w, panel);
+        high = values;
+    }
+    void set_zero_points(const Bytes (&codes)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) { pruned[i] = codes[i]; }
+    }
+    void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters]) {
+        expand_step<kInt4, 0>(values, mask, pruned, even);
+        expand_step<kInt4, kInt4 ? 4 : 0>(kInt4 ? high : values, mask + 8, pruned, odd);
+        mask += 16;
+    }
+};
+
+}  // namespace rarefy::matmul::neon
 
 #endif

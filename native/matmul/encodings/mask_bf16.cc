@@ -41,6 +41,7 @@ namespace rarefy::matmul::avx2 {
 namespace {
 
 struct Stream : PanelStream {
+    static constexpr int kFewRows = 16;
     void next(__m256 (&even)[kHalves], __m256 (&odd)[kHalves]) {
         UNROLL for (int half = 0; half < kHalves; ++half) {
             __m128i quarters[2];
@@ -69,6 +70,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
+    static constexpr bool kIsBf16 = true;
     void fetch(int num_columns) const {
         prefetch<4096>(values, num_columns * 16);
         prefetch<4096>(mask, num_columns * 2);
@@ -86,6 +88,29 @@ struct Stream : PanelStream {
 void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+namespace {
+
+struct Stream : PanelStream {
+    void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
+        UNROLL for (int i = 0; i < kQuarters; ++i) {
+            const uint8_t bits = mask[i];
+            const Bytes order = load(reinterpret_cast<const uint8_t*>(kShuffles.words[bits]));
+            widen_pairs(vqtbl1q_u8(load(values), order), even[i], odd[i]);
+            values += 2 * __builtin_popcount(bits);
+        }
+        mask += 4;
+    }
+};
+
+}  // namespace
+
+void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+
+}  // namespace rarefy::matmul::neon
 
 #elif RAREFY_PASS_SAMPLES
 

@@ -89,6 +89,15 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 }  // namespace rarefy::matmul::avx512
 
+#elif RAREFY_PASS_NEON
+
+namespace rarefy::matmul::neon {
+void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_int<CodeStream<true> >(w, rows, part);
+}
+
+}  // namespace rarefy::matmul::neon
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

@@ -1,5 +1,5 @@
-// What the encodings of N:M share: lists of as many entries as the pattern keeps, for AVX-512. Nothing is counted, and
-// nothing expanded to 64 columns.
+// What the encodings of N:M share: lists of as many entries as the pattern keeps, for AVX-512 and AMX. Nothing is
+// counted, and nothing expanded to 64 columns.
 //
 // A segment of 64 (or 32) columns keeps the same number of entries in every output. They are listed in order, four to a
 // step; a step is one vector of 16 outputs by 4 entries. Places of a list that no entry takes have the zero point as
@@ -110,7 +110,7 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&)) {
     const int keep = static_cast<int>(packing.integer("keep", 1, 64));
     const int group = static_cast<int>(packing.integer("group", keep, 64));
     const NmPlan plan = plan_nm(keep, group, packing.view.steps_per_segment * 4, kBits);
-    if (packing.isa() != Isa::avx512 || plan.steps == 0) {
+    if (packing.isa() < Isa::avx512 || plan.steps == 0) {
         pack_as_mask(packing);
         return;
     }

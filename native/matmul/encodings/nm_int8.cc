@@ -30,6 +30,12 @@ void avx512::nm_int8(const PanelWeights& w, const Rows& rows, const Part& part) 
 
 }  // namespace rarefy::matmul
 
+#elif RAREFY_PASS_NEON
+
+void rarefy::matmul::neon::nm_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    mask_int8(w, rows, part);
+}
+
 #elif RAREFY_PASS_SAMPLES
 
 namespace rarefy::matmul {

@@ -34,6 +34,7 @@ class CpuFlags:
     amx_tile: bool = False
     amx_int8: bool = False
     amx_bf16: bool = False
+    asimddp: bool = False
 
     def names(self) -> tuple[str, ...]:
         """Names of the flags that are set."""
@@ -45,7 +46,7 @@ def parse_cpuinfo(text: str) -> CpuFlags:
     words: set[str] = set()
     for line in text.splitlines():
         name, _, value = line.partition(":")
-        if name.strip() == "flags":
+        if name.strip() in ("flags", "Features"):  # on x86 and on ARM
             words = set(value.split())
             break
     return CpuFlags(**{field.name: field.name in words for field in fields(CpuFlags)})

@@ -11,11 +11,17 @@ from rarefy.kernels.extension import ISAS, extension_status, native
 from rarefy.layouts.sum import PARTS
 
 _AVX2: Final = ("avx2", "fma", "f16c", "bmi2")
+_AVX512: Final = (
+    *_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"
+)  # fmt: skip
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "numpy": (),
     "reference": (),
+    "neon": ("asimddp",),
     "avx2": _AVX2,
-    "avx512": (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"),
+    "avx_vnni": (*_AVX2, "avx_vnni"),
+    "avx512": _AVX512,
+    "amx": (*_AVX512, "amx_tile", "amx_int8", "amx_bf16"),
 }
 # formats that run through the kernels of others; a sum needs those of its parts, so all
 _RUNS_AS: Final[dict[str, tuple[str, ...]]] = {

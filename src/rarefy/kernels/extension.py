@@ -11,8 +11,8 @@ from rarefy.core.errors import UsageError
 from rarefy.kernels.cpu import MAX_THREADS, CpuFlags, default_num_threads, parse_cpuinfo, read_cpuinfo
 
 ISA_VARIABLE: Final = "RAREFY_ISA"
-ISAS: Final = ("numpy", "reference", "avx2", "avx512")
-"""Instruction sets from slowest to fastest: numpy needs no extension, `reference` is plain C++."""
+ISAS: Final = ("numpy", "reference", "neon", "avx2", "avx_vnni", "avx512", "amx")
+"""Instruction sets from slowest to fastest: numpy needs no extension, `reference` is plain C++, `neon` is ARM's."""
 
 
 class SlowReferenceWarning(UserWarning):

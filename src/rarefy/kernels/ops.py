@@ -321,8 +321,7 @@ def load_ops(isa: str | None = None) -> Ops:
     """Return the small operations for an instruction set.
 
     Args:
-        isa: "numpy", "reference" (plain C++), "avx2" or "avx512"; default: the fastest this CPU has, capped by
-            RAREFY_ISA.
+        isa: one of `ISAS`; default: the fastest this CPU has, capped by RAREFY_ISA.
 
     Raises:
         UsageError: the instruction set is unknown, or this machine or build does not have it.

@@ -119,7 +119,7 @@ def prepare(layout: Layout, *, isa: str | None = None) -> Prepared:
 
     Args:
         layout: a packed weight.
-        isa: "numpy", "reference", "avx2" or "avx512"; default: the fastest this CPU has, capped by RAREFY_ISA.
+        isa: one of `ISAS`; default: the fastest this CPU has, capped by RAREFY_ISA.
 
     Raises:
         UsageError: the instruction set is unknown, or this machine or build does not have it.

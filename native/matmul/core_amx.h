@@ -1,0 +1,213 @@
+// Products with many rows on AMX: 16 rows of activations by one panel. The rest of the AMX kernels are the AVX-512
+// ones, compiled a second time as the namespace amx (CMakeLists.txt); core_avx512.h comes here from there. A block of a
+// panel, expanded to one step per vector, is exactly what a tile of weights must look like: 64 columns of codes, or 2
+// tiles of 32 columns of bfloat16.
+//
+// Codes: the sums of a segment are integers and leave the tile for the scales, so all bits are those of AVX-512.
+// Floats whose values are bfloat16: a float32 activation is the sum of three bfloat16 numbers, its leading 8 bits and
+// twice the 8 bits after, so that no bit of it is lost; the products of the small parts are added first. The sums are
+// in another order than on AVX-512, and numbers below 2^-126 count as zero.
+//
+// All of this has run in the emulation of tiles_amx.h, never on hardware: nothing here is tuned.
+#pragma once
+
+#include "matmul/tiles_amx.h"
+#include "matmul/vectors_avx512.h"
+
+namespace rarefy::matmul::amx {
+
+constexpr int kAmxRows = 8;  // fewer rows are multiplied without tiles
+constexpr int kTileRows = 16;
+constexpr int kTileColumns = 32;  // of bfloat16
+constexpr int kCodeBlocks = 8;    // 8 KiB of expanded codes
+constexpr int kTilePanels = 4;    // of bfloat16, for which activations are split once
+constexpr int kSplits = 3;
+
+// Tile 0: sums; 1: `num_rows` rows of activations, `row_bytes` of each; 2: weights.
+inline void configure_tiles(int num_rows, int row_bytes) {
+    alignas(64) TileConfig config;
+    config.num_rows[0] = config.num_rows[1] = static_cast<uint8_t>(num_rows);
+    config.num_rows[2] = static_cast<uint8_t>(row_bytes / 4);
+    config.row_bytes[0] = config.row_bytes[2] = 64;
+    config.row_bytes[1] = static_cast<uint16_t>(row_bytes);
+    TILE_CONFIGURE(config);
+}
+
+inline int rows_left(const Part& part, int64_t row) {
+    const int64_t left = part.row_end - row;
+    return static_cast<int>(left < kTileRows ? left : kTileRows);
+}
+
+inline Lanes outputs(const PanelWeights& w, const Part& part, int64_t row, int64_t panel) {
+    return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
+}
+
+// Expands blocks [begin, end) of one panel into plain codes.
+template <class Stream, int kSteps>
+void expand_codes(const PanelWeights& w, Stream& stream, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
+    constexpr int kSegments = 16 / kSteps;
+    Groups groups(w, begin * kSegments);
+    for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
+        const __m512i pruned = pruned_codes<Stream>(groups.zero_points(panel));
+        stream.fetch(kSteps);
+        for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
+            __m512i even, odd;
+            stream.next(pruned, even, odd);
+            _mm512_store_si512(out, even);
+            _mm512_store_si512(out + 64, _mm512_srli_epi16(odd, Stream::kOddShift));
+        }
+        groups.advance();
+    }
+}
+
+// totals += what the dot products of a segment of `block` stand for; sum_of(sums of q per half block of a row): of the
+// segment.
+template <class SumOf>
+inline void add_segment(const Groups& groups, const Rows& rows, int64_t panel, int64_t block, int64_t row, int num_rows,
+                        const int32_t (*dots)[kPanelOutputs], __m512* totals, SumOf sum_of) {
+    const __m512i zero_points = groups.zero_points(panel);
+    const __m512 scales = groups.scales(panel);
+    for (int r = 0; r < num_rows; ++r) {
+        const int64_t first = (row + r) * rows.num_blocks;
+        const __m512i sum = _mm512_set1_epi32(sum_of(rows.sums + 2 * first));
+        const __m512i levels = _mm512_sub_epi32(load(dots[r]), _mm512_mullo_epi32(zero_points, sum));
+        const __m512 row_scale = _mm512_set1_ps(rows.scales[first + block]);
+        totals[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(levels), _mm512_mul_ps(row_scale, scales), totals[r]);
+    }
+}
+
+// Rows [row, row + num_rows) by the expanded blocks [begin, end) of a panel; the sums start at 0 with block 0, else at
+// y.
+template <int kSteps>
+void tile_codes(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t begin, int64_t end,
+                const uint8_t* codes, int64_t row, int num_rows) {
+    constexpr int kSegments = 16 / kSteps;
+    alignas(64) int32_t dots[kTileRows][kPanelOutputs];
+    __m512 totals[kTileRows];
+    for (int r = 0; r < num_rows; ++r) totals[r] = outputs(w, part, row + r, panel).load_unless(begin == 0);
+    const int8_t* q = rows.q + row * rows.stride + begin * kBlockInputs;
+    Groups groups(w, begin * kSegments);
+    for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
+        TILE_ZERO(0);
+        TILE_LOAD(1, q, rows.stride);
+        TILE_LOAD(2, codes, 64);
+        TILE_DOT_S8_U8(0, 1, 2);
+        TILE_STORE(0, dots, 64);
+        q += 4 * kSteps;
+        codes += 64 * kSteps;
+        add_segment(groups, rows, panel, segment / kSegments, row, num_rows, dots, totals,
+                    [&](const int32_t* half_sums) { return segment_sum<kSteps>(half_sums, segment); });
+        groups.advance();
+    }
+    for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel).store(totals[r]);
+}
+
+template <class Stream, int kSteps>
+void tiles_int_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
+    alignas(64) uint8_t codes[kCodeBlocks * kBlockInputs * kPanelOutputs];
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        Stream stream;
+        stream.start(w, panel);
+        for (int64_t begin = 0; begin < w.num_blocks; begin += kCodeBlocks) {
+            const int64_t end = begin + kCodeBlocks < w.num_blocks ? begin + kCodeBlocks : w.num_blocks;
+            expand_codes<Stream, kSteps>(w, stream, panel, begin, end, codes);
+            for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+                const int num_rows = rows_left(part, row);
+                configure_tiles(num_rows, 4 * kSteps);
+                tile_codes<kSteps>(w, rows, part, panel, begin, end, codes, row, num_rows);
+            }
+        }
+    }
+    TILE_RELEASE();
+}
+
+template <class Stream>
+void tiles_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.steps_per_segment == 16)
+        tiles_int_steps<Stream, 16>(w, rows, part);
+    else
+        tiles_int_steps<Stream, 8>(w, rows, part);
+}
+
+// A block of up to 16 rows of activations: the smallest parts of all numbers first, in tiles.
+struct SplitBlock {
+    alignas(64) uint16_t parts[kSplits][kBlockInputs / kTileColumns][kTileRows][kTileColumns];
+
+    void fill(const float* x, int64_t stride, int num_rows) {
+        for (int r = 0; r < num_rows; ++r, x += stride) {
+            for (int column = 0; column < kBlockInputs; column += kPanelOutputs) {
+                __m512 rest = _mm512_loadu_ps(x + column);
+                for (int split = kSplits - 1; split >= 0; --split) {
+                    const __m512i bits = _mm512_castps_si512(rest);
+                    uint16_t* to = parts[split][column / kTileColumns][r] + column % kTileColumns;
+                    _mm256_store_si256(reinterpret_cast<__m256i*>(to),
+                                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+                    const __m512i upper = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+                    rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(upper));  // exact; NaN where x is not finite
+                }
+            }
+        }
+    }
+};
+
+// The next block of a panel, in two tiles of pairs of columns.
+template <class Stream>
+void read_pairs(Stream& stream, uint8_t* out) {
+    for (int pair = 0; pair < kBlockInputs / 2; ++pair, out += 64) {
+        if (pair % 8 == 0) stream.fetch(16);
+        __m512 even, odd;
+        stream.next(even, odd);
+        const __m512i upper =
+            _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+        _mm512_store_si512(out, _mm512_or_si512(upper, _mm512_srli_epi32(_mm512_castps_si512(even), 16)));
+    }
+}
+
+// Rows [row, row + num_rows) by `num_panels` panels from `panel` on.
+template <class Stream>
+void tile_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int num_panels, int64_t row,
+               int num_rows) {
+    constexpr int kTileBytes = 16 * 64;
+    alignas(64) uint8_t pairs[2 * kTileBytes];
+    alignas(64) float sums[kTileRows][kPanelOutputs];
+    alignas(64) float totals[kTilePanels][kTileRows][kPanelOutputs] = {};
+    SplitBlock split;
+    Stream streams[kTilePanels];
+    for (int p = 0; p < num_panels; ++p) streams[p].start(w, panel + p);
+    for (int64_t block = 0; block < w.num_blocks; ++block) {
+        split.fill(rows.x + row * rows.stride + block * kBlockInputs, rows.stride, num_rows);
+        for (int p = 0; p < num_panels; ++p) {
+            read_pairs(streams[p], pairs);
+            TILE_ZERO(0);
+            for (const auto& part_of_numbers : split.parts) {
+                TILE_LOAD(1, part_of_numbers[0], 64);
+                TILE_LOAD(2, pairs, 64);
+                TILE_DOT_BF16(0, 1, 2);
+                TILE_LOAD(1, part_of_numbers[1], 64);
+                TILE_LOAD(2, pairs + kTileBytes, 64);
+                TILE_DOT_BF16(0, 1, 2);
+            }
+            TILE_STORE(0, sums, 64);
+            for (int r = 0; r < num_rows; ++r)
+                _mm512_store_ps(totals[p][r], _mm512_add_ps(_mm512_load_ps(totals[p][r]), _mm512_load_ps(sums[r])));
+        }
+    }
+    for (int p = 0; p < num_panels; ++p)
+        for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel + p).store(_mm512_load_ps(totals[p][r]));
+}
+
+template <class Stream>
+void tiles_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+    for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+        const int num_rows = rows_left(part, row);
+        configure_tiles(num_rows, 64);
+        for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += kTilePanels) {
+            const int64_t left = part.panel_end - panel;
+            tile_bf16<Stream>(w, rows, part, panel, static_cast<int>(left < kTilePanels ? left : kTilePanels), row,
+                              num_rows);
+        }
+    }
+    TILE_RELEASE();
+}
+
+}  // namespace rarefy::matmul::amx
