@@ -47,8 +47,8 @@ public:
     }
     // A size up to `high`, often one where something ends.
     int64_t size(int64_t high) {
-        const int64_t base = pick<int64_t>({0, 1, 4, 5, 15, 16, 31, 32, 48, 63, 64, 96, 128, 192, 256}) +
-                             pick<int64_t>({-1, 0, 0, 1});
+        const int64_t base =
+            pick<int64_t>({0, 1, 4, 5, 15, 16, 31, 32, 48, 63, 64, 96, 128, 192, 256}) + pick<int64_t>({-1, 0, 0, 1});
         const int64_t value = one_in(2) ? between(0, high) : base;
         return value < 0 ? 0 : value > high ? high : value;
     }
@@ -83,7 +83,8 @@ inline std::vector<float> floats(Input& input, int64_t count, bool finite) {
     for (float& value : values) {
         value = normal(random);
         if (!strange || random() % 64 != 0) continue;
-        const float kinds[] = {0.0f, -0.0f, 1e-42f, -3e38f, 1e30f, __builtin_inff(), -__builtin_inff(), __builtin_nanf("")};
+        const float kinds[] = {
+            0.0f, -0.0f, 1e-42f, -3e38f, 1e30f, __builtin_inff(), -__builtin_inff(), __builtin_nanf("")};
         value = kinds[random() % (finite ? 5 : 8)];
     }
     return values;

@@ -111,6 +111,7 @@ private:
                 pause_cpu();
             }
             if (std::chrono::steady_clock::now() > deadline) break;
+            std::this_thread::yield();  // another pool's thread may wait for this core
         }
         std::unique_lock<std::mutex> lock(mutex_);
         num_asleep_.fetch_add(1);

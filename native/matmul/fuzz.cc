@@ -103,9 +103,11 @@ void damage_array(Input& input, Sample& sample) {
 // The formats' integers, and their names for the arrays, are few: those of another format are worth a try.
 void damage_numbers(Input& input, Sample& sample, const Machine& machine) {
     switch (input.between(0, 5)) {
-        case 0: sample.num_outputs = input.one_in(2) ? wild_number(input) : sample.num_outputs + input.between(-20, 20);
+        case 0:
+            sample.num_outputs = input.one_in(2) ? wild_number(input) : sample.num_outputs + input.between(-20, 20);
             break;
-        case 1: sample.num_inputs = input.one_in(2) ? wild_number(input) : sample.num_inputs + input.between(-70, 70);
+        case 1:
+            sample.num_inputs = input.one_in(2) ? wild_number(input) : sample.num_inputs + input.between(-70, 70);
             break;
         case 2: sample.format = machine.format(input); break;
         case 3:

@@ -45,9 +45,8 @@ void rows(Input& input, const Kernels& kernels) {
     const std::vector<float> x = numbers(input, size), nothing(x.size());
     const Exact<float> in(x), other(numbers(input, size)), weight(numbers(input, width)), bias(numbers(input, width));
     const auto activation = static_cast<ops::Activation>(input.between(0, ops::kNumActivations - 1));
-    check(input, "rms_norm", nothing, [&](float* out) {
-        ops::rms_norm(kernels, in.data(), nullptr, weight.data(), 1e-5f, num_rows, width, out);
-    });
+    check(input, "rms_norm", nothing,
+          [&](float* out) { ops::rms_norm(kernels, in.data(), nullptr, weight.data(), 1e-5f, num_rows, width, out); });
     check(input, "add_rms_norm", x, [&](float* sum) {
         const Exact<float> out(x.size());
         ops::rms_norm(kernels, other.data(), sum, weight.data(), 1e-5f, num_rows, width, out.data());
