@@ -78,10 +78,9 @@ private:
 inline std::vector<float> floats(Input& input, int64_t count, bool finite) {
     std::mt19937 random(static_cast<unsigned>(input.bits(4)));
     const bool strange = input.one_in(4);
-    std::normal_distribution<float> normal;
     std::vector<float> values(static_cast<size_t>(count));
     for (float& value : values) {
-        value = normal(random);
+        value = static_cast<float>(static_cast<int32_t>(random())) * 0x1p-30f;
         if (!strange || random() % 64 != 0) continue;
         const float kinds[] = {
             0.0f, -0.0f, 1e-42f, -3e38f, 1e30f, __builtin_inff(), -__builtin_inff(), __builtin_nanf("")};

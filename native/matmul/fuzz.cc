@@ -56,6 +56,11 @@ int64_t wild_number(Input& input) {
     return number == kMax || number == -kMax - 1 ? number : number + input.pick<int64_t>({0, 0, -1, 1});
 }
 
+// Wraps around instead of overflowing.
+int64_t shifted(int64_t number, int64_t by) {
+    return static_cast<int64_t>(static_cast<uint64_t>(number) + static_cast<uint64_t>(by));
+}
+
 matmul::SampleSpec random_spec(Input& input, const Machine& machine) {
     matmul::SampleSpec spec{machine.format(input), input.size(80), input.size(400), 0, false, 0.5, 0};
     spec.group_size = input.pick<int64_t>({0, 32, 64, 96, 128, 160, 256, 1024});
@@ -104,10 +109,12 @@ void damage_array(Input& input, Sample& sample) {
 void damage_numbers(Input& input, Sample& sample, const Machine& machine) {
     switch (input.between(0, 5)) {
         case 0:
-            sample.num_outputs = input.one_in(2) ? wild_number(input) : sample.num_outputs + input.between(-20, 20);
+            sample.num_outputs =
+                input.one_in(2) ? wild_number(input) : shifted(sample.num_outputs, input.between(-20, 20));
             break;
         case 1:
-            sample.num_inputs = input.one_in(2) ? wild_number(input) : sample.num_inputs + input.between(-70, 70);
+            sample.num_inputs =
+                input.one_in(2) ? wild_number(input) : shifted(sample.num_inputs, input.between(-70, 70));
             break;
         case 2: sample.format = machine.format(input); break;
         case 3:
