@@ -31,7 +31,8 @@ test: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.minilm
 
 # The results of an interrupted run are kept; remove $(BENCH_RESULTS) to measure everything again.
 bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
-	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
+	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src \
+		RAREFY_BENCH_GGML_AVX2=$(abspath $(BENCH_VENV))/ggml/build-avx2/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
 		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS)
 
 check: $(VENV)/.dev
@@ -74,16 +75,21 @@ $(BENCH_VENV)/.peers: $(BUILD_INPUTS) benchmarks/requirements.txt | $(BENCH_VENV
 	$(BENCH_PIP) install --quiet -c constraints.txt -r benchmarks/requirements.txt -e .
 	touch $@
 
-# Of llama.cpp only ggml's kernels for the CPU are compiled, about a minute; the whole would take ten.
+# $(1): directory, $(2): which instruction sets.
+define build_ggml
+$(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/$(1) -DCMAKE_BUILD_TYPE=Release \
+	-DBUILD_SHARED_LIBS=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF $(2) >$(BENCH_VENV)/ggml/cmake.log
+$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/$(1) --target ggml --parallel 2 >>$(BENCH_VENV)/ggml/cmake.log 2>&1 || \
+	(tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
+endef
+
+# Of llama.cpp only ggml's kernels for the CPU are compiled, about two minutes; the whole would take ten.
 $(BENCH_VENV)/.ggml: benchmarks/requirements.txt | $(BENCH_VENV)/.peers
 	$(BENCH_PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(BENCH_VENV)/ggml '$(GGML_SOURCE)'
 	tar -xzf $(BENCH_VENV)/ggml/llama_cpp_python-*.tar.gz -C $(BENCH_VENV)/ggml --strip-components=1
 	touch $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml/ggml.pc.in
-	$(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/build \
-		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DGGML_BUILD_TESTS=OFF \
-		-DGGML_BUILD_EXAMPLES=OFF >$(BENCH_VENV)/ggml/cmake.log
-	$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/build --target ggml --parallel 2 \
-		>>$(BENCH_VENV)/ggml/cmake.log 2>&1 || (tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
+	$(call build_ggml,build,-DGGML_NATIVE=ON)
+	$(call build_ggml,build-avx2,-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
 	touch $@
 
 clean:
