@@ -2,15 +2,19 @@
 # make test   every test, the slow ones too
 # make check  formatters, linters, types, layers
 # make bench  time the kernels beside other libraries, and write docs/performance.md (about 15 minutes)
+# make fuzz   feed damaged weights to every kernel under sanitizers (FUZZ_SECONDS=60 FUZZ_SEED=1 for each program)
 # make clean  remove everything that the other targets made
 #
-# Needs Python 3.11 or later with venv, pip and g++; everything else is installed into .venv.
+# Needs Python 3.11 or later with venv, pip and g++, and for make fuzz cmake; everything else is installed into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo-out
 BENCH_VENV ?= .venv-bench
 BENCH_RESULTS ?= performance-results.json
+FUZZ_BUILD ?= build/fuzz
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -20,7 +24,7 @@ GGML_SOURCE := llama-cpp-python==0.3.36
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find native -type f 2>/dev/null)
 NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' 2>/dev/null)
 
-.PHONY: demo test bench check format clean
+.PHONY: demo test bench fuzz check format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.compress $(VENV)/.smollm2
@@ -34,6 +38,13 @@ bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
 	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src \
 		RAREFY_BENCH_GGML_AVX2=$(abspath $(BENCH_VENV))/ggml/build-avx2/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
 		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS)
+
+fuzz:
+	cmake -S . -B $(FUZZ_BUILD) -DRAREFY_BUILD_TESTS=ON -DRAREFY_SANITIZE=address,undefined
+	cmake --build $(FUZZ_BUILD) --parallel 2 --target matmul_fuzz ops_fuzz gram_fuzz
+	$(FUZZ_BUILD)/matmul_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	$(FUZZ_BUILD)/ops_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	$(FUZZ_BUILD)/gram_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
