@@ -89,8 +89,8 @@ def _title(setting: dict[str, Any]) -> str:
 
 def _ratio(row: dict[str, Any]) -> dict[str, float] | None:
     """The time of a contestant over that of rarefy with the same values."""
-    ratio: dict[str, float] | None = row["ratios"].get(_KINDS[row["values"]])
-    return None if row["peer"] == "rarefy" else ratio
+    ratio: dict[str, float] | None = None if row["peer"] == "rarefy" else row["ratios"].get(_KINDS[row["values"]])
+    return ratio
 
 
 def _in_any_format(peers: Sequence[dict[str, Any]]) -> list[str]:

@@ -60,12 +60,19 @@ void rows(Input& input, const Kernels& kernels) {
     check(input, "gate", x, [&](float* out) { ops::gate(kernels, out, other.data(), size, activation); });
 }
 
+// Fewer tokens where many heads and keys would take seconds.
+int64_t affordable(int64_t num_tokens, int64_t products_per_token) {
+    constexpr int64_t kMaxProducts = int64_t{1} << 21;
+    return std::min(num_tokens, std::max<int64_t>(1, kMaxProducts / std::max<int64_t>(1, products_per_token)));
+}
+
 void cached(Input& input, const Kernels& kernels) {
     const int64_t half = input.between(1, 40), head_dim = 2 * half, num_kv_heads = input.between(1, 4);
     const int64_t num_heads = num_kv_heads * input.pick<int64_t>({1, 1, 2, 3, 7, 33});
     const ops::CacheShape cache{num_kv_heads, input.between(0, 6), head_dim};
     const int64_t room = cache.num_blocks * ops::kKeyBlock;
-    const int64_t num_tokens = std::min(room, input.pick<int64_t>({0, 1, 1, 2, 5, 31, 33, 64, 100, 300}));
+    const int64_t wanted = std::min(room, input.pick<int64_t>({0, 1, 1, 2, 5, 31, 33, 64, 100, 300}));
+    const int64_t num_tokens = affordable(wanted, num_heads * head_dim * room);
     const int64_t start = input.between(0, room - num_tokens), end = start + num_tokens;
     const int64_t window = input.one_in(2) ? 0 : input.pick<int64_t>({1, 2, 63, 64, 65, 200, INT64_MAX});
     const int64_t cache_size = num_kv_heads * room * head_dim;
@@ -87,7 +94,8 @@ void from_rows(Input& input, const Kernels& kernels) {
     const int64_t head_dim = input.between(1, 70), num_kv_heads = input.between(1, 4);
     const int64_t num_heads = num_kv_heads * input.pick<int64_t>({1, 1, 2, 5, 33});
     const int64_t num_keys = std::max<int64_t>(1, input.size(300));
-    const int64_t num_tokens = std::min(num_keys, input.pick<int64_t>({0, 1, 1, 2, 5, 31, 33, 64, 100, 300}));
+    const int64_t wanted = std::min(num_keys, input.pick<int64_t>({0, 1, 1, 2, 5, 31, 33, 64, 100, 300}));
+    const int64_t num_tokens = affordable(wanted, num_heads * head_dim * num_keys);
     const int64_t start = input.between(0, num_keys - num_tokens);
     const int64_t window = input.one_in(2) ? 0 : input.between(1, start + 1);
     const int64_t shift = window == 0 ? 0 : input.between(0, ops::kKeyBlock - 1);

@@ -63,7 +63,7 @@ def results(load) -> dict:
         ours = {"median": ratio, "low": ratio, "high": ratio, "num_runs": 5}
         return {
             "peer": peer, "values": values, "note": "", "facts": None, "bytes": 8_000_000, "num_copies": 2, "ms": ms,
-            "ms_low": ms, "ms_high": ms, "bandwidth_fraction": 0.5, "ratios": {"int4": ours, "int8": ours},
+            "ms_low": ms, "ms_high": ms, "bandwidth_fraction": 0.5, "ratios": {"int4": ours, "int8": ours, "int4 87.5 % zeros": {**ours, "median": 3.0}},
         }  # fmt: skip
 
     setting = {"part": "peers", "shape": [4096, 4096], "rows": 1, "threads": 1, "isa": "default"}
@@ -84,6 +84,7 @@ def results(load) -> dict:
                 "left_out": {"ggml": "not installed"},
                 "rows": [
                     row("rarefy", "int4", 0.4, 1.0),
+                    row("rarefy", "int4 87.5 % zeros", 0.1, 1.0),
                     row("A", "int4", 0.3, 0.75),
                     row("B", "int8 blocks", 0.8, 2.0),
                 ],
@@ -105,12 +106,13 @@ def test_the_report_names_losses_and_what_was_left_out(load, tmp_path: Path) -> 
     assert "| nm-int4-v1 2:4 | 1 | 1 | 0.500 | 0.400 to 0.600 | 16.0 | 40% |" in text
     best = text.partition("in any format")[2].partition("## ")[0]
     assert "| 4096 x 4096, one row, one thread | int4 | 0.400 | A int4 | 0.300 | **0.75** | 0.75 to 0.75 |" in best
+    assert "| int4 87.5 % zeros | 0.100 | A int4 | 0.300 | **3.00** |" in best
     svg = ElementTree.parse(tmp_path / "performance-roofline.svg").getroot()
-    assert sum(element.tag.endswith("circle") for element in svg) == 3 + 5  # the points and the legend
+    assert sum(element.tag.endswith("circle") for element in svg) == 4 + 5  # the points and the legend
 
 
 def test_a_report_without_a_loss_says_so(load, tmp_path: Path) -> None:
     known = results(load)
-    known["results"][0]["rows"].pop(1)
+    known["results"][0]["rows"].pop(2)
     load("performance_report").write_report(known, tmp_path)
     assert "Nowhere in these tables." in (tmp_path / "performance.md").read_text()
