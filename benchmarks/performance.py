@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peers.problem import MAX_RELATIVE_ERROR, Contestant, Problem
+from peers.problem import MAX_RELATIVE_ERROR, Contestant, Missing, Problem
 from performance_report import write_report
 
 from rarefy.kernels import BandwidthProbe, available_cpus, describe_cpu, last_level_cache_bytes, set_num_threads
@@ -30,7 +30,8 @@ PEERS = ("rarefy", "torch", "onnxruntime", "openvino", "ggml")
 NEVER_AVX2 = ("onnxruntime",)  # of the others, ggml has a build of its own
 ROWS = (1, 4, 16, 128)  # of the first shape; the first and the last of the others
 GGML = "RAREFY_BENCH_GGML"
-AVX2 = {"RAREFY_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+# OpenVINO makes no products of integers below AVX2_VNNI.
+AVX2 = {"RAREFY_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"}
 PACKAGES = ("torch", "onnxruntime", "openvino", "numpy", "rarefy")
 
 
@@ -86,7 +87,8 @@ def measure(setting: dict[str, Any], rounds: int) -> dict[str, Any]:
             found, left_out[peer] = [], f"{type(error).__name__}: {error}"
         if not found:
             left_out.setdefault(peer, "not installed")
-        contestants += found
+        left_out |= {missing.name: missing.reason for missing in found if isinstance(missing, Missing)}
+        contestants += [contestant for contestant in found if isinstance(contestant, Contestant)]
     timed = [Timed(contestant, problem) for contestant in contestants]
     timings = interleave([Reading(BandwidthProbe(), problem.num_threads), *timed], rounds=rounds, warmup=1)
     bandwidth = timings.rate("memory", "product", 1e9)

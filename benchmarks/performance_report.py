@@ -44,7 +44,8 @@ How it was measured:
   weight-only multiply with bfloat16 activations, the other integer ones quantize the activations to 8 bits first. Of
   87.5 % zeros, 8 of every 64 columns are kept; other zeros lie anywhere.
 - **AVX2 only**: rarefy, oneDNN (OpenVINO, torch) and torch are told so by their environment variables, and ggml is
-  compiled for it. What of OpenVINO is not oneDNN may still use AVX-512.
+  compiled for it. oneDNN may use AVX-VNNI too, for OpenVINO makes no products of integers with less, and what of
+  OpenVINO is not oneDNN may use AVX-512.
 
 Repeat it with `make bench`, which makes an environment of its own; the layouts alone with `rarefy bench --kernels`.
 """

@@ -8,13 +8,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from peers.problem import GROUP_SIZE, Contestant, Problem
+from peers.problem import GROUP_SIZE, Contestant, Missing, Problem
 
 # Activations in 8 bits per group, as rarefy has them; float32 otherwise. It is the fastest of its settings for these.
 _DYNAMIC = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP_SIZE)}
 
 
-def contestants(problem: Problem) -> Iterator[Contestant]:
+def contestants(problem: Problem) -> Iterator[Contestant | Missing]:
     size = problem.num_outputs * problem.num_inputs
     kept: list[np.ndarray] = []  # a tensor of 4-bit values does not keep the array that it was made from
 
@@ -46,7 +46,11 @@ def contestants(problem: Problem) -> Iterator[Contestant]:
     ]  # fmt: skip
     for values, note, weight_bytes, weight, settings in make:
         count = problem.num_copies(weight_bytes)
-        request, kinds = _request(problem, weight, settings, count)
+        try:
+            request, kinds = _request(problem, weight, settings, count)
+        except RuntimeError:
+            yield Missing(f"OpenVINO {values}", "cannot be compiled for this instruction set")
+            continue
 
         def run(request: ov.InferRequest = request) -> ov.InferRequest:
             request.infer()

@@ -133,3 +133,11 @@ class Contestant:
             assert y_TO.shape == right.shape, (y_TO.shape, right.shape)
             errors.append(float(np.linalg.norm(y_TO - right) / np.linalg.norm(right)))
         return float(np.max(errors))
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A contestant that its library refuses to make here, such as bfloat16 without the instructions for it."""
+
+    name: str
+    reason: str
