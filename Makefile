@@ -3,15 +3,19 @@
 # make test-arm  the kernels for 64-bit ARM in an emulator; needs g++-aarch64-linux-gnu and qemu-user
 # make check  formatters, linters, types, layers
 # make bench  time the kernels beside other libraries, and write docs/performance.md (about 15 minutes)
+# make fuzz   feed damaged weights to every kernel under sanitizers (FUZZ_SECONDS=60 FUZZ_SEED=1 for each program)
 # make clean  remove everything that the other targets made
 #
-# Needs Python 3.11 or later with venv, pip and g++; everything else is installed into .venv.
+# Needs Python 3.11 or later with venv, pip and g++, and for make fuzz cmake; everything else is installed into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 DEMO_OUT ?= demo-out
 BENCH_VENV ?= .venv-bench
 BENCH_RESULTS ?= performance-results.json
+FUZZ_BUILD ?= build/fuzz
+FUZZ_SECONDS ?= 60
+FUZZ_SEED ?= 1
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -21,7 +25,7 @@ GGML_SOURCE := llama-cpp-python==0.3.36
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find native -type f 2>/dev/null)
 NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' 2>/dev/null)
 
-.PHONY: demo test test-arm bench check format clean
+.PHONY: demo test test-arm bench fuzz check format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.compress $(VENV)/.smollm2
@@ -35,8 +39,16 @@ test-arm: $(VENV)/.dev
 
 # The results of an interrupted run are kept; remove $(BENCH_RESULTS) to measure everything again.
 bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
-	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
+	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src \
+		RAREFY_BENCH_GGML_AVX2=$(abspath $(BENCH_VENV))/ggml/build-avx2/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
 		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS)
+
+fuzz:
+	cmake -S . -B $(FUZZ_BUILD) -DRAREFY_BUILD_TESTS=ON -DRAREFY_SANITIZE=address,undefined
+	cmake --build $(FUZZ_BUILD) --parallel 2 --target matmul_fuzz ops_fuzz gram_fuzz
+	$(FUZZ_BUILD)/matmul_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	$(FUZZ_BUILD)/ops_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	$(FUZZ_BUILD)/gram_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -78,16 +90,21 @@ $(BENCH_VENV)/.peers: $(BUILD_INPUTS) benchmarks/requirements.txt | $(BENCH_VENV
 	$(BENCH_PIP) install --quiet -c constraints.txt -r benchmarks/requirements.txt -e .
 	touch $@
 
-# Of llama.cpp only ggml's kernels for the CPU are compiled, about a minute; the whole would take ten.
+# $(1): directory, $(2): which instruction sets.
+define build_ggml
+$(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/$(1) -DCMAKE_BUILD_TYPE=Release \
+	-DBUILD_SHARED_LIBS=ON -DGGML_BUILD_TESTS=OFF -DGGML_BUILD_EXAMPLES=OFF $(2) >$(BENCH_VENV)/ggml/cmake.log
+$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/$(1) --target ggml --parallel 2 >>$(BENCH_VENV)/ggml/cmake.log 2>&1 || \
+	(tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
+endef
+
+# Of llama.cpp only ggml's kernels for the CPU are compiled, about two minutes; the whole would take ten.
 $(BENCH_VENV)/.ggml: benchmarks/requirements.txt | $(BENCH_VENV)/.peers
 	$(BENCH_PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(BENCH_VENV)/ggml '$(GGML_SOURCE)'
 	tar -xzf $(BENCH_VENV)/ggml/llama_cpp_python-*.tar.gz -C $(BENCH_VENV)/ggml --strip-components=1
 	touch $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml/ggml.pc.in
-	$(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/build \
-		-DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DGGML_BUILD_TESTS=OFF \
-		-DGGML_BUILD_EXAMPLES=OFF >$(BENCH_VENV)/ggml/cmake.log
-	$(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/build --target ggml --parallel 2 \
-		>>$(BENCH_VENV)/ggml/cmake.log 2>&1 || (tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
+	$(call build_ggml,build,-DGGML_NATIVE=ON)
+	$(call build_ggml,build-avx2,-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
 	touch $@
 
 clean:

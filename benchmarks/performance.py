@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from peers.problem import MAX_RELATIVE_ERROR, Contestant, Problem
+from peers.problem import MAX_RELATIVE_ERROR, Contestant, Missing, Problem
 from performance_report import write_report
 
 from rarefy.kernels import BandwidthProbe, available_cpus, describe_cpu, last_level_cache_bytes, set_num_threads
@@ -27,8 +27,11 @@ from rarefy.measure.latency import interleave
 SHAPES = ((4096, 4096), (11008, 4096), (2048, 5632))
 SMALL_SHAPES = ((384, 384), (1536, 384))  # those of MiniLM
 PEERS = ("rarefy", "torch", "onnxruntime", "openvino", "ggml")
-AVX2_PEERS = ("rarefy", "torch", "openvino")  # the others cannot be told to leave out AVX-512
-AVX2 = {"RAREFY_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+NEVER_AVX2 = ("onnxruntime",)  # of the others, ggml has a build of its own
+ROWS = (1, 4, 16, 128)  # of the first shape; the first and the last of the others
+GGML = "RAREFY_BENCH_GGML"
+# OpenVINO makes no products of integers below AVX2_VNNI.
+AVX2 = {"RAREFY_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"}
 PACKAGES = ("torch", "onnxruntime", "openvino", "numpy", "rarefy")
 
 
@@ -74,14 +77,18 @@ def measure(setting: dict[str, Any], rounds: int) -> dict[str, Any]:
     problem = Problem(*setting["shape"], setting["rows"], setting["threads"])
     contestants: list[Contestant] = []
     left_out: dict[str, str] = {}
-    for peer in AVX2_PEERS if setting["isa"] == "avx2" else PEERS:
+    for peer in PEERS:
+        if setting["isa"] == "avx2" and peer in NEVER_AVX2:
+            left_out[peer] = "cannot be told to leave out AVX-512"
+            continue
         try:
             found = list(importlib.import_module(f"peers.{peer}_peer").contestants(problem))
         except (ImportError, OSError, RuntimeError) as error:
             found, left_out[peer] = [], f"{type(error).__name__}: {error}"
         if not found:
             left_out.setdefault(peer, "not installed")
-        contestants += found
+        left_out |= {missing.name: missing.reason for missing in found if isinstance(missing, Missing)}
+        contestants += [contestant for contestant in found if isinstance(contestant, Contestant)]
     timed = [Timed(contestant, problem) for contestant in contestants]
     timings = interleave([Reading(BandwidthProbe(), problem.num_threads), *timed], rounds=rounds, warmup=1)
     bandwidth = timings.rate("memory", "product", 1e9)
@@ -115,24 +122,25 @@ def settings() -> list[dict[str, Any]]:
     every = [
         {"part": "peers", "shape": shape, "rows": rows, "threads": count, "isa": "default"}
         for shape in (*SHAPES, *SMALL_SHAPES)
-        for rows in ((1, 128) if shape in SHAPES else (128,))
+        for rows in (ROWS if shape == SHAPES[0] else (1, 128) if shape in SHAPES else (128,))
         for count in threads
     ]
-    isas = ["default"]
+    every += [{"part": "layouts", "shape": shape, "isa": "default"} for shape in SHAPES]
     if "avx512f" in describe_cpu()["flags"]:
-        isas.append("avx2")
         every += [
             {"part": "peers", "shape": SHAPES[0], "rows": rows, "threads": count, "isa": "avx2"}
             for rows in (1, 128)
             for count in threads
         ]
-    every += [{"part": "layouts", "shape": shape, "isa": isa} for shape in SHAPES for isa in isas]
+        every.append({"part": "layouts", "shape": SHAPES[0], "isa": "avx2"})
     return [{**setting, "shape": list(setting["shape"])} for setting in every]
 
 
 def run_setting(setting: dict[str, Any], rounds: int) -> Any:
     """Run one setting in a process of its own."""
-    environment = {**os.environ, **(AVX2 if setting["isa"] == "avx2" else {})}
+    environment = dict(os.environ)
+    if setting["isa"] == "avx2":
+        environment |= {**AVX2, GGML: os.environ.get(f"{GGML}_AVX2", "")}
     if setting["part"] == "layouts":
         shape = "{}x{}".format(*setting["shape"])
         command = ["-m", "rarefy", "bench", "--kernels", "--shape", shape, "--rounds", str(rounds), "--json"]

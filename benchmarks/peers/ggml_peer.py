@@ -1,7 +1,8 @@
 """ggml, the kernels of llama.cpp, through its C interface: Q8_0 and Q4_0, the latter in its repacked form.
 
 RAREFY_BENCH_GGML names the directory of libggml-base.so and libggml-cpu.so, which `make bench` builds from the sources
-in the llama-cpp-python package. Without it this contestant is left out.
+in the llama-cpp-python package (for AVX2 alone a second time: ggml has no switch). Without it this contestant is left
+out.
 """
 
 import ctypes

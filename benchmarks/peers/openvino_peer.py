@@ -1,27 +1,28 @@
 """OpenVINO: one model that multiplies the same input with every copy of the weight."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
-from peers.problem import GROUP_SIZE, Contestant, Problem
+from peers.problem import GROUP_SIZE, Contestant, Missing, Problem
 
 # Activations in 8 bits per group, as rarefy has them; float32 otherwise. It is the fastest of its settings for these.
 _DYNAMIC = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP_SIZE)}
 
 
-def contestants(problem: Problem) -> Iterator[Contestant]:
+def contestants(problem: Problem) -> Iterator[Contestant | Missing]:
     size = problem.num_outputs * problem.num_inputs
     kept: list[np.ndarray] = []  # a tensor of 4-bit values does not keep the array that it was made from
 
     def float32(copy: int) -> ov.Node:
         return ops.constant(problem.weight(copy))
 
-    def int8(copy: int, *, sparse: bool = False) -> ov.Node:
-        codes = ops.convert(ops.constant(problem.level(copy, sparse=sparse)), "f32")
+    def int8(copy: int, zeros: str = "") -> ov.Node:
+        codes = ops.convert(ops.constant(problem.level(copy, zeros)), "f32")
         return ops.multiply(codes, ops.constant(problem.scale(copy)[:, None]))
 
     def int4(copy: int) -> ov.Node:
@@ -39,12 +40,17 @@ def contestants(problem: Problem) -> Iterator[Contestant]:
         ("bfloat16", "", 2 * size, float32, {"INFERENCE_PRECISION_HINT": "bf16"}),
         ("int8", "activations quantized in groups of 64", size, int8, _DYNAMIC),
         ("int4", "activations quantized in groups of 64", size // 2 + 4 * size // GROUP_SIZE, int4, _DYNAMIC),
-        ("int8 50 % zeros", "sparse weights decompression from 50 % zeros on", size,
-         lambda copy: int8(copy, sparse=True), {**_DYNAMIC, "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": "0.5"}),
+        *((f"int8 {zeros} zeros", "sparse weights decompression from 50 % zeros on", size,
+           partial(int8, zeros=zeros), {**_DYNAMIC, "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": "0.5"})
+          for zeros in ("50 %", "80 %")),
     ]  # fmt: skip
     for values, note, weight_bytes, weight, settings in make:
         count = problem.num_copies(weight_bytes)
-        request, kinds = _request(problem, weight, settings, count)
+        try:
+            request, kinds = _request(problem, weight, settings, count)
+        except RuntimeError:
+            yield Missing(f"OpenVINO {values}", "cannot be compiled for this instruction set")
+            continue
 
         def run(request: ov.InferRequest = request) -> ov.InferRequest:
             request.infer()
@@ -54,8 +60,8 @@ def contestants(problem: Problem) -> Iterator[Contestant]:
             return [request.get_output_tensor(copy).data for copy in range(count)]
 
         facts = {"executes": kinds}
-        sparse = "zeros" in values
-        yield Contestant("OpenVINO", values, note, weight_bytes, count, run, outputs, sparse=sparse, facts=facts)
+        zeros = values.partition(" ")[2].removesuffix(" zeros")
+        yield Contestant("OpenVINO", values, note, weight_bytes, count, run, outputs, zeros=zeros, facts=facts)
 
 
 def _request(

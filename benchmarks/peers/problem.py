@@ -6,7 +6,7 @@ Shapes: T rows of activations, O outputs, I inputs.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -47,18 +47,20 @@ class Problem:
     def x_TI(self) -> NDArray[np.float32]:  # noqa: N802
         return np.random.default_rng(3).standard_normal((self.num_rows, self.num_inputs), dtype=np.float32)
 
-    @cached_property
-    def mask_OI(self) -> NDArray[np.bool_]:  # noqa: N802
-        """Half of the weights, for the sparse contestants."""
-        return np.random.default_rng(4).random((self.num_outputs, self.num_inputs), dtype=np.float32) < 0.5
+    @cache  # noqa: B019 (there is one problem in a process)
+    def mask(self, zeros: str) -> NDArray[np.bool_]:
+        """Which weights are kept, for the sparse contestants: anywhere, or 8 in every 64 columns."""
+        rng = np.random.default_rng(4)
+        if zeros == "87.5 %":
+            order = rng.random((self.num_outputs, self.num_inputs // 64, 64), dtype=np.float32).argsort(axis=2)
+            return (order < 8).reshape(self.num_outputs, self.num_inputs)
+        return rng.random((self.num_outputs, self.num_inputs), dtype=np.float32) >= float(zeros.rstrip(" %")) / 100
 
-    @cached_property
-    def expected_TO(self) -> NDArray[np.float32]:  # noqa: N802
-        return self.x_TI @ (self.level_OI * self.scale_O[:, None]).T
-
-    @cached_property
-    def expected_sparse_TO(self) -> NDArray[np.float32]:  # noqa: N802
-        return self.x_TI @ (self.level_OI * self.mask_OI * self.scale_O[:, None]).T
+    @cache  # noqa: B019
+    def expected(self, zeros: str) -> NDArray[np.float32]:
+        """The right product, (T, O)."""
+        level_OI = self.level_OI * self.mask(zeros) if zeros else self.level_OI
+        return self.x_TI @ (level_OI * self.scale_O[:, None]).T
 
     def num_copies(self, weight_bytes: int) -> int:
         """Different weights that a contestant multiplies with in turn: three times the last-level cache, or two.
@@ -69,17 +71,17 @@ class Problem:
             return 2
         return max(2, math.ceil(3 * last_level_cache_bytes() / weight_bytes))
 
-    def level(self, copy: int, *, sparse: bool = False) -> NDArray[np.int8]:
+    def level(self, copy: int, zeros: str = "") -> NDArray[np.int8]:
         """Levels of one copy: the outputs rotated, so that no library can tell that two copies are the same."""
-        return np.roll(self.level_OI * self.mask_OI if sparse else self.level_OI, copy, axis=0)
+        return np.roll(self.level_OI * self.mask(zeros) if zeros else self.level_OI, copy, axis=0)
 
     def scale(self, copy: int) -> NDArray[np.float32]:
         """Scales of one copy, (O,)."""
         return np.roll(self.scale_O, copy)
 
-    def weight(self, copy: int, *, sparse: bool = False) -> NDArray[np.float32]:
+    def weight(self, copy: int, zeros: str = "") -> NDArray[np.float32]:
         """One copy in float32."""
-        return self.level(copy, sparse=sparse) * self.scale(copy)[:, None]
+        return self.level(copy, zeros) * self.scale(copy)[:, None]
 
     def group_scales(self, copy: int, group_size: int = GROUP_SIZE) -> NDArray[np.float32]:
         """Scales of one copy for each group, (O, G)."""
@@ -103,7 +105,7 @@ class Contestant:
         num_copies: products of one call of `run`.
         run: multiplies with every copy once and returns the results in the library's own form.
         outputs: those results as one array (T, O) per copy.
-        sparse: half of the weights are zero.
+        zeros: how many weights are zero, such as "50 %"; "" if none need be.
     """
 
     peer: str
@@ -113,7 +115,7 @@ class Contestant:
     num_copies: int
     run: Callable[[], Any]
     outputs: Callable[[Any], Sequence[NDArray[np.float32]]]
-    sparse: bool = False
+    zeros: str = ""
     facts: Mapping[str, Any] | None = None
 
     @property
@@ -122,7 +124,7 @@ class Contestant:
 
     def worst_error(self, problem: Problem, results: Any) -> float:
         """The largest relative error of any copy's product; NaN if one is not a number."""
-        expected_TO = problem.expected_sparse_TO if self.sparse else problem.expected_TO
+        expected_TO = problem.expected(self.zeros)
         outputs = self.outputs(results)
         assert len(outputs) == self.num_copies
         errors = []
@@ -131,3 +133,11 @@ class Contestant:
             assert y_TO.shape == right.shape, (y_TO.shape, right.shape)
             errors.append(float(np.linalg.norm(y_TO - right) / np.linalg.norm(right)))
         return float(np.max(errors))
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A contestant that its library refuses to make here, such as bfloat16 without the instructions for it."""
+
+    name: str
+    reason: str

@@ -39,6 +39,7 @@ void bind_common(nb::module_& module) {
     });
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
     module.def("num_threads", &common::num_threads);
+    module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<nb::gil_scoped_release>());
     nb::class_<common::BandwidthProbe>(module, "BandwidthProbe")
         .def(nb::init<int64_t>(), nb::arg("num_bytes"))
         .def_prop_ro("num_bytes", &common::BandwidthProbe::num_bytes)

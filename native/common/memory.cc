@@ -1,5 +1,6 @@
 #include "common/memory.h"
 
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <cstdlib>
@@ -49,6 +50,11 @@ void unmap(uint8_t* memory, int64_t num_bytes) { munmap(memory, static_cast<size
 
 #endif
 
+// Held while the process forks, so that no child is born with it locked.
+std::mutex mutex;
+void lock() { mutex.lock(); }
+void unlock() { mutex.unlock(); }
+
 }  // namespace
 
 // A mapping that hands out its bytes from the first to the last, once.
@@ -78,9 +84,10 @@ AlignedBytes allocate_aligned(int64_t num_bytes) {
         const auto slab = std::make_shared<Slab>(round_up(size, kSlabBytes > 0 ? kPage : 64));
         return AlignedBytes(slab->take(size), {slab});
     }
-    static std::mutex mutex;
     static std::weak_ptr<Slab> current;
-    const std::lock_guard<std::mutex> lock(mutex);
+    static const int registered = pthread_atfork(lock, unlock, unlock);
+    static_cast<void>(registered);
+    const std::lock_guard<std::mutex> guard(mutex);
     std::shared_ptr<Slab> slab = current.lock();
     uint8_t* bytes = slab ? slab->take(size) : nullptr;
     if (bytes == nullptr) {

@@ -8,8 +8,12 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
+#include <vector>
 
 namespace rarefy::common {
 namespace {
@@ -38,7 +42,7 @@ public:
         num_helpers_.store(num_threads - 1, std::memory_order_relaxed);
         num_done_.store(0, std::memory_order_relaxed);
         const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-        ticket_.store(job << 32 | static_cast<uint64_t>(num_chunks) << 16);  // seq_cst, pairs with sleep()
+        ticket_.store(job << 32 | static_cast<uint64_t>(num_chunks) << 16);  // seq_cst, pairs with wait_for_job()
         if (num_asleep_.load() > 0) {
             const std::lock_guard<std::mutex> lock(mutex_);
             awake_.notify_all();
@@ -53,10 +57,21 @@ public:
         }
     }
 
+    // What the first chunk that threw has thrown, or null; asked once after run().
+    std::exception_ptr take_error() {
+        if (!failed_.exchange(false)) return nullptr;
+        return std::exchange(error_, nullptr);
+    }
+
 private:
+    // A system that gives no more threads gets by with those that there are.
     void grow(int num_workers) {
         for (; num_workers_ < std::min(num_workers, kMaxThreads - 1); ++num_workers_) {
-            std::thread([this, index = num_workers_] { serve(index); }).detach();
+            try {
+                std::thread([this, index = num_workers_] { serve(index); }).detach();
+            } catch (const std::system_error&) {
+                return;
+            }
         }
     }
 
@@ -68,7 +83,12 @@ private:
             void* context = context_.load(std::memory_order_relaxed);
             if (ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel,
                                               std::memory_order_acquire)) {
-                function(context, static_cast<int>(ticket & 0xffff));
+                try {
+                    function(context, static_cast<int>(ticket & 0xffff));
+                } catch (...) {
+                    // The caller reads it after the last chunk is done, and this one is not yet.
+                    if (!failed_.exchange(true)) error_ = std::current_exception();
+                }
                 num_done_.fetch_add(1, std::memory_order_release);
                 ticket = ticket_.load(std::memory_order_acquire);
             }
@@ -91,6 +111,7 @@ private:
                 pause_cpu();
             }
             if (std::chrono::steady_clock::now() > deadline) break;
+            std::this_thread::yield();  // another pool's thread may wait for this core
         }
         std::unique_lock<std::mutex> lock(mutex_);
         num_asleep_.fetch_add(1);
@@ -105,6 +126,8 @@ private:
     std::atomic<void*> context_{nullptr};
     std::atomic<int> num_helpers_{0};
     std::atomic<int> num_asleep_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;
     int num_workers_ = 0;  // touched only by the thread that holds the pool
     std::mutex mutex_;
     std::condition_variable awake_;
@@ -141,11 +164,33 @@ void parallel_run(int num_chunks, ChunkFunction function, void* context) {
     const int num_threads = wanted_threads.load(std::memory_order_relaxed);
     if (num_chunks > 1 && num_chunks <= kMaxChunks && num_threads > 1 &&
         !in_use.exchange(true, std::memory_order_acquire)) {
-        acquire_pool().run(num_chunks, num_threads, function, context);
+        Pool& shared = acquire_pool();
+        shared.run(num_chunks, num_threads, function, context);
+        const std::exception_ptr error = shared.take_error();
         in_use.store(false, std::memory_order_release);
+        if (error != nullptr) std::rethrow_exception(error);
         return;
     }
     for (int chunk = 0; chunk < num_chunks; ++chunk) function(context, chunk);
+}
+
+double measure_fork_join() {
+    constexpr int kRepeats = 2000;
+    constexpr auto kPatience = std::chrono::milliseconds(1);  // the system may have refused a thread
+    const int num_chunks = num_threads();
+    std::vector<double> seconds;
+    seconds.reserve(kRepeats);
+    for (int repeat = 0; repeat < kRepeats; ++repeat) {
+        std::atomic<int> num_arrived{0};
+        const auto start = std::chrono::steady_clock::now();
+        parallel_for(num_chunks, [&](int) {
+            num_arrived.fetch_add(1);
+            while (num_arrived.load() < num_chunks && std::chrono::steady_clock::now() - start < kPatience) pause_cpu();
+        });
+        seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    }
+    std::nth_element(seconds.begin(), seconds.begin() + kRepeats / 2, seconds.end());
+    return seconds[kRepeats / 2];
 }
 
 }  // namespace rarefy::common

@@ -3,11 +3,12 @@
 // parallel_for(num_chunks, body) calls body(chunk) once for every chunk in [0, num_chunks) and returns when all are
 // done. Chunks are claimed one by one, so a worker that wakes late costs nothing but its help. Which thread runs a
 // chunk is not determined; a body must therefore write only to places that belong to its chunk, and results are then
-// the same for every number of threads. Bodies must not throw and must not call parallel_for.
+// the same for every number of threads. If chunks throw, the others still run, and the caller gets the first exception.
 //
-// Workers spin for some tens of microseconds after a job and then sleep, so that they do not compete with another pool
-// (torch's, the BLAS's) for long. A call that finds the pool busy runs all its chunks itself. After fork() the
-// child starts a new pool with its first job.
+// Workers look for the next job for some tens of microseconds, giving way to any other thread that wants their core,
+// and then sleep, so that they do not compete with another pool (torch's, the BLAS's). A call that finds the pool busy,
+// from another thread or from within a body, runs all its chunks itself. After fork() the child starts a new pool with
+// its first job. Where the system refuses a thread, fewer do the work.
 #pragma once
 
 namespace rarefy::common {
@@ -15,6 +16,9 @@ namespace rarefy::common {
 // Threads of the next jobs, the caller included; at least 1.
 void set_num_threads(int num_threads);
 int num_threads();
+
+// Median time, in seconds, of a job in which every thread has one chunk that waits for the others to begin theirs.
+double measure_fork_join();
 
 using ChunkFunction = void (*)(void* context, int chunk);
 void parallel_run(int num_chunks, ChunkFunction function, void* context);

@@ -12,6 +12,7 @@ namespace {
 // Of each axis, and of the whole matrix: no product of sizes overflows.
 constexpr int64_t kMaxSize = int64_t{1} << 31;
 constexpr int64_t kMaxElements = int64_t{1} << 48;
+constexpr int64_t kMaxEmptyOutputs = int64_t{1} << 20;
 
 }  // namespace
 
@@ -25,6 +26,8 @@ Packing::Packing(const PackedArrays& packed, Isa isa, PanelWeights& weights)
     require(num_outputs >= 0 && num_outputs < kMaxSize && num_inputs >= 0 && num_inputs < kMaxSize &&
                 num_outputs * num_inputs < kMaxElements,
             "shape out of range");
+    // Other outputs have bytes in some array, whose size bounds them.
+    require(num_inputs > 0 || num_outputs < kMaxEmptyOutputs, "too many outputs without inputs");
     view.num_outputs = num_outputs;
     view.num_inputs = num_inputs;
     view.num_panels = ceil_div(num_outputs, kPanelOutputs);

@@ -108,7 +108,7 @@ struct SampleMaker {
         std::vector<int> zero_points;
         SampleArray scale_array{"scales", Element::u16, {}}, zero_point_array{"zero_points", Element::u8, {}};
         for (int64_t row = 0; row < sample.num_outputs; ++row) {
-            for (int64_t begin = 0; begin == 0 || begin < sample.num_inputs; begin += width) {
+            for (int64_t begin = 0; begin < sample.num_inputs || (begin == 0 && spec.group_size == 0); begin += width) {
                 const uint16_t scale = bf16() & 0x7fff;
                 const int zero_point = spec.symmetric ? 1 << (num_bits - 1) : below(1 << num_bits);
                 append(scale_array.bytes, &scale, 2);

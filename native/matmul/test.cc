@@ -302,6 +302,26 @@ void test_pool() {
     }
     for (std::thread& caller : callers) caller.join();
     check(total == 3 * 500 * 7, "callers that meet each other");
+    total = 0;
+    common::parallel_for(5, [&](int) { common::parallel_for(6, [&](int) { ++total; }); });
+    check(total == 5 * 6, "a job within a job");
+    for (int round = 0; round < 100; ++round) {
+        total = 0;
+        std::string caught;
+        try {
+            common::parallel_for(20, [&](int chunk) {
+                ++total;
+                if (chunk % 7 == 3) throw std::runtime_error("chunk");
+            });
+        } catch (const std::runtime_error& error) {
+            caught = error.what();
+        }
+        check(caught == "chunk" && total == 20, "the others run when chunks throw, and the caller learns of it");
+    }
+    total = 0;
+    common::parallel_for(20, [&](int) { ++total; });
+    check(total == 20, "a job after one that threw");
+    check(common::measure_fork_join() > 0, "fork and join take time");
 }
 
 }  // namespace

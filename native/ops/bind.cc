@@ -5,6 +5,7 @@
 #include <nanobind/stl/string.h>
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -187,6 +188,7 @@ public:
         const int64_t* end = begin + offsets.shape(0);
         require(begin < end && *begin == 0 && end[-1] == tokens && std::is_sorted(begin, end),
                 "offsets must rise from 0 to the number of tokens");
+        require((end - begin) * num_heads <= std::numeric_limits<int>::max(), "too many segments");
         float* out;
         Result result = new_result(q.shape(0), q.shape(1), &out);
         ops::attention_segments(*kernels_, q.data(), k.data(), v.data(), begin, end - begin - 1, num_heads,

@@ -23,6 +23,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Calls body(first, count) for chunks of the rows.
 template <class Body>
 void for_row_chunks(int64_t rows, int64_t width, Body body) {
+    if (width == 0) return;  // of rows without columns there can be any number
     const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkFloats / std::max<int64_t>(1, width));
     common::parallel_for(static_cast<int>(ceil_div(rows, rows_per_chunk)), [&](int chunk) {
         const int64_t first = chunk * rows_per_chunk;

@@ -35,7 +35,7 @@ def test_rarefys_contestants_are_right_and_wrong_ones_are_noticed(load, monkeypa
         assert contestant.worst_error(problem, [results[0], results[1], results[1]]) > 0.5
         assert contestant.worst_error(problem, [results[0], results[1], results[2] * 1.05]) > limit
         assert not contestant.worst_error(problem, [results[0], results[1], results[2] * np.nan]) <= limit
-        wrong = replace(contestant, sparse=not contestant.sparse)
+        wrong = replace(contestant, zeros="" if contestant.zeros else "50 %")
         assert wrong.worst_error(problem, results) > 0.5
 
 
@@ -49,10 +49,11 @@ def test_torchs_contestants_are_right(load, monkeypatch) -> None:
 def test_every_format_holds_the_weights_exactly(load) -> None:
     problem = load("peers.problem").Problem(64, 128, 1, 1)
     peer: ModuleType = load("peers.rarefy_peer")
-    for layout_format, values in peer._VALUES.items():
-        dense = peer._layout(problem, layout_format, 1).to_dense()
-        expected = problem.weight(1) * (np.roll(problem.mask_OI, 1, axis=0) if "zeros" in values else 1)
-        np.testing.assert_array_equal(dense, expected)
+    for layout_format, _, zeros in peer._KINDS:
+        dense = peer._layout(problem, layout_format, 1, zeros).to_dense()
+        np.testing.assert_array_equal(dense, problem.weight(1, zeros))
+        if zeros:
+            assert abs(np.mean(dense == 0) - float(zeros.rstrip(" %")) / 100) < 0.07  # levels may be 0 as well
 
 
 def results(load) -> dict:
@@ -60,9 +61,10 @@ def results(load) -> dict:
 
     def row(peer: str, values: str, ms: float, ratio: float) -> dict:
         ours = {"median": ratio, "low": ratio, "high": ratio, "num_runs": 5}
+        ratios = {"int4": ours, "int8": ours, "int4 87.5 % zeros": {**ours, "median": 3.0}}
         return {
             "peer": peer, "values": values, "note": "", "facts": None, "bytes": 8_000_000, "num_copies": 2, "ms": ms,
-            "ms_low": ms, "ms_high": ms, "bandwidth_fraction": 0.5, "ratios": {"int4": ours, "int8": ours},
+            "ms_low": ms, "ms_high": ms, "bandwidth_fraction": 0.5, "ratios": ratios,
         }  # fmt: skip
 
     setting = {"part": "peers", "shape": [4096, 4096], "rows": 1, "threads": 1, "isa": "default"}
@@ -83,6 +85,7 @@ def results(load) -> dict:
                 "left_out": {"ggml": "not installed"},
                 "rows": [
                     row("rarefy", "int4", 0.4, 1.0),
+                    row("rarefy", "int4 87.5 % zeros", 0.1, 1.0),
                     row("A", "int4", 0.3, 0.75),
                     row("B", "int8 blocks", 0.8, 2.0),
                 ],
@@ -102,12 +105,15 @@ def test_the_report_names_losses_and_what_was_left_out(load, tmp_path: Path) -> 
     assert "| B | int8 blocks | 0.800 |" in text
     assert "| 2.00 (2.00 to 2.00) |" in text
     assert "| nm-int4-v1 2:4 | 1 | 1 | 0.500 | 0.400 to 0.600 | 16.0 | 40% |" in text
+    best = text.partition("in any format")[2].partition("## ")[0]
+    assert "| 4096 x 4096, one row, one thread | int4 | 0.400 | A int4 | 0.300 | **0.75** | 0.75 to 0.75 |" in best
+    assert "| int4 87.5 % zeros | 0.100 | A int4 | 0.300 | **3.00** |" in best
     svg = ElementTree.parse(tmp_path / "performance-roofline.svg").getroot()
-    assert sum(element.tag.endswith("circle") for element in svg) == 3 + 5  # the points and the legend
+    assert sum(element.tag.endswith("circle") for element in svg) == 4 + 5  # the points and the legend
 
 
 def test_a_report_without_a_loss_says_so(load, tmp_path: Path) -> None:
     known = results(load)
-    known["results"][0]["rows"].pop(1)
+    known["results"][0]["rows"].pop(2)
     load("performance_report").write_report(known, tmp_path)
     assert "Nowhere in these tables." in (tmp_path / "performance.md").read_text()

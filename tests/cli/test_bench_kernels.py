@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
+from rarefy.layouts import FORMATS
+
 COMMAND = ("bench", "--kernels", "--shape", "1024x2048", "--shape", "64x96", "--rounds", 1, "--threads", 1)
 
 
@@ -26,6 +28,23 @@ def test_json_is_a_list_of_rows(run: Callable) -> None:
     assert fields <= set(rows[0])
 
 
+def test_packing_is_timed(run: Callable) -> None:
+    command = ("bench", "--kernels", "--packing", "--shape", "40x200", "--rounds", 2)
+    done = run(*command)
+    assert done.code == 0, done.err
+    assert max(len(line) for line in done.out.splitlines()) <= 80
+    rows = json.loads(run(*command, "--json").out)
+    assert {row["layout"] for row in rows} == set(FORMATS)
+    for row in rows:
+        assert f"\n{row['layout']} " in done.out
+        for step in ("check", "repack", *(["pack"] if row["pack_weights_per_s"] is not None else [])):
+            low, median, high = (row[f"{step}_weights_per_s{end}"] for end in ("_low", "", "_high"))
+            assert 0 < low <= median <= high
+    assert {row["layout"] for row in rows if row["pack_weights_per_s"] is None} == {
+        *("lowrank-bf16-v1", "lowrank-int8-v1", "sum-v1"),
+    }
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -34,6 +53,9 @@ def test_json_is_a_list_of_rows(run: Callable) -> None:
         (("--kernels", "--shape", "5x-1"), "--shape: '5x-1'"),
         (("--kernels", "--threads", 99_999), "--threads: 99999; allowed: 1 to"),
         (("--kernels", "--rows", 0), "--rows: 0"),
+        (("--packing",), "--packing: given without --kernels"),
+        (("--kernels", "--packing", "--threads", 1), "--packing: given together with --rows or --threads"),
+        (("--kernels", "--packing", "--shape", "0x5"), "--shape: 0x5"),
         (("--kernels", "model"), "MODEL: given together with --kernels"),
         (("--kernels", "--decode-tokens", 4), "--decode-tokens: given together with --kernels"),
         (("model", "--layout", "dense-int4-v1"), "--layout: given without --kernels"),

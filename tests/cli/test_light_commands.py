@@ -13,8 +13,9 @@ def test_doctor_reports_the_machine(run: Callable) -> None:
     done = run("doctor", "--json")
     assert done.code == 0
     data = json.loads(done.out)
-    assert set(data) == {"cpu", "bandwidth", "versions", "compress_extra"}
+    assert set(data) == {"cpu", "bandwidth", "fork_join_us", "versions", "compress_extra"}
     assert data["bandwidth"]["bytes_per_s"] > 1e8
+    assert 0 < data["fork_join_us"] < 1e6
     assert data["cpu"]["num_threads"] >= 1
     assert set(data["cpu"]["chosen"].values()) <= set(ISAS)
     text = run("doctor", "--no-bandwidth").out

@@ -1,6 +1,5 @@
 """The choice of kernels: a pure function, tested with CPUs that this machine is not."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from rarefy import kernels
 from rarefy.core.errors import UsageError
 from rarefy.kernels import CpuFlags, Kernel, select
-from rarefy.kernels.cpu import available_cpus, default_num_threads, last_level_cache_bytes, parse_cpuinfo
+from rarefy.kernels.cpu import last_level_cache_bytes, parse_cpuinfo
 from rarefy.kernels.extension import ISAS
 from rarefy.layouts import FORMATS
 
@@ -81,30 +80,6 @@ def test_isa_variable(monkeypatch: pytest.MonkeyPatch, weight) -> None:
     monkeypatch.setenv("RAREFY_ISA", "sse9")
     with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
         kernels.prepare(layout)
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", "257", "٣"])
-def test_wrong_number_of_threads(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("RAREFY_NUM_THREADS", text)
-    with pytest.raises(UsageError, match=r"RAREFY_NUM_THREADS.*1 to 256"):
-        default_num_threads()
-
-
-def test_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAREFY_NUM_THREADS", "3")
-    assert default_num_threads() == 3
-    monkeypatch.delenv("RAREFY_NUM_THREADS")
-    assert default_num_threads() == available_cpus() >= 1
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system has no affinity masks")
-def test_affinity_is_honoured() -> None:
-    before = os.sched_getaffinity(0)
-    try:
-        os.sched_setaffinity(0, {min(before)})
-        assert available_cpus() == 1
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def test_flags_from_cpuinfo() -> None:

@@ -202,7 +202,7 @@ def test_weights_outlive_their_arrays(weight) -> None:
 
 @pytest.mark.slow
 def test_cpp_tests_under_sanitizers(tmp_path: Path) -> None:
-    """Builds native/*/test.cc with address and undefined-behaviour sanitizers and runs them."""
+    """Builds native/*/test.cc and fuzz.cc with address and undefined-behaviour sanitizers and runs them."""
     root = Path(__file__).resolve().parents[2]
     cmake = shutil.which("cmake") or shutil.which("cmake", path=str(Path(sys.executable).parent))
     if cmake is None or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
@@ -211,8 +211,11 @@ def test_cpp_tests_under_sanitizers(tmp_path: Path) -> None:
     configure = [cmake, "-S", str(root), "-B", str(tmp_path), "-DRAREFY_BUILD_TESTS=ON", sanitizers]
     subprocess.run(configure, check=True, capture_output=True)
     subprocess.run([cmake, "--build", str(tmp_path), "--parallel", "2"], check=True, capture_output=True)
-    programs = sorted(tmp_path.glob("*_test"))
-    assert programs
-    for program in programs:
-        run = subprocess.run([str(program)], capture_output=True, text=True, check=False)
-        assert run.returncode == 0, f"{program.name}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    tests, fuzzers = sorted(tmp_path.glob("*_test")), sorted(tmp_path.glob("*_fuzz"))
+    assert tests
+    assert len(fuzzers) >= 3
+    for command in [[program] for program in tests] + [[program, "--runs", "500"] for program in fuzzers]:
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, f"{command[0].name}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    wrong = subprocess.run([fuzzers[0], "--runs", "-1"], capture_output=True, check=False)
+    assert wrong.returncode == 2

@@ -1,8 +1,5 @@
 """Products against oracles that share no code with the kernels: exact for integers, derived bounds for floats."""
 
-import os
-import threading
-
 import numpy as np
 import pytest
 
@@ -298,39 +295,3 @@ def test_strided_and_float64_activations(weight) -> None:
     prepared = kernels.prepare(weight("dense-int4-v1", 7, 50).layout)
     x = np.random.default_rng(9).standard_normal((6, 100))
     np.testing.assert_array_equal(prepared.matmul(x[::2, ::2]), prepared.matmul(x[::2, ::2].astype(np.float32)))
-
-
-def test_several_python_threads_at_once(weight, num_threads) -> None:
-    num_threads(2)
-    prepared = kernels.prepare(weight("bitmask-int4-v1", 300, 200).layout)
-    x = np.random.default_rng(10).standard_normal((20, 200)).astype(np.float32)
-    expected = prepared.matmul(x)
-    wrong: list[int] = []
-
-    def work() -> None:
-        for i in range(200):
-            rows = x[: 1 + i % 20]
-            if not np.array_equal(prepared.matmul(rows), expected[: rows.shape[0]]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_can_multiply(weight, num_threads) -> None:
-    num_threads(2)
-    prepared = kernels.prepare(weight("dense-int8-v1", 200, 100).layout)
-    x = np.random.default_rng(11).standard_normal((30, 100)).astype(np.float32)
-    expected = prepared.matmul(x)
-    child = os.fork()
-    if child == 0:
-        same = all(np.array_equal(prepared.matmul(x), expected) for _ in range(20))
-        os._exit(0 if same else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    np.testing.assert_array_equal(prepared.matmul(x), expected)

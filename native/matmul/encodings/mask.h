@@ -69,11 +69,11 @@ inline uint64_t load_bits(const uint8_t* bytes, int64_t num_bytes) {
     return bits;
 }
 
-inline DiskMask::DiskMask(Packing& packing)
-    : row_bytes(ceil_div(packing.view.num_inputs, 8)), row_starts(static_cast<size_t>(packing.view.num_outputs) + 1) {
+inline DiskMask::DiskMask(Packing& packing) : row_bytes(ceil_div(packing.view.num_inputs, 8)) {
     const int64_t num_outputs = packing.view.num_outputs;
     const int last_bits = static_cast<int>(packing.view.num_inputs % 8);
     bytes = packing.take("mask", Element::u8, num_outputs * row_bytes);
+    row_starts.resize(static_cast<size_t>(num_outputs) + 1);
     int64_t total = 0;
     for (int64_t row = 0; row < num_outputs; ++row) {
         row_starts[static_cast<size_t>(row)] = total;

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from rarefy.cli.bench_kernels import time_kernels
+from rarefy.cli.bench_kernels import time_kernels, time_packing
 from rarefy.cli.console import stdout_console, write_json
 from rarefy.cli.optional import compress_extra
 from rarefy.cli.options import DebugFlag, JsonFlag
@@ -33,7 +33,7 @@ _COLUMNS = {
 
 
 _MODEL_OPTIONS = ("models", "runtime", "prompt_tokens", "decode_tokens", "batch_size", "warmup")
-_KERNEL_OPTIONS = ("layout", "shape", "rows")
+_KERNEL_OPTIONS = ("layout", "shape", "rows", "packing")
 
 
 def bench(
@@ -93,6 +93,10 @@ def bench(
             metavar="N", help="With --kernels: rows of activations; may be repeated. 1 and 128.", show_default=False
         ),
     ] = None,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing", help="With --kernels: time packing, checking and repacking instead of products."),
+    ] = False,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
 ) -> None:
@@ -111,6 +115,8 @@ def bench(
         rarefy bench OUT --runtime engine --decode-tokens 128 --rounds 9 --json
 
         rarefy bench --kernels --layout dense-int4-v1 --layout bitmask-int4-v1 --shape 4096x4096 --rows 1
+
+        rarefy bench --kernels --packing --shape 4096x4096
     """
     del debug
     for name in _MODEL_OPTIONS if kernels else _KERNEL_OPTIONS:
@@ -119,6 +125,11 @@ def bench(
             where = "MODEL" if name == "models" else f"--{name.replace('_', '-')}"
             found = "given together with --kernels" if kernels else "given without --kernels"
             raise UsageError(where, found, allowed="models, or --kernels with --layout, --shape and --rows")
+    if packing:
+        if rows or threads:
+            raise UsageError("--packing", "given together with --rows or --threads", allowed="it uses one thread")
+        time_packing(layouts=layout, shapes=shape, rounds=rounds, as_json=as_json)
+        return
     if kernels:
         time_kernels(layouts=layout, shapes=shape, rows=rows, threads=threads, rounds=rounds, as_json=as_json)
         return

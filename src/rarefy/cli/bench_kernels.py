@@ -12,6 +12,7 @@ from rarefy.cli.console import stdout_console, write_json
 from rarefy.cli.progress import ProgressDisplay
 from rarefy.core.errors import UsageError
 from rarefy.measure.kernel_bench import ROUNDS, ROWS, SHAPES, bench_kernels
+from rarefy.measure.packing_bench import STEPS, bench_packing
 from rarefy.report.units import format_bytes, format_number, format_percent
 
 
@@ -62,6 +63,56 @@ def time_kernels(
             "with the same threads."
         )
     )
+
+
+def time_packing(
+    *, layouts: Sequence[str] | None, shapes: Sequence[str] | None, rounds: int | None, as_json: bool
+) -> None:
+    """Time packing, checking and repacking, and write them as JSON or as a table for each shape."""
+    with ProgressDisplay() as display:
+        timed = bench_packing(
+            layouts=layouts or (),
+            shapes=[parse_shape(text) for text in shapes] if shapes else SHAPES[:1],
+            rounds=5 if rounds is None else rounds,
+            progress=lambda done, total: display("bench", done, total),
+        )
+    if as_json:
+        write_json(timed)
+        return
+    console = stdout_console()
+    for shape, rows in groupby(timed, key=lambda row: row["shape"]):
+        console.print(_packing_table(shape, list(rows)))
+        console.print()
+    console.print(
+        Text(
+            "Millions of weights per second, zeros counted too, on one thread; the median and the slowest of "
+            f"{timed[0]['num_rounds']} rounds. Pack: from float32 weights on their grid to the layout. Check: all that "
+            "is verified of stored arrays. Repack: from the layout to what the kernels read, at every load."
+        )
+    )
+
+
+def _packing_table(shape: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(
+        title=Text(f"{shape[0]} x {shape[1]}", style="bold"),
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+    )
+    table.add_column("layout", no_wrap=True)
+    for title in (*STEPS, "isa"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        note = f" {row['parameters']['keep']}:{row['parameters']['group']}" if "keep" in row["parameters"] else ""
+        cells = [Text("-", style="dim") if row[f"{step}_weights_per_s"] is None else _rate(row, step) for step in STEPS]
+        table.add_row(Text(row["layout"] + note), *cells, row["isa"])
+    return table
+
+
+def _rate(row: Mapping[str, Any], step: str) -> Text:
+    text = Text(f"{row[f'{step}_weights_per_s'] / 1e6:.0f}")
+    return text.append(f" ({row[f'{step}_weights_per_s_low'] / 1e6:.0f})", style="dim")
 
 
 def _table(shape: Sequence[int], products: Sequence[Mapping[str, Any]]) -> Table:

@@ -12,7 +12,7 @@ from rarefy import __version__
 from rarefy.cli.console import stdout_console, write_json
 from rarefy.cli.optional import COMPRESS_PACKAGES
 from rarefy.cli.options import DebugFlag, JsonFlag
-from rarefy.kernels import Bandwidth, describe_cpu, measure_bandwidth
+from rarefy.kernels import Bandwidth, describe_cpu, measure_bandwidth, measure_fork_join
 from rarefy.report.units import format_bytes
 
 _RUNTIME_PACKAGES = ("numpy", "safetensors", "tokenizers", "jinja2")
@@ -21,7 +21,8 @@ _DISTRIBUTIONS = {"yaml": "pyyaml"}
 
 def doctor(
     bandwidth: Annotated[
-        bool, typer.Option("--bandwidth/--no-bandwidth", help="Measure the read bandwidth of memory (about a second).")
+        bool,
+        typer.Option("--bandwidth/--no-bandwidth", help="Time reading memory, and fork-join of threads (a second)."),
     ] = True,
     as_json: JsonFlag = False,
     debug: DebugFlag = False,
@@ -40,12 +41,20 @@ def doctor(
     del debug
     cpu = describe_cpu()
     measured = measure_bandwidth() if bandwidth else None
+    fork_join = measure_fork_join() if bandwidth else None
+    fork_join_us = None if fork_join is None else fork_join * 1e6
     versions: dict[str, str | None] = {"rarefy": __version__, "python": platform.python_version()}
     versions |= {name: _version(name) for name in _RUNTIME_PACKAGES}
     optional = {name: _version(name) for name in sorted(COMPRESS_PACKAGES)}
     if as_json:
         write_json(
-            {"cpu": cpu, "bandwidth": _bandwidth_json(measured), "versions": versions, "compress_extra": optional}
+            {
+                "cpu": cpu,
+                "bandwidth": _bandwidth_json(measured),
+                "fork_join_us": fork_join_us,
+                "versions": versions,
+                "compress_extra": optional,
+            }
         )
         return
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
@@ -53,7 +62,8 @@ def doctor(
     table.add_column()
     table.add_row("CPU", Text(f"{cpu['model']}, {cpu['cpus']} usable"))
     table.add_row("Instruction sets", Text(" ".join(cpu["flags"]) or "none that rarefy uses"))
-    table.add_row("Threads", Text(str(cpu["num_threads"])))
+    timed = "" if fork_join_us is None else f", {fork_join_us:.1f} µs to fork and join"
+    table.add_row("Threads", Text(f"{cpu['num_threads']}{timed}"))
     extension = "present" if cpu["extension"] else f"MISSING, the slow numpy reference runs ({cpu['extension_error']})"
     table.add_row("Compiled kernels", Text(extension))
     if cpu["isa_cap"] is not None:

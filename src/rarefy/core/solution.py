@@ -76,8 +76,7 @@ class Solution:
             if np.any((weight_OI != 0) & ~mask_OI):
                 raise LayoutError("solution", "a pruned weight that is not zero")
             if isinstance(self.pattern, NM) and mask_OI.size:
-                starts = np.arange(0, self.shape[1], self.pattern.group)
-                kept_OG = np.add.reduceat(mask_OI, starts, axis=1, dtype=np.int64)
+                kept_OG = self.pattern.count_kept_OG(mask_OI)
                 if np.any(kept_OG > self.pattern.keep_counts_G(self.shape[1])):
                     raise LayoutError("solution", f"a group that keeps more than its pattern {self.pattern} allows")
         if self.grid is not None:

@@ -9,7 +9,7 @@ from rarefy.kernels.extension import (
     get_num_threads,
     set_num_threads,
 )
-from rarefy.kernels.machine import Bandwidth, BandwidthProbe, describe_cpu, measure_bandwidth
+from rarefy.kernels.machine import Bandwidth, BandwidthProbe, describe_cpu, measure_bandwidth, measure_fork_join
 from rarefy.kernels.products import Prepared, matmul, matmul_many, prepare
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "matmul",
     "matmul_many",
     "measure_bandwidth",
+    "measure_fork_join",
     "prepare",
     "runnable_isas",
     "select",

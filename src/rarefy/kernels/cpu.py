@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from dataclasses import dataclass, fields
 from math import ceil
 from pathlib import Path
@@ -68,20 +69,38 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _cgroup_cpus() -> float:
-    """CPUs that the container may use, from cgroup v2 or v1; infinite without a limit."""
-    root = Path("/sys/fs/cgroup")
+def cgroup_cpus(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """CPUs that this process's control groups and all above them may use; infinite without a limit.
+
+    Args:
+        root: where Linux mounts the groups: version 2, or version 1 with the CPU controller in `cpu`.
+        own: lists the groups of this process, `number:controllers:/path` a line.
+    """
     try:
-        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
-    except (OSError, ValueError):
+        text = own.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    groups = [fields for line in text.splitlines() if len(fields := line.split(":", 2)) == 3]
+    limit = float("inf")
+    for folder, controller in ((root, ""), (root / "cpu", "cpu")):
+        paths = [path for _, controllers, path in groups if controller in controllers.split(",")]
+        # Within a container the path may be the host's, where nothing of that name is mounted: the root is the limit.
+        for path in paths or ["/"]:
+            group = Path(path.lstrip("/"))
+            for level in (group, *group.parents):
+                limit = min(limit, _cpu_quota(folder / level))
+    return limit
+
+
+def _cpu_quota(group: Path) -> float:
+    try:
         try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text(encoding="ascii").strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text(encoding="ascii").strip()
-        except OSError:
-            return float("inf")
-    try:
+            quota, period = (group / "cpu.max").read_text(encoding="ascii").split()
+        except FileNotFoundError:
+            quota = (group / "cpu.cfs_quota_us").read_text(encoding="ascii")
+            period = (group / "cpu.cfs_period_us").read_text(encoding="ascii")
         limit = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):
+    except (OSError, ValueError, ZeroDivisionError):  # "max", or no such group
         return float("inf")
     return limit if limit > 0 else float("inf")
 
@@ -92,7 +111,7 @@ def available_cpus() -> int:
         affinity = len(os.sched_getaffinity(0))
     except AttributeError:
         affinity = os.cpu_count() or 1
-    return max(1, min(affinity, ceil(min(_cgroup_cpus(), MAX_THREADS))))
+    return max(1, min(affinity, ceil(min(cgroup_cpus(), MAX_THREADS))))
 
 
 def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
@@ -123,7 +142,7 @@ def default_num_threads() -> int:
     text = os.environ.get(NUM_THREADS_VARIABLE, "").strip()
     if not text:
         return available_cpus()
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_THREADS:
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_THREADS:
         raise UsageError(
             f"environment variable {NUM_THREADS_VARIABLE}",
             f"{text!r} is not a number of threads",

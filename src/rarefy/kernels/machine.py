@@ -88,6 +88,12 @@ def measure_bandwidth(*, num_bytes: int | None = None, repeats: int = 15) -> Ban
     return BandwidthProbe(num_bytes).measure(repeats=repeats)
 
 
+def measure_fork_join() -> float | None:
+    """Median seconds of a job in which every thread takes part and does nothing; None without the extension."""
+    module = native()
+    return None if module is None else float(module.measure_fork_join())
+
+
 def describe_cpu() -> dict[str, Any]:
     """Facts for `rarefy doctor`, JSON-able.
 

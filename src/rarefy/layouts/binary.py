@@ -69,9 +69,11 @@ class Binary:
             LayoutError: the matrix is not binary, or a scale is no bfloat16 in range.
         """
         scale_OG = group_scales(_FORMAT, weight_OI, group_size)
-        level_OI = np.where(weight_OI > 0, 1, -1).astype(np.int8)
+        level_OI = (weight_OI > 0).view(np.int8) * np.int8(2) - np.int8(1)
         layout = cls.from_levels(level_OI, scale_OG, group_size)
-        if not np.array_equal(layout.to_dense(), weight_OI):
+        for rows in chunks(*layout.shape):
+            if np.array_equal(layout._rows(layout.codes[rows], layout.scales[rows]), weight_OI[rows]):
+                continue
             raise LayoutError(_FORMAT, "a group with more than one magnitude", allowed="-s and +s")
         return layout
 

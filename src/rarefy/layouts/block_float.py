@@ -73,7 +73,7 @@ class BlockFloat:
     def as_bitmask(self) -> BitmaskFloat:
         """The same entries with one bit each, in the order of that format."""
         mask_OI = self.mask_OI()
-        return BitmaskFloat(self.shape, base.pack_mask(mask_OI), self._bits_OI()[mask_OI])
+        return BitmaskFloat(self.shape, base.pack_mask(mask_OI), base.take_kept(self._bits_OI(), mask_OI))
 
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""

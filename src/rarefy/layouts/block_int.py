@@ -94,7 +94,7 @@ class BlockInt:
     def as_bitmask(self) -> BitmaskInt:
         """The same entries with one bit each, in the order of that format."""
         mask_OI = self.mask_OI()
-        codes = self.codes_OI()[mask_OI]
+        codes = base.take_kept(self.codes_OI(), mask_OI)
         mask = base.pack_mask(mask_OI)
         return BitmaskInt(self.shape, self.grid, len(codes), mask, codes, self.scales, self.zero_points)
 

@@ -207,7 +207,7 @@ def _pack_dense(solution: Solution, float_format: FloatFormat) -> AnyLayout:
 def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
     mask = base.pack_mask(mask_OI)
     if solution.grid is None:
-        return BitmaskFloat(solution.shape, mask, _bf16(solution.weight_OI[mask_OI]))
+        return BitmaskFloat(solution.shape, mask, _bf16(base.take_kept(solution.weight_OI, mask_OI)))
     codes, num_values = _stream(solution, mask_OI)
     return BitmaskInt(solution.shape, solution.grid.grid, num_values, mask, codes, *stored_grid(solution.grid))
 
@@ -215,7 +215,7 @@ def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> AnyLayo
 def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
     mask = base.pack_mask(mask_OI)
     if solution.grid is None:
-        return NMFloat(solution.shape, pattern, mask, _bf16(solution.weight_OI[mask_OI]))
+        return NMFloat(solution.shape, pattern, mask, _bf16(base.take_kept(solution.weight_OI, mask_OI)))
     codes, _ = _stream(solution, mask_OI)
     return NMInt(solution.shape, solution.grid.grid, pattern, mask, codes, *stored_grid(solution.grid))
 
@@ -230,7 +230,7 @@ def _pack_blocks(solution: Solution, pattern: Blocks, mask_RC: npt.NDArray[np.bo
 
 def _stream(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.uint8], int]:
     assert solution.grid is not None
-    codes = quantize(solution.weight_OI, solution.grid)[mask_OI]
+    codes = base.take_kept(quantize(solution.weight_OI, solution.grid), mask_OI)
     return base.pack_codes(codes, solution.grid.grid.num_bits), codes.shape[0]
 
 
@@ -244,7 +244,7 @@ def _bf16(values: Float32Array) -> Uint16Array:
 def _fill_groups(mask_OI: npt.NDArray[np.bool_], pattern: NM) -> npt.NDArray[np.bool_]:
     """Mark pruned entries as stored, lowest columns first, in groups that keep too few."""
     rows, width = mask_OI.shape
-    missing_OG = pattern.keep_counts_G(width) - base.count_groups(mask_OI, pattern)
+    missing_OG = pattern.keep_counts_G(width) - pattern.count_kept_OG(mask_OI)
     if not np.any(missing_OG):
         return mask_OI
     padded = np.ones((rows, missing_OG.shape[1] * pattern.group), dtype=np.bool_)

@@ -10,6 +10,7 @@ from rarefy.core.grids import (
     IntGrid,
     Uint8Array,
     Uint16Array,
+    chunks,
     dequantize,
     expand_groups,
     from_bf16_bits,
@@ -70,7 +71,10 @@ def group_maximum(format: str, weight_OI: Float32Array, group_size: int | None) 
     rows, width = weight_OI.shape
     if width == 0:
         return np.zeros((rows, num_groups(width, group_size)), dtype=np.float32)
-    largest: Float32Array = np.maximum.reduceat(np.abs(weight_OI), np.arange(0, width, group_size or width), axis=1)
+    starts = np.arange(0, width, group_size or width)
+    largest = np.empty((rows, len(starts)), dtype=np.float32)
+    for chunk in chunks(rows, width):
+        np.maximum.reduceat(np.abs(weight_OI[chunk]), starts, axis=1, out=largest[chunk])
     return largest
 
 

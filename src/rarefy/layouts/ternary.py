@@ -79,7 +79,9 @@ class Ternary:
         scale_OG = group_scales(_FORMAT, weight_OI, group_size)
         level_OI = (weight_OI > 0).astype(np.int8) - (weight_OI < 0).astype(np.int8)
         layout = cls.from_levels(level_OI, scale_OG, group_size)
-        if not np.array_equal(layout.to_dense(), weight_OI):
+        for rows in chunks(*layout.shape):
+            if np.array_equal(layout._rows(layout.codes[rows], layout.scales[rows]), weight_OI[rows]):
+                continue
             raise LayoutError(_FORMAT, "a group with more than one magnitude", allowed="-s, 0 and +s")
         return layout
 

@@ -151,23 +151,14 @@ def bench_kernels(
         UsageError: an unknown layout, or a number out of range.
         NonFiniteError: a product is wrong.
     """
-    samples = _samples(layouts)
+    samples = find_samples(layouts)
     num_cpus = available_cpus()
     for where, numbers, limit in (("rows", rows, MAX_ROWS), ("threads", threads, num_cpus), ("rounds", [rounds], 1000)):
         for number in numbers:
             if not 1 <= number <= limit:
                 what = ", the CPUs of this process" if where == "threads" else ""
                 raise UsageError(f"--{where}", str(number), allowed=f"1 to {limit}{what}")
-    for shape in shapes:
-        if not all(1 <= size <= MAX_SIZE for size in shape):
-            raise UsageError("--shape", f"{shape[0]}x{shape[1]}", allowed=f"sizes from 1 to {MAX_SIZE}")
-        needed = 12 * shape[0] * shape[1]
-        if needed > _MEMORY_BUDGET_BYTES:
-            raise UsageError(
-                "--shape",
-                f"{shape[0]}x{shape[1]} needs up to {needed / 1e9:.1f} GB",
-                allowed=f"at most {_MEMORY_BUDGET_BYTES // 12:,} weights",
-            )
+    check_shapes(shapes)
     before = get_num_threads()
     num_threads = tuple(dict.fromkeys(threads or (1, before)))
     shapes, rows = tuple(dict.fromkeys(shapes)), tuple(dict.fromkeys(rows))
@@ -188,7 +179,22 @@ def bench_kernels(
     return found
 
 
-def _samples(layouts: Sequence[str]) -> list[Sample]:
+def check_shapes(shapes: Sequence[tuple[int, int]]) -> None:
+    """Refuse sizes that are out of range, or need too much memory."""
+    for shape in shapes:
+        if not all(1 <= size <= MAX_SIZE for size in shape):
+            raise UsageError("--shape", f"{shape[0]}x{shape[1]}", allowed=f"sizes from 1 to {MAX_SIZE}")
+        needed = 12 * shape[0] * shape[1]
+        if needed > _MEMORY_BUDGET_BYTES:
+            raise UsageError(
+                "--shape",
+                f"{shape[0]}x{shape[1]} needs up to {needed / 1e9:.1f} GB",
+                allowed=f"at most {_MEMORY_BUDGET_BYTES // 12:,} weights",
+            )
+
+
+def find_samples(layouts: Sequence[str]) -> list[Sample]:
+    """What to time of these layouts, or of all that a compiled kernel is chosen for."""
     chosen = describe_cpu()["chosen"]
     known = [name for name in FORMATS if samples_of(name)]
     for name in layouts:

@@ -1,0 +1,220 @@
+// Damaged weights into every encoding on every instruction set of this machine: they are refused with an exception, or
+// multiply without a fault. What several instruction sets accept must also give the same product.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/fuzz.h"
+#include "common/pool.h"
+#include "matmul/dispatch.h"
+#include "matmul/samples.h"
+#include "matmul/weights.h"
+
+namespace {
+
+using namespace rarefy;
+using fuzz::Exact;
+using fuzz::Input;
+using matmul::Element;
+using matmul::Isa;
+using matmul::Sample;
+using matmul::SampleArray;
+
+constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
+
+struct Machine {
+    std::vector<std::string> formats;
+    std::vector<Isa> isas;
+    Machine() {
+        for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+            if (std::find(formats.begin(), formats.end(), kernel.format) == formats.end())
+                formats.push_back(kernel.format);
+            if (std::find(isas.begin(), isas.end(), kernel.isa) != isas.end()) continue;
+            try {
+                isas.push_back(matmul::runnable_isa(matmul::name(kernel.isa)));
+            } catch (const std::invalid_argument&) {
+                continue;
+            }
+        }
+    }
+    const std::string& format(Input& input) const {
+        return formats[static_cast<size_t>(input.between(0, static_cast<int64_t>(formats.size()) - 1))];
+    }
+};
+
+int64_t wild_number(Input& input) {
+    if (input.one_in(2)) return input.between(-2, 300);
+    const int64_t number =
+        input.pick<int64_t>({kMax, -kMax - 1, -1, int64_t{1} << 31, (int64_t{1} << 31) - 1, int64_t{1} << 32,
+                             (int64_t{1} << 24) - 1, int64_t{1} << 48, int64_t{1} << 62, 4096, 65536, 48, 32, 64});
+    return number == kMax || number == -kMax - 1 ? number : number + input.pick<int64_t>({0, 0, -1, 1});
+}
+
+// Wraps around instead of overflowing.
+int64_t shifted(int64_t number, int64_t by) {
+    return static_cast<int64_t>(static_cast<uint64_t>(number) + static_cast<uint64_t>(by));
+}
+
+matmul::SampleSpec random_spec(Input& input, const Machine& machine) {
+    matmul::SampleSpec spec{machine.format(input), input.size(80), input.size(400), 0, false, 0.5, 0};
+    spec.group_size = input.pick<int64_t>({0, 32, 64, 96, 128, 160, 256, 1024});
+    spec.symmetric = input.one_in(2);
+    spec.density = input.pick({0.0, 0.05, 0.125, 0.5, 0.9, 1.0});
+    spec.seed = static_cast<unsigned>(input.bits(4));
+    spec.group = input.pick({64, 64, 64, 32, 16, 8, 4, 2, 1, 12, 5});
+    spec.keep = static_cast<int>(input.between(1, spec.group));
+    return spec;
+}
+
+void damage_array(Input& input, Sample& sample) {
+    if (sample.arrays.empty()) return;
+    const auto last = static_cast<int64_t>(sample.arrays.size()) - 1;
+    const auto at = static_cast<size_t>(input.between(0, last));
+    SampleArray& array = sample.arrays[at];
+    const auto size = static_cast<int64_t>(array.bytes.size());
+    std::mt19937 random(static_cast<unsigned>(input.bits(4)));
+    switch (input.between(0, 8)) {
+        case 0:
+        case 1:  // some bytes
+            for (int64_t i = input.between(1, 8); i > 0 && size > 0; --i)
+                array.bytes[random() % array.bytes.size()] = static_cast<uint8_t>(random());
+            break;
+        case 2:  // all bytes
+            for (uint8_t& byte : array.bytes) byte = static_cast<uint8_t>(random());
+            break;
+        case 3: {  // bfloat16 or float32 that are not finite, or bits all alike
+            const uint16_t word = input.pick<uint16_t>({0x7f80, 0xff80, 0x7fc0, 0xffff, 0, 0x7f7f, 0x0001});
+            const int64_t begin = size / 2 > 0 ? 2 * input.between(0, size / 2 - 1) : size;
+            for (int64_t i = begin; i + 1 < size && (i < begin + 64 || input.one_in(4)); i += 2)
+                std::memcpy(array.bytes.data() + i, &word, 2);
+            break;
+        }
+        case 4: array.bytes.resize(static_cast<size_t>(input.between(0, size))); break;
+        case 5: array.bytes.resize(static_cast<size_t>(std::max<int64_t>(0, size + input.between(-3, 70)))); break;
+        case 6: array.element = static_cast<Element>(input.between(0, static_cast<int64_t>(Element::other))); break;
+        case 7: sample.arrays.erase(sample.arrays.begin() + static_cast<std::ptrdiff_t>(at)); break;
+        default:  // twice, or under another array's name
+            sample.arrays.push_back(array);
+            sample.arrays.back().name = sample.arrays[static_cast<size_t>(input.between(0, last))].name;
+    }
+}
+
+// The formats' integers, and their names for the arrays, are few: those of another format are worth a try.
+void damage_numbers(Input& input, Sample& sample, const Machine& machine) {
+    switch (input.between(0, 5)) {
+        case 0:
+            sample.num_outputs =
+                input.one_in(2) ? wild_number(input) : shifted(sample.num_outputs, input.between(-20, 20));
+            break;
+        case 1:
+            sample.num_inputs =
+                input.one_in(2) ? wild_number(input) : shifted(sample.num_inputs, input.between(-70, 70));
+            break;
+        case 2: sample.format = machine.format(input); break;
+        case 3:
+            sample.integers.push_back(
+                {input.pick({"group_size", "keep", "group", "scaled", "block_shape_0", "block_shape_1", "rank"}),
+                 wild_number(input)});
+            break;
+        default: {
+            if (sample.integers.empty()) break;
+            const auto at = static_cast<size_t>(input.between(0, static_cast<int64_t>(sample.integers.size()) - 1));
+            if (input.one_in(6))
+                sample.integers.erase(sample.integers.begin() + static_cast<std::ptrdiff_t>(at));
+            else
+                sample.integers[at].value = wild_number(input);
+        }
+    }
+}
+
+struct Run {
+    std::vector<float> y;
+    bool same(const Run& other) const {
+        return y.size() == other.y.size() && (y.empty() || std::memcmp(y.data(), other.y.data(), 4 * y.size()) == 0);
+    }
+};
+
+// One call with all weights; their outputs have no room to spare.
+std::vector<Run> products(const std::vector<const matmul::Weights*>& weights, const Exact<float>& x, int64_t num_rows,
+                          int64_t num_inputs) {
+    std::vector<Exact<float>> outputs;
+    std::vector<matmul::Product> calls;
+    for (const matmul::Weights* weight : weights) {
+        outputs.emplace_back(static_cast<size_t>(num_rows * weight->view().num_outputs));
+        calls.push_back({weight, outputs.back().data()});
+    }
+    matmul::multiply(x.data(), num_rows, num_inputs, calls);
+    std::vector<Run> runs;
+    for (size_t i = 0; i < weights.size(); ++i) {
+        const float* y = outputs[i].data();
+        runs.push_back({std::vector<float>(y, y + num_rows * weights[i]->view().num_outputs)});
+    }
+    return runs;
+}
+
+void multiply_all(Input& input, const std::string& what, const std::vector<std::unique_ptr<matmul::Weights>>& weights) {
+    const int64_t num_outputs = weights[0]->view().num_outputs, num_inputs = weights[0]->view().num_inputs;
+    if (num_outputs > 4096 || num_inputs > 65536) return;
+    const int64_t num_rows = input.pick<int64_t>({1, 1, 2, 3, 5, 12, 13, 17, 40, 100, 200});
+    if (num_rows * num_outputs * num_inputs > (1 << 21)) return;
+    const Exact<float> x(fuzz::floats(input, num_rows * num_inputs, false));
+    std::vector<const matmul::Weights*> all;
+    std::vector<Run> alone;
+    for (const auto& weight : weights) {
+        all.push_back(weight.get());
+        common::set_num_threads(1);
+        alone.push_back(products({weight.get()}, x, num_rows, num_inputs)[0]);
+    }
+    common::set_num_threads(static_cast<int>(input.between(1, 4)));
+    const std::vector<Run> together = products(all, x, num_rows, num_inputs);
+    for (size_t i = 0; i < all.size(); ++i) {
+        const std::string who = what + " on " + matmul::name(all[i]->isa());
+        if (!alone[i].same(together[i])) fuzz::fail(who + ": other bits with other threads or company");
+        // Where a scale or an activation is not finite, only the kernels that skip zeros may hide it.
+        for (size_t k = 0; i > 0 && all[i]->is_integer() && k < alone[0].y.size(); ++k)
+            if (std::isfinite(alone[0].y[k]) && alone[0].y[k] != alone[i].y[k])
+                fuzz::fail(who + ": not the integer reference's result");
+    }
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+    static const Machine machine;
+    Input input(data, size);
+    const matmul::SampleSpec spec = random_spec(input, machine);
+    Sample sample = matmul::make_sample(spec);
+    const auto num_damages = input.pick<int64_t>({0, 1, 1, 1, 1, 2, 2, 3, 5});
+    for (int64_t i = 0; i < num_damages; ++i) {
+        if (input.between(0, 2) == 0)
+            damage_numbers(input, sample, machine);
+        else
+            damage_array(input, sample);
+    }
+    matmul::PackedArrays packed = sample.packed();
+    std::vector<Exact<uint8_t>> exact;
+    for (size_t i = 0; i < packed.arrays.size(); ++i) {
+        exact.emplace_back(sample.arrays[i].bytes, static_cast<size_t>(input.between(0, 3)));
+        packed.arrays[i].bytes = num_damages > 0 && input.one_in(200) ? nullptr : exact.back().data();
+    }
+    const std::string what = packed.format + " " + std::to_string(spec.num_outputs) + " x " +
+                             std::to_string(spec.num_inputs) + ", seed " + std::to_string(spec.seed);
+    std::vector<std::unique_ptr<matmul::Weights>> weights;
+    for (const Isa isa : machine.isas) {
+        try {
+            weights.push_back(std::make_unique<matmul::Weights>(packed, isa));
+        } catch (const std::invalid_argument& error) {
+            if (num_damages == 0) fuzz::fail(what + ": refused, " + error.what());
+        } catch (const std::bad_alloc&) {
+            continue;
+        }
+    }
+    if (!weights.empty()) multiply_all(input, what, weights);
+    return 0;
+}

@@ -1,0 +1,211 @@
+"""Arguments of any dtype, shape and stride into every bound function: an exception, or a result; never a fault.
+
+A fault ends the interpreter, so that a plain run is a test. RAREFY_FUZZ_SEED and RAREFY_FUZZ_CALLS make it another or
+a longer one, which pays with an extension that is built with -DRAREFY_SANITIZE=address,undefined.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+native = pytest.importorskip("rarefy._native")
+
+SEED = int(os.environ.get("RAREFY_FUZZ_SEED", "1"))
+NUM_CALLS = int(os.environ.get("RAREFY_FUZZ_CALLS", "400"))
+REFUSALS = (ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
+SIZES = (0, 1, 2, 3, 4, 8, 15, 16, 32, 63, 64, 65, 128)
+WILD = (-(2**63), -(2**31), -1, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1)
+DTYPES = (np.float32, np.float64, np.uint8, np.uint16, np.int32, np.int64, np.float16, np.bool_, np.complex64)
+
+
+class Draw:
+    """Random arguments. Most are what a function asks for, so that the damaged one among them reaches its check."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng([SEED, seed])
+
+    def chance(self, probability: float) -> bool:
+        return bool(self.rng.random() < probability)
+
+    def one_of(self, values):
+        return values[int(self.rng.integers(len(values)))]
+
+    def size(self) -> int:
+        return int(self.one_of(SIZES))
+
+    def number(self, good: int, high: int | None = None) -> int:
+        if self.chance(0.1):
+            return int(self.one_of(WILD))
+        if self.chance(0.1):
+            return int(self.rng.integers(-3, 200))
+        return good if high is None else int(self.rng.integers(good, max(good, high) + 1))
+
+    def array(self, *shape: int, dtype=np.float32):
+        """An array whose data end where its memory does, or something like one."""
+        if self.chance(0.06):
+            shape = tuple(self.size() for _ in range(int(self.rng.integers(0, 3))))
+        if self.chance(0.03):
+            shape = tuple(int(size) for size in self.rng.integers(0, 9, 4))
+        if self.chance(0.06):
+            dtype = self.one_of(DTYPES)
+        values = self.rng.standard_normal(shape) * (1e30 if self.chance(0.1) else 1)
+        with np.errstate(all="ignore"):
+            array = np.asarray(values).astype(dtype)
+        if self.chance(0.04):
+            return self.one_of([None, 3, "text", b"bytes", [1.0, 2.0], np.float32(1), object(), array[..., None]])
+        if array.ndim and self.chance(0.04):
+            array = array[..., ::-1] if self.chance(0.5) else np.asfortranarray(array)
+        if self.chance(0.02):
+            array.flags.writeable = False
+        return array
+
+
+def cache(draw: Draw):
+    heads, dim, blocks = int(draw.rng.integers(1, 4)), 2 * int(draw.rng.integers(1, 20)), int(draw.rng.integers(0, 4))
+    group = draw.one_of((1, 2, 5))
+    tokens = min(int(draw.rng.integers(0, 40)), blocks * 64)
+    return heads, dim, blocks, group, tokens, draw.number(0, blocks * 64 - tokens)
+
+
+def rope_store(draw: Draw):
+    heads, dim, blocks, group, tokens, start = cache(draw)
+    end = max(0, min(start, 1000)) + tokens
+    return (
+        *(draw.array(tokens, heads * group * dim), draw.array(tokens, heads * dim), draw.array(tokens, heads * dim)),
+        *(draw.array(end, dim // 2), draw.array(end, dim // 2)),
+        *(draw.array(heads, blocks, dim, 64), draw.array(heads, blocks * 64, dim), start),
+    )
+
+
+def attention(draw: Draw):
+    heads, dim, blocks, group, tokens, start = cache(draw)
+    keys, values = draw.array(heads, blocks, dim, 64), draw.array(heads, blocks * 64, dim)
+    return draw.array(tokens, heads * group * dim), keys, values, start, draw.number(0, 70), 0.3
+
+
+def attention_rows(draw: Draw):
+    heads, dim, _, group, tokens, start = cache(draw)
+    num_keys = tokens + max(0, min(start, 500))
+    window = draw.number(0, 70)
+    keys, values = draw.array(heads, num_keys, dim), draw.array(heads, num_keys, dim)
+    return draw.array(tokens, heads * group * dim), keys, values, start, window, 0.3, draw.number(0, 63 * (window > 0))
+
+
+def attention_segments(draw: Draw):
+    heads, dim = int(draw.rng.integers(1, 5)), int(draw.rng.integers(1, 30))
+    cuts = np.concatenate([[0], np.cumsum(draw.rng.integers(0, 40, int(draw.rng.integers(0, 5))))]).astype(np.int64)
+    tokens = int(cuts[-1])
+    if draw.chance(0.2):
+        cuts[int(draw.rng.integers(len(cuts)))] = draw.number(0, 200)
+    q, k, v = (draw.array(tokens, heads * dim) for _ in range(3))
+    return q, k, v, cuts if draw.chance(0.9) else draw.array(3, dtype=np.int64), draw.number(heads), 0.3
+
+
+def rows(*kinds: str):
+    """Arguments of the row-wise ops: m(atrix), v(ector), e(psilon), a(ctivation)."""
+
+    def make(draw: Draw):
+        height, width = draw.size(), draw.size()
+        made = {
+            "m": lambda: draw.array(height, width),
+            "v": lambda: draw.array(width),
+            "e": lambda: 1e-5,
+            "a": lambda: draw.number(0, 3),
+        }
+        return [made[kind]() for kind in kinds]
+
+    return make
+
+
+OPS = {
+    "rms_norm": rows("m", "v", "e"),
+    "add_rms_norm": rows("m", "m", "v", "e"),
+    "add_layer_norm": rows("m", "m", "v", "v", "e"),
+    "layer_norm": rows("m", "v", "v", "e"),
+    "add_bias": rows("m", "v"),
+    "activate": rows("m", "a"),
+    "gate": rows("m", "m", "a"),
+    "rope_store": rope_store,
+    "attention": attention,
+    "attention_rows": attention_rows,
+    "attention_segments": attention_segments,
+}
+
+
+def call_often(name: str, make) -> int:
+    """How many of the calls were not refused."""
+    accepted = 0
+    for seed in range(NUM_CALLS):
+        function, arguments = make(Draw(seed))
+        try:
+            function(*arguments)
+        except REFUSALS:
+            continue
+        accepted += 1
+    assert accepted > NUM_CALLS // 20, f"almost every call of {name} is refused: this tests nothing"
+    return accepted
+
+
+def test_every_op_is_fuzzed() -> None:
+    assert {name for name in dir(native.Ops) if not name.startswith("_")} == {*OPS, "isa"}
+
+
+@pytest.mark.parametrize("isa", ["reference", "avx2", "avx512"])
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_ops(op: str, isa: str) -> None:
+    try:
+        ops = native.Ops(isa)
+    except ValueError:
+        pytest.skip(f"this machine has no {isa}")
+    accepted = call_often(op, lambda draw: (getattr(ops, op), OPS[op](draw)))
+    assert accepted < NUM_CALLS, "no argument was damaged"
+
+
+def test_gram() -> None:
+    if not native.gram_available():
+        pytest.skip("this machine has no bfloat16 product")
+
+    def make(draw: Draw):
+        tokens, width = draw.size(), draw.size()
+        return native.add_gram, (draw.array(tokens, width, dtype=np.uint16), draw.array(width, width))
+
+    call_often("add_gram", make)
+
+
+def test_products(weight, layout_format) -> None:
+    w = weight(layout_format, 19, 70)
+    integers = {name: int(value) for name, value in w.layout.meta().items() if isinstance(value, int)}
+    if "block_shape" in w.layout.meta():
+        integers["block_shape_0"], integers["block_shape_1"] = w.layout.meta()["block_shape"]
+    arrays = {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()}
+
+    def make(draw: Draw):
+        damaged = {
+            name: draw.array(*array.shape, dtype=array.dtype) if draw.chance(0.15) else array
+            for name, array in arrays.items()
+        }
+        numbers = {name: draw.number(value) for name, value in integers.items()}
+        height, width = draw.number(19), draw.number(70)
+
+        def prepare_and_multiply() -> None:
+            prepared = native.prepare(layout_format, "reference", height, width, numbers, damaged)
+            outputs, inputs = prepared.shape
+            if outputs > 4096 or inputs > 4096:
+                return
+            num_rows = draw.one_of((0, 1, 2, 5))
+            weights = [prepared] if draw.chance(0.9) else draw.one_of([[None], [], [prepared] * 2, 5, [damaged]])
+            native.matmul(draw.array(num_rows, inputs), weights, [draw.array(num_rows, outputs)])
+
+        return prepare_and_multiply, ()
+
+    call_often(layout_format, make)
+
+
+def test_probe() -> None:
+    probe = native.BandwidthProbe(1 << 21)
+
+    def make(draw: Draw):
+        return probe.read, (draw.number(1 << 20, 1 << 21), draw.number(1, 16), draw.number(0, 1 << 20))
+
+    call_often("read", make)
