@@ -199,7 +199,7 @@ class _Module:
     layers: dict[str, _Layer] = field(default_factory=dict)
     key: Hashable = None
     leader: _Module | None = None
-    last_input: Tensor | None = None
+    last_input: Any = None
     num_calls: int = 0
 
 
@@ -341,7 +341,7 @@ def _leader_of(layer: _Layer, modules: Mapping[int, _Module]) -> _Layer | None:
     return None if leader is None else leader.layers[layer.weight.matrix.name]
 
 
-def _leader(modules: Iterable[_Module], watched: _Module, x: Tensor) -> _Module | None:
+def _leader(modules: Iterable[_Module], watched: _Module, x: Any) -> _Module | None:
     """A module that was given the same tensor just before, meets the same rows, and collects at least the same."""
     for other in modules:
         if (

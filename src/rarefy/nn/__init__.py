@@ -5,6 +5,7 @@ from rarefy.nn.embedding import CompressedEmbedding
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.loading import load_into
 from rarefy.nn.matrices import Weight
+from rarefy.nn.recurrent import PackedRecurrent
 from rarefy.nn.replace import all_weights, find_weight, replace_linear, why_not_replaceable
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "PackedConv",
     "PackedDepthwiseConv",
     "PackedGroupedConv",
+    "PackedRecurrent",
     "Weight",
     "all_weights",
     "find_weight",

@@ -165,8 +165,6 @@ def missing_parameter(module: nn.Module, name: str) -> str | None:
     return None
 
 
-def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """The tensor that a layer is called with."""
-    x = args[0] if args else next(iter(kwargs.values()))
-    assert isinstance(x, Tensor)
-    return x
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer is called with: a tensor, or a PackedSequence."""
+    return args[0] if args else next(iter(kwargs.values()))

@@ -13,8 +13,9 @@ from rarefy.nn.embedding import EmbeddingKind
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import LinearKind
 from rarefy.nn.matrices import Kind, Packed, Weight
+from rarefy.nn.recurrent import RecurrentKind
 
-KINDS: tuple[Kind, ...] = (LinearKind(), EmbeddingKind(), ConvKind())
+KINDS: tuple[Kind, ...] = (LinearKind(), EmbeddingKind(), ConvKind(), RecurrentKind())
 """The one list of kinds of layers: discovery, calibration, solving and loading go through it."""
 
 
