@@ -20,6 +20,8 @@ from rarefy.nn.patches import ConvModule, Geometry
 from rarefy.nn.product import ProductHolder, require_cpu
 from rarefy.nn.weight import PackedWeight
 
+# Outputs of a panel, the unit of the kernels.
+_PANEL = 16
 _SUPPORTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION = (*_SUPPORTED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -28,7 +30,7 @@ _CONVOLUTION = (*_SUPPORTED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTran
 class PackedConv(ProductHolder):
     """A convolution of one, two or three axes, without groups: y = patches(x) W^T + bias, where W is a packed layout.
 
-    The patches are written out a piece at a time, about 2 MB, and multiplied by `rarefy.kernels`. As with torch's own
+    The patches are written out a piece at a time, about 4 MB, and multiplied by `rarefy.kernels`. As with torch's own
     convolutions, an input in `torch.channels_last` gives an output in it; that saves a transposition on both sides.
 
     Args:
@@ -81,6 +83,10 @@ class PackedConv(ProductHolder):
 class PackedGroupedConv(nn.Module):
     """A convolution with groups: each group's channels meet a packed matrix of their own, `group0`, `group1`, ...
 
+    Where a group has fewer outputs than a panel of the kernels (16), its product would be mostly padding, and all of
+    the weight together is small. It is then decoded at each call, and torch's own convolution runs, as in
+    `PackedDepthwiseConv`.
+
     Args:
         specs: format and metadata of each group's matrix, (O / groups, taps times channels of a group).
         geometry: where the taps fall.
@@ -121,6 +127,8 @@ class PackedGroupedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x; see `PackedConv.forward`."""
+        if self.out_channels < _PANEL * self.groups:
+            return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
         products = tuple(holder.product for holder in self._holders())
         return _forward(x, self.in_channels, self.geometry, products, self.dequantized_parameter, self.bias)
 
@@ -160,10 +168,13 @@ class PackedDepthwiseConv(LayoutHolder):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x; see `PackedConv.forward`."""
-        batch = _as_batch(x, self.in_channels, self.geometry)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = self.geometry.convolve(batch, self.dequantized_parameter().to(x.dtype), bias)
-        return y if batch is x else y[0]
+        return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
+
+
+def _decoded(x: Tensor, num_channels: int, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Tensor:
+    batch = _as_batch(x, num_channels, geometry)
+    y = geometry.convolve(batch, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return y if batch is x else y[0]
 
 
 Product = Callable[[Tensor], Tensor]
@@ -178,17 +189,17 @@ def _forward(
     bias: Tensor | None,
 ) -> Tensor:
     batch = _as_batch(x, num_channels, geometry)
-    if torch.is_grad_enabled() and batch.requires_grad:
+    if torch.is_grad_enabled() and (batch.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _StraightThrough.apply(batch, geometry, products, dense)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            y = y + bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.kernel))
     else:
-        y = _multiply(batch, geometry, products)
-    if bias is not None:
-        y = y + bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.kernel))
+        y = _multiply(batch, geometry, products, bias)
     return y if batch is x else y[0]
 
 
-def _multiply(x: Tensor, geometry: Geometry, products: Sequence[Product]) -> Tensor:
-    """The convolution of x (B, C, *S) without bias, in the memory format of x."""
+def _multiply(x: Tensor, geometry: Geometry, products: Sequence[Product], bias: Tensor | None = None) -> Tensor:
+    """The convolution of x (B, C, *S), in the memory format of x."""
     require_cpu("convolution input", x)
     padded = geometry.padded(x.detach(), torch.float32)
     size = geometry.output_size(padded)
@@ -201,6 +212,8 @@ def _multiply(x: Tensor, geometry: Geometry, products: Sequence[Product]) -> Ten
         rows = [product(rows_TI) for rows_TI in geometry.pieces(padded, group)]
         outputs.append(rows[0] if len(rows) == 1 else torch.cat(rows))
     y_TO = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    if bias is not None:
+        y_TO += bias.detach()  # freshly allocated, and the outputs lie last
     y = y_TO.reshape(x.shape[0], *size, y_TO.shape[1]).movedim(-1, 1).to(x.dtype)
     return y if _is_channels_last(x) else y.contiguous()
 

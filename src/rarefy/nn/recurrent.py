@@ -176,9 +176,13 @@ class PackedRecurrent(nn.Module):
         """Run one layer in one direction; what it gives at every step, and the state after the last."""
         mode = self.shape.mode
         gates_LBG = self._times(f"weight_ih{suffix}", x_LBI)
+        hidden_bias: Tensor | None = None
         if self.shape.bias:
-            gates_LBG = gates_LBG + self._vector(f"bias_ih{suffix}")
-        hidden_bias = self._vector(f"bias_hh{suffix}") if self.shape.bias else None
+            gates_LBG = gates_LBG + self.get_parameter(f"bias_ih{suffix}")
+            hidden_bias = self.get_parameter(f"bias_hh{suffix}")
+            if mode != "GRU":  # there a gate multiplies what comes of the hidden state, its bias included
+                gates_LBG, hidden_bias = gates_LBG + hidden_bias, None
+        meet_hidden = self._at_each_step(f"weight_hh{suffix}", x_LBI)
         projection = f"weight_hr{suffix}" if self.shape.proj_size else None
         num_steps = x_LBI.shape[0]
         outputs: list[Tensor] = [state[0]] * num_steps
@@ -188,7 +192,7 @@ class PackedRecurrent(nn.Module):
         for step in steps:
             before = state
             met[step] = state[0]
-            recurrent_BG = self._times(f"weight_hh{suffix}", state[0])
+            recurrent_BG = meet_hidden(state[0])
             if hidden_bias is not None:
                 recurrent_BG = recurrent_BG + hidden_bias
             hidden, cell = _step(mode, gates_LBG[step], recurrent_BG, state)
@@ -222,8 +226,12 @@ class PackedRecurrent(nn.Module):
         y: Tensor = module(x)
         return y
 
-    def _vector(self, name: str) -> Tensor:
-        return self.get_parameter(name)
+    def _at_each_step(self, name: str, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """The product with a weight, by the shortest way where nobody needs a gradient: it is called at every step."""
+        module = self._modules.get(name)
+        if isinstance(module, CompressedLinear) and not torch.is_grad_enabled() and x.dtype == torch.float32:
+            return lambda h_BO: module.product(h_BO.contiguous())
+        return lambda h_BO: self._times(name, h_BO)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
@@ -237,7 +245,7 @@ def _step(mode: str, gates_BG: Tensor, recurrent_BG: Tensor, state: State) -> St
     match mode:
         case "LSTM":
             i, f, g, o = (gates_BG + recurrent_BG).chunk(4, dim=-1)
-            cell = torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+            cell = torch.addcmul(torch.sigmoid(i) * torch.tanh(g), torch.sigmoid(f), cell)
             return torch.sigmoid(o) * torch.tanh(cell), cell
         case "GRU":
             r, z, n = gates_BG.chunk(3, dim=-1)
