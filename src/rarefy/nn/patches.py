@@ -14,6 +14,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from rarefy.kernels import copy_strided
+
 # Numbers of a piece of the matrix of patches, 4 MB: enough rows for a product at full speed, and few enough to be still
 # in a cache when they are multiplied. Of 2**17 to 2**21, 2**20 was the fastest or next to it for ResNet's shapes.
 PIECE_NUMBERS = 1 << 20
@@ -107,7 +109,10 @@ class Geometry:
         for images in torch.split(patches, num_images):
             for part in torch.split(images, num_lines, dim=1):
                 rows_TI = buffer[: prod(part.shape[: 1 + len(places)])]
-                rows_TI.view(part.shape).copy_(part)
+                if rows_TI.dtype == torch.float32:
+                    copy_strided(part.detach().numpy(), rows_TI.numpy())
+                else:
+                    rows_TI.view(part.shape).copy_(part)
                 yield rows_TI
 
     def _patches(self, padded: Tensor, first_channel: int, num_channels: int) -> Tensor:
