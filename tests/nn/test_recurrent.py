@@ -91,6 +91,19 @@ def test_any_layer_gives_what_torch_gives(
 
 
 @settings(max_examples=40, deadline=None)
+@given(layers(), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_steps_in_torch_and_in_numpy_agree(layout_for: LayoutFor, module: nn.RNNBase, lengths: list[int]) -> None:
+    """Where a gradient may be asked for torch computes the steps."""
+    layer, _ = packed(layout_for, module, "dense-f32-v1")
+    x = pack_sequence([torch.randn(length, module.input_size) for length in lengths], enforce_sorted=False)
+    with_gradient = layer(x)
+    with torch.no_grad():
+        without = layer(x)
+    for a, b in zip(leaves(with_gradient), leaves(without), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
 @given(layers(), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.booleans())
 def test_sequences_of_different_lengths(
     layout_for: LayoutFor, module: nn.RNNBase, lengths: list[int], with_state: bool

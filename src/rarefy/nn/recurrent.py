@@ -18,6 +18,7 @@ from rarefy.core.errors import UsageError
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.matrices import LayerKind, Matrix, Packed, missing_parameter
+from rarefy.nn.recurrent_steps import run_steps
 
 _SUPPORTED = (nn.LSTM, nn.GRU, nn.RNN)
 
@@ -182,8 +183,9 @@ class PackedRecurrent(nn.Module):
             hidden_bias = self.get_parameter(f"bias_hh{suffix}")
             if mode != "GRU":  # there a gate multiplies what comes of the hidden state, its bias included
                 gates_LBG, hidden_bias = gates_LBG + hidden_bias, None
-        meet_hidden = self._at_each_step(f"weight_hh{suffix}", x_LBI)
         projection = f"weight_hr{suffix}" if self.shape.proj_size else None
+        if self._runs_in_numpy(suffix, gates_LBG):
+            return self._in_numpy(suffix, gates_LBG, hidden_bias, state, lengths)
         num_steps = x_LBI.shape[0]
         outputs: list[Tensor] = [state[0]] * num_steps
         met: list[Tensor] = [state[0]] * num_steps
@@ -192,7 +194,7 @@ class PackedRecurrent(nn.Module):
         for step in steps:
             before = state
             met[step] = state[0]
-            recurrent_BG = meet_hidden(state[0])
+            recurrent_BG = self._times(f"weight_hh{suffix}", state[0])
             if hidden_bias is not None:
                 recurrent_BG = recurrent_BG + hidden_bias
             hidden, cell = _step(mode, gates_LBG[step], recurrent_BG, state)
@@ -226,12 +228,37 @@ class PackedRecurrent(nn.Module):
         y: Tensor = module(x)
         return y
 
-    def _at_each_step(self, name: str, x: Tensor) -> Callable[[Tensor], Tensor]:
-        """The product with a weight, by the shortest way where nobody needs a gradient: it is called at every step."""
-        module = self._modules.get(name)
-        if isinstance(module, CompressedLinear) and not torch.is_grad_enabled() and x.dtype == torch.float32:
-            return lambda h_BO: module.product(h_BO.contiguous())
-        return lambda h_BO: self._times(name, h_BO)
+    def _runs_in_numpy(self, suffix: str, gates_LBG: Tensor) -> bool:
+        """Whether the steps need no torch: nobody wants a gradient, and the products between them are packed ones."""
+        ends = ("weight_hh", "weight_hr") if self.shape.proj_size else ("weight_hh",)
+        return (
+            not torch.is_grad_enabled()
+            and gates_LBG.dtype == torch.float32
+            and all(isinstance(self._modules.get(end + suffix), CompressedLinear) for end in ends)
+        )
+
+    def _in_numpy(
+        self, suffix: str, gates_LBG: Tensor, hidden_bias: Tensor | None, state: State, lengths: Tensor | None
+    ) -> tuple[Tensor, State]:
+        products = []
+        for end in ("weight_hh", "weight_hr") if self.shape.proj_size else ("weight_hh",):
+            layer = self.get_submodule(end + suffix)
+            assert isinstance(layer, CompressedLinear)
+            products.append(layer.prepared.matmul)
+        first_hidden, first_cell = (part.to(torch.float32).numpy() for part in state)
+        y_LBO, hidden, cell = run_steps(
+            self.shape.mode,
+            gates_LBG.numpy(),
+            None if hidden_bias is None else hidden_bias.detach().numpy(),
+            products[0],
+            products[1] if len(products) > 1 else None,
+            first_hidden,
+            first_cell,
+            None if lengths is None else lengths.numpy(),
+            reverse=suffix.endswith("_reverse"),
+        )
+        # A first state may come back unchanged; what is handed out is never the caller's own memory.
+        return torch.from_numpy(y_LBO), (torch.tensor(hidden), torch.tensor(cell))
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
