@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from math import prod
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,15 @@ class PackedConv(ProductHolder):
         Raises:
             UsageError: x has another number of axes or channels, is not floating, not on the CPU, or too small.
         """
-        return _forward(x, self.in_channels, self.geometry, (self.product,), self.dequantized_parameter, self.bias)
+        return _forward(
+            x,
+            self.in_channels,
+            self.geometry,
+            (self.product,),
+            self.out_channels,
+            self.dequantized_parameter,
+            self.bias,
+        )
 
     def extra_repr(self) -> str:
         """Shape, format and kernel."""
@@ -130,7 +139,9 @@ class PackedGroupedConv(nn.Module):
         if self.out_channels < _PANEL * self.groups:
             return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
         products = tuple(holder.product for holder in self._holders())
-        return _forward(x, self.in_channels, self.geometry, products, self.dequantized_parameter, self.bias)
+        return _forward(
+            x, self.in_channels, self.geometry, products, self.out_channels, self.dequantized_parameter, self.bias
+        )
 
     def _holders(self) -> list[CompressedLinear]:
         holders = [self.get_submodule(_group_name(group)) for group in range(self.geometry.groups)]
@@ -185,20 +196,23 @@ def _forward(
     num_channels: int,
     geometry: Geometry,
     products: Sequence[Product],
+    num_outputs: int,
     dense: Callable[[], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
     batch = _as_batch(x, num_channels, geometry)
     if torch.is_grad_enabled() and (batch.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _StraightThrough.apply(batch, geometry, products, dense)  # type: ignore[no-untyped-call]
+        y: Tensor = _StraightThrough.apply(batch, geometry, products, num_outputs, dense)  # type: ignore[no-untyped-call]
         if bias is not None:
             y = y + bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.kernel))
     else:
-        y = _multiply(batch, geometry, products, bias)
+        y = _multiply(batch, geometry, products, num_outputs, bias)
     return y if batch is x else y[0]
 
 
-def _multiply(x: Tensor, geometry: Geometry, products: Sequence[Product], bias: Tensor | None = None) -> Tensor:
+def _multiply(
+    x: Tensor, geometry: Geometry, products: Sequence[Product], num_outputs: int, bias: Tensor | None = None
+) -> Tensor:
     """The convolution of x (B, C, *S), in the memory format of x."""
     require_cpu("convolution input", x)
     padded = geometry.padded(x.detach(), torch.float32)
@@ -207,15 +221,19 @@ def _multiply(x: Tensor, geometry: Geometry, products: Sequence[Product], bias: 
         raise UsageError(
             "convolution input", f"shape {tuple(x.shape)}", allowed=f"at least the kernel {geometry.kernel}"
         )
-    outputs = []
+    rows_per_group = num_outputs // geometry.groups
+    y_TO = torch.empty(x.shape[0] * prod(size), num_outputs)
+    # In numpy, because torch would start threads of its own between two products.
+    y, bias_O = y_TO.numpy(), np.zeros(num_outputs, np.float32) if bias is None else bias.detach().float().numpy()
     for group, product in enumerate(products):
-        rows = [product(rows_TI) for rows_TI in geometry.pieces(padded, group)]
-        outputs.append(rows[0] if len(rows) == 1 else torch.cat(rows))
-    y_TO = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    if bias is not None:
-        y_TO += bias.detach()  # freshly allocated, and the outputs lie last
-    y = y_TO.reshape(x.shape[0], *size, y_TO.shape[1]).movedim(-1, 1).to(x.dtype)
-    return y if _is_channels_last(x) else y.contiguous()
+        own = slice(group * rows_per_group, (group + 1) * rows_per_group)
+        done = 0
+        for rows_TI in geometry.pieces(padded, group):
+            piece = slice(done, done + len(rows_TI))
+            np.add(product(rows_TI).numpy(), bias_O[own], out=y[piece, own])
+            done += len(rows_TI)
+    outputs = y_TO.reshape(x.shape[0], *size, num_outputs).movedim(-1, 1).to(x.dtype)
+    return outputs if _is_channels_last(x) else outputs.contiguous()
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -249,20 +267,25 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, geometry: Geometry, products: Sequence[Product], dense: Callable[[], Tensor]
+        ctx: Any,
+        x: Tensor,
+        geometry: Geometry,
+        products: Sequence[Product],
+        num_outputs: int,
+        dense: Callable[[], Tensor],
     ) -> Tensor:
         ctx.geometry, ctx.dense, ctx.shape = geometry, dense, x.shape
-        return _multiply(x, geometry, products)
+        return _multiply(x, geometry, products, num_outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
         # A convolution is linear: its gradient does not depend on where it is taken.
         with torch.enable_grad():
             x = torch.zeros(ctx.shape, requires_grad=True)
             y = ctx.geometry.convolve(x, ctx.dense())
         (grad_x,) = torch.autograd.grad(y, x, grad_y.to(torch.float32))
-        return grad_x.to(grad_y.dtype), None, None, None
+        return grad_x.to(grad_y.dtype), None, None, None, None
 
 
 @final

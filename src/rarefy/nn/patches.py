@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,8 +71,12 @@ class Geometry:
         if self.padding_mode != "zeros":
             return nn.functional.pad(x, self._pads(), mode=self.padding_mode).movedim(1, -1).to(dtype).contiguous()
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
-        around = torch.zeros(x.shape[0], *sizes, x.shape[1], dtype=dtype)
         inside = tuple(slice(pair[0], pair[0] + size) for size, pair in zip(x.shape[2:], self.padding, strict=True))
+        if x.dtype == dtype == torch.float32 and x.movedim(1, -1).is_contiguous():  # torch would start its threads
+            bare = np.zeros((x.shape[0], *sizes, x.shape[1]), np.float32)
+            bare[(slice(None), *inside)] = x.detach().movedim(1, -1).numpy()
+            return torch.from_numpy(bare)
+        around = torch.zeros(x.shape[0], *sizes, x.shape[1], dtype=dtype)
         around[(slice(None), *inside)] = x.movedim(1, -1)
         return around
 
