@@ -16,6 +16,7 @@ from torch import nn
 import rarefy
 from rarefy.core.errors import CalibrationError, PathError, RecipeError, UsageError
 from rarefy.core.results import RunReport
+from rarefy.nn.holder import LayoutHolder
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
@@ -237,7 +238,8 @@ def test_any_module_with_example_inputs(build, shape, tmp_path):
     metrics = {metric.name: metric for metric in result.report.metrics}
     assert 0.5 < metrics["fidelity"].after.median <= 1
     packed = result.model()
-    assert sum(type(m).__name__ == "CompressedLinear" for m in packed.modules()) == len(result.layers)
+    assert sum(isinstance(m, LayoutHolder) for m in packed.modules()) == len(result.layers)
+    assert len(result.layers) == sum(isinstance(m, nn.Linear | nn.Conv2d) for m in model.modules())
     with torch.no_grad():
         cosine = nn.functional.cosine_similarity(packed(examples[0]), model(examples[0])).mean()
     assert cosine > 0.5

@@ -41,7 +41,7 @@ from rarefy.measure.memory import peak_memory_bytes
 from rarefy.models.load import load_model
 from rarefy.models.loaded import LoadedModel
 from rarefy.models.structure import LayerRef, Structure
-from rarefy.nn import replace_linear
+from rarefy.nn import find_weight, replace_linear
 from rarefy.plan import Plan, make_plan
 from rarefy.recipe import Recipe, load_recipe, notes, resolve
 from rarefy.report import render_html, render_model_card
@@ -244,11 +244,11 @@ def _rest(
     loaded: LoadedModel, layouts: Mapping[str, AnyLayout], structure: Structure, *, half: bool
 ) -> dict[str, npt.NDArray[Any]]:
     """Every tensor that no layout holds: matrices in bfloat16 (if half), vectors in float32, integers as they are."""
-    tied = {layer.name for layer in structure.layers if layer.tied_to is not None}
+    tied = (layer.name for layer in structure.layers if layer.tied_to is not None)
+    packed = {find_weight(loaded.model, layer).parameter_name for layer in (*layouts, *tied)}
     rest: dict[str, npt.NDArray[Any]] = {}
     for name in loaded.model.state_dict(keep_vars=True):
-        module, _, key = name.rpartition(".")
-        if key == "weight" and (module in layouts or module in tied):
+        if name in packed:
             continue
         tensor = loaded.read(name)
         if half and tensor.is_floating_point() and tensor.ndim >= 2:

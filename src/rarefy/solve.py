@@ -22,12 +22,13 @@ from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.errors import PatternError
 from rarefy.core.grids import Float32Array
 from rarefy.core.results import ErrorMetric, LayerResult
-from rarefy.core.solution import Solution
+from rarefy.core.solution import Solution, stack
 from rarefy.layouts import AnyLayout, FloatFormat, pack
 from rarefy.methods.base import LayerMethod
 from rarefy.models.loaded import LoadedModel, check_finite
 from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Structure
+from rarefy.nn import Weight, find_weight
 
 # Stands for the layers outside of the blocks among the names of blocks, none of which is empty where there are several.
 _OUTSIDE = ""
@@ -141,18 +142,18 @@ class _Pass:
         """Solve layers whose methods look at the weights alone."""
         self._total = len(tasks)
         for task in tasks:
-            self._solve(task, self.loaded.read(f"{task.layer}.weight"), {})
+            self._solve(task, self._read(task.layer), {})
 
     def whole_model(self, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
         """Collect for all layers in one pass: the model has no repeated blocks, or one that it uses repeatedly."""
         self._total = len(calls) + len(tasks)
         self.loaded.materialize("")
-        wanted, names = self._wanted(tasks)
+        wanted, weights = self._wanted(tasks)
         with cast_parameters([self.model], self.dtype, restore=not self.loaded.streams):
-            stats = collect_statistics(self.model, calls, wanted, names=names, tick=self._ticker("collecting"))
+            stats = collect_statistics(self.model, calls, wanted, weights=weights, tick=self._ticker("collecting"))
         self.loaded.release("")
         for task in tasks:
-            self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight"), stats)
+            self._solve_if_seen(task, self._read(task.layer), stats)
 
     def block_by_block(self, structure: Structure, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
         """Solve block after block, each on the outputs of the solved ones before it, then what lies outside of them."""
@@ -196,20 +197,20 @@ class _Pass:
                 self._total += sum(len(inside[name]) for name in waiting)
             for name in sorted(waiting):
                 for task in inside[name]:
-                    self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight"), {})
+                    self._solve_if_seen(task, self._read(task.layer), {})
             stats: dict[str, dict[Statistic, Tensor]] = {}
             if rest_needs_data:
                 while (reached := walk.next_block()) is not None:
                     walk.finish(self._solve_block(reached[0], [], reached[1], last=False))
-                wanted, names = self._wanted(outside)
+                wanted, weights = self._wanted(outside)
                 batches = [Call((batch,), {}) for batch in range(len(calls))]
                 stats = collect_statistics(
-                    walk.run_rest, batches, wanted, names=names, tick=self._ticker("layers outside of the blocks")
+                    walk.run_rest, batches, wanted, weights=weights, tick=self._ticker("layers outside of the blocks")
                 )
         self.loaded.release("")
         for task in outside:
             weight = masters.get(task.layer)
-            self._solve_if_seen(task, self.loaded.read(f"{task.layer}.weight") if weight is None else weight, stats)
+            self._solve_if_seen(task, self._read(task.layer) if weight is None else weight, stats)
         self._keep(_OUTSIDE, outside, {})
 
     def _unfinished(self, name: str, tasks: list[Task]) -> list[Task]:
@@ -250,22 +251,22 @@ class _Pass:
         self.loaded.materialize(name)
         block = self.model.get_submodule(name)
         masters = self._masters(tasks)
-        wanted, names = self._wanted(tasks)
+        wanted, weights = self._wanted(tasks)
         outputs: list[Any] = []
         with cast_parameters([block], self.dtype, restore=not self.loaded.streams):
             stats: dict[str, dict[Statistic, Tensor]] = {}
             if wanted:
-                stats = collect_statistics(block, calls, wanted, names=names, tick=self._ticker(name))
+                stats = collect_statistics(block, calls, wanted, weights=weights, tick=self._ticker(name))
             solutions = {
                 task.layer: self._solve_if_seen(task, masters.pop(task.layer), stats, in_block=True) for task in tasks
             }
             for layer, solution in solutions.items():
                 if solution is not None:
-                    _set_weight(self.model.get_submodule(layer), solution.weight_OI)
+                    self._set(layer, solution.weight_OI)
             self._keep(name, tasks, solutions)
             if name in self._finished:
                 for layer in self._finished[name].layouts:
-                    _set_weight(self.model.get_submodule(layer), self._finished[name].weight(layer))
+                    self._set(layer, self._finished[name].weight(layer))
             if not last:
                 for call in calls:
                     outputs.append(block(*call.args, **call.kwargs))
@@ -273,23 +274,31 @@ class _Pass:
         if not self.loaded.streams:
             for layer, solution in solutions.items():
                 if solution is not None:
-                    _set_weight(self.model.get_submodule(layer), solution.weight_OI)
+                    self._set(layer, solution.weight_OI)
         self.loaded.release(name)
         release_freed_memory()
         return outputs
 
     def _masters(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
-        """The float32 weights of layers, held while the module itself computes in another type."""
+        """The float32 matrices of layers, held while the module itself computes in another type."""
         masters = {}
         for task in tasks:
-            weight = self.model.get_submodule(task.layer).get_parameter("weight").detach().to(torch.float32)
-            check_finite(f"{task.layer}.weight", weight)
-            masters[task.layer] = weight
+            weight = find_weight(self.model, task.layer)
+            masters[task.layer] = weight.read().to(torch.float32)
+            check_finite(weight.parameter_name, masters[task.layer])
         return masters
 
-    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[Statistic, ...]], dict[str, nn.Module]]:
+    def _read(self, layer: str) -> Tensor:
+        """The float32 matrix of a layer, from where the model's weights are."""
+        weight = find_weight(self.model, layer)
+        return weight.matrix.of(self.loaded.read(weight.parameter_name))
+
+    def _set(self, layer: str, weight_OI: Float32Array) -> None:
+        find_weight(self.model, layer).write(torch.from_numpy(weight_OI))
+
+    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[Statistic, ...]], dict[str, Weight]]:
         wanted = {task.layer: task.needs() for task in tasks if task.needs()}
-        return wanted, {name: self.model.get_submodule(name) for name in wanted}
+        return wanted, {name: find_weight(self.model, name) for name in wanted}
 
     def _solve_if_seen(
         self,
@@ -310,16 +319,19 @@ class _Pass:
     ) -> Solution:
         start = time.perf_counter()
         weight_OI = weight.contiguous().numpy()
-        solution = Solution.dense(weight_OI)
-        for _, method in task.steps:
-            solution = method.compress(solution, stats, layer=task.layer)
-        module = self.model.get_submodule(task.layer)
-        if isinstance(module, nn.Embedding) and solution.mask_OI is not None:
+        place = find_weight(self.model, task.layer)
+        num_groups = place.matrix.num_row_groups if task.needs() else 1
+        parts = [
+            _apply(task, part_OI, part_stats)
+            for part_OI, part_stats in zip(np.split(weight_OI, num_groups), _split(stats, num_groups), strict=True)
+        ]
+        solution = stack(parts)
+        if isinstance(place.module, nn.Embedding) and solution.mask_OI is not None:
             raise PatternError(f"layer {task.layer}", "zeros in an embedding", allowed="values, without a pattern")
         layout = pack(solution, float_format=self.float_format)
         # A figure for the report: rounding in the products moves it by far less than its last printed digit.
         with bfloat16_products(self.dtype == torch.bfloat16):
-            error, error_metric = relative_error(weight, torch.from_numpy(solution.weight_OI), stats)
+            error, error_metric = relative_error(weight, torch.from_numpy(solution.weight_OI), stats, num_groups)
         grid = None if solution.grid is None else solution.grid.grid
         self.solved.layouts[task.layer] = layout
         self.solved.results[task.layer] = LayerResult(
@@ -333,12 +345,12 @@ class _Pass:
             bits_per_weight=layout.nbytes * 8 / max(1, weight.numel()),
             error=error,
             error_metric=error_metric,
-            dense_bytes=self.loaded.stored_bytes_of(f"{task.layer}.weight"),
+            dense_bytes=round(self.loaded.stored_bytes_of(place.parameter_name) * place.share()),
             packed_bytes=layout.nbytes,
             seconds=time.perf_counter() - start,
         )
         if not in_block and not self.loaded.streams:
-            _set_weight(module, solution.weight_OI)
+            self._set(task.layer, solution.weight_OI)
         self._tick(task.layer)
         return solution
 
@@ -360,25 +372,46 @@ def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> 
     return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
 
 
+def _apply(task: Task, weight_OI: Float32Array, stats: Mapping[Statistic, Tensor]) -> Solution:
+    solution = Solution.dense(weight_OI)
+    for _, method in task.steps:
+        solution = method.compress(solution, stats, layer=task.layer)
+    return solution
+
+
+def _split(stats: Mapping[Statistic, Tensor], num_groups: int) -> list[Mapping[Statistic, Tensor]]:
+    """The statistics of each group of rows."""
+    if num_groups == 1:
+        return [stats]
+    return [{statistic: value[group] for statistic, value in stats.items()} for group in range(num_groups)]
+
+
 def relative_error(
-    weight_OI: Tensor, solution_OI: Tensor, stats: Mapping[Statistic, Tensor]
+    weight_OI: Tensor, solution_OI: Tensor, stats: Mapping[Statistic, Tensor], num_groups: int = 1
 ) -> tuple[float, ErrorMetric]:
     """How far V is from W: relative to the layer's outputs where the Gram matrix is known, else to its weights.
+
+    Args:
+        weight_OI: W.
+        solution_OI: V.
+        stats: of the inputs; where there are several groups, one of each along a first axis.
+        num_groups: so many parts of the rows, of equal size, meet inputs of their own.
 
     Returns:
         ||(W - V) X||_F^2 / ||W X||_F^2 and "output", or ||W - V||_F^2 / ||W||_F^2 and "weight"; 0 where W X is 0.
     """
     difference_OI = weight_OI - solution_OI
-    gram_II = stats.get(Gram())
-    if gram_II is None:
+    gram = stats.get(Gram())
+    if gram is None:
         error = float(difference_OI.square().sum(dtype=torch.float64))
         size = float(weight_OI.square().sum(dtype=torch.float64))
         return (error / size if size > 0 else 0.0), "weight"
-    error = float(torch.dot((difference_OI @ gram_II).flatten(), difference_OI.flatten()))
-    size = float(torch.dot((weight_OI @ gram_II).flatten(), weight_OI.flatten()))
+    grams_GII = gram.reshape(num_groups, *gram.shape[-2:])
+    error, size = (
+        sum(
+            float(torch.dot((part_OI @ gram_II).flatten(), part_OI.flatten()))
+            for part_OI, gram_II in zip(matrix_OI.chunk(num_groups), grams_GII, strict=True)
+        )
+        for matrix_OI in (difference_OI, weight_OI)
+    )
     return (max(0.0, error) / size if size > 0 else 0.0), "output"
-
-
-def _set_weight(module: nn.Module, weight_OI: Float32Array) -> None:
-    weight = module.get_parameter("weight")
-    weight.data.copy_(torch.from_numpy(weight_OI))

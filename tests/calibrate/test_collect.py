@@ -13,6 +13,7 @@ from rarefy.calibrate.precision import cast_parameters, choose_dtype
 from rarefy.core.errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from rarefy.kernels.cpu import CpuFlags
 from rarefy.models import discover
+from rarefy.nn import find_weight
 
 IDS_NL = torch.randint(3, 99, (5, 12), generator=torch.Generator().manual_seed(1))
 
@@ -84,8 +85,8 @@ def test_each_block_sees_the_changed_ones_before_it(build):
             order.append(name)
             block = model.get_submodule(name)
             wanted = {layer: (Gram(),) for layer in layers[name]}
-            names = {layer: model.get_submodule(layer) for layer in wanted}
-            found = collect_statistics(block, block_calls, wanted, names=names)
+            weights = {layer: find_weight(model, layer) for layer in wanted}
+            found = collect_statistics(block, block_calls, wanted, weights=weights)
             expected = _oracle(oracle_model, calls, layers[name])
             assert found.keys() == expected.keys()
             for layer, gram in expected.items():
@@ -187,7 +188,7 @@ def test_whole_models_are_collected_at_once(build):
     model.eval()
     with calibration_mode(model):
         found = collect_statistics(
-            model, calls, {n: (Gram(), SquaredNorm()) for n in names}, names={n: model.get_submodule(n) for n in names}
+            model, calls, {n: (Gram(), SquaredNorm()) for n in names}, weights={n: find_weight(model, n) for n in names}
         )
         expected = _oracle(model, calls, names)
     for name in names:
@@ -202,7 +203,7 @@ def test_layers_that_share_an_input_share_the_result():
     names = [f"{attention}.{x}_proj" for x in "qkvo"]
     with calibration_mode(model), without_cache(model):
         found = collect_statistics(
-            model, _calls(model), {n: (Gram(),) for n in names}, names={n: model.get_submodule(n) for n in names}
+            model, _calls(model), {n: (Gram(),) for n in names}, weights={n: find_weight(model, n) for n in names}
         )
     q, k, v, o = (found[name][Gram()] for name in names)
     assert q is k is v
@@ -222,9 +223,9 @@ def test_sharing_ends_when_the_inputs_stop_being_one_tensor():
     model = Fork()
     x = torch.randn(4, 3)
     calls = [Call((x, True), {}), Call((x, False), {})]
-    names = {"a": model.a, "b": model.b}
+    weights = {name: find_weight(model, name) for name in "ab"}
     with torch.no_grad():
-        found = collect_statistics(model, calls, {n: (Gram(),) for n in names}, names=names)
+        found = collect_statistics(model, calls, {n: (Gram(),) for n in weights}, weights=weights)
     gram = (x.T @ x / 4).numpy()
     np.testing.assert_allclose(found["a"][Gram()], gram, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["b"][Gram()], (gram + 4 * gram) / 2, rtol=1e-5, atol=1e-6)
@@ -232,11 +233,14 @@ def test_sharing_ends_when_the_inputs_stop_being_one_tensor():
 
 def test_a_layer_that_sees_nothing_is_left_out():
     model = tiny.mlp()
-    unused = nn.Linear(12, 2)
+    unused = find_weight(nn.ModuleDict({"unused": nn.Linear(12, 2)}), "unused")
     calls = example_calls([torch.randn(4, 12)], 1)
     with torch.no_grad():
         found = collect_statistics(
-            model, calls, {"fc1": (Gram(),), "unused": (Gram(),)}, names={"fc1": model.fc1, "unused": unused}
+            model,
+            calls,
+            {"fc1": (Gram(),), "unused": (Gram(),)},
+            weights={"fc1": find_weight(model, "fc1"), "unused": unused},
         )
     assert set(found) == {"fc1"}
 
@@ -246,7 +250,9 @@ def test_infinite_activations_name_the_layer():
     with torch.no_grad():
         model.fc1.weight.fill_(3e38)
         with pytest.raises(NonFiniteError, match="layer fc2"):
-            collect_statistics(model, [Call((torch.ones(2, 12),), {})], {"fc2": (Gram(),)}, names={"fc2": model.fc2})
+            collect_statistics(
+                model, [Call((torch.ones(2, 12),), {})], {"fc2": (Gram(),)}, weights={"fc2": find_weight(model, "fc2")}
+            )
 
 
 def test_a_cache_is_neither_filled_nor_forgotten():

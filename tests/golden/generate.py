@@ -6,6 +6,7 @@ layouts/FORMAT.json: metadata, the bytes of each array as hex, and the matrix th
 artifact-v1/: a whole artifact with one layer of each of the first ten formats, a tied alias and three plain tensors.
 artifact-v1-codes/: the same with codes of 3 and 2 bits, ternary, binary and the lookup tables.
 artifact-v1-blocks/: the same with the block, low-rank and sum formats.
+layers-v1/: a layer of each kind, every weight telling its place in the module's parameter.
 """
 
 import json
@@ -116,6 +117,37 @@ def low_rank_example(values: str) -> LowRank:
     return LowRank(*factors)
 
 
+def layer_matrices() -> dict[str, np.ndarray]:
+    """The matrix of each layer of layers-v1: a parameter's entry [o, i, y, x] is 1000 o + 100 i + 10 y + x."""
+    taps = [(y, x) for y in range(2) for x in range(3)]
+    conv = [[1000 * o + 100 * i + 10 * y + x for y, x in taps for i in range(4)] for o in range(3)]
+    grouped = [[1000 * o + 100 * i + 10 * y for y in range(3) for i in range(2)] for o in range(6)]
+    depthwise = [[1000 * o + 10 * y + x for y, x in taps] for o in range(4)]
+    matrices = {
+        "linear": [[1000 * o + 100 * i for i in range(4)] for o in range(3)],
+        "transposed": [[1000 * o + 100 * i for o in range(4)] for i in range(3)],
+        "conv": conv,
+        "grouped.group0": grouped[:3],
+        "grouped.group1": grouped[3:],
+        "depthwise": depthwise,
+        **{
+            f"rnn.weight_{part}_l0": [[1000 * o + 100 * i for i in range(2)] for o in range(2)] for part in ("ih", "hh")
+        },
+    }
+    return {name: np.array(rows, dtype=np.float32) for name, rows in matrices.items()}
+
+
+def write_layers(path: Path) -> None:
+    write_artifact(
+        path,
+        config={"model_type": "golden"},
+        layers={name: DenseFloat(matrix) for name, matrix in layer_matrices().items()},
+        tied={},
+        tensors={"conv.bias": np.zeros(3, dtype=np.float32)},
+        extra_files={},
+    )
+
+
 def main() -> None:
     layouts = {format: example(format) for format in FORMATS}
     for format, layout in layouts.items():
@@ -146,6 +178,8 @@ def main() -> None:
             },
             extra_files={},
         )
+    if not (HERE / "layers-v1").exists():
+        write_layers(HERE / "layers-v1")
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def test_which_modules_can_be_replaced(layout_for: LayoutFor) -> None:
     assert why_not_replaceable(Scaled(2, 2)) is None
     assert "of its own" in str(why_not_replaceable(Shifted(2, 2)))
     assert "max_norm" in str(why_not_replaceable(nn.Embedding(2, 2, max_norm=1.0)))
-    assert "Conv2d" in str(why_not_replaceable(nn.Conv2d(2, 2, 1)))
+    assert why_not_replaceable(nn.Conv2d(2, 2, 1)) is None
+    assert "transposed" in str(why_not_replaceable(nn.ConvTranspose2d(2, 2, 1)))
     # Attention calls torch's fused function with this layer's weight, never the layer.
     attention = nn.MultiheadAttention(4, 2)
     assert "NonDynamicallyQuantizableLinear" in str(why_not_replaceable(attention.out_proj))

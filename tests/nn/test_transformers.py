@@ -117,7 +117,7 @@ def test_the_reference_kernels_agree(
     prepare = kernels.prepare
     for isa in ("reference", "numpy"):
         with monkeypatch.context() as patch:
-            patch.setattr("rarefy.nn.linear.kernels.prepare", partial(prepare, isa=isa))
+            patch.setattr("rarefy.nn.product.kernels.prepare", partial(prepare, isa=isa))
             model = load("llama", tmp_path / "out")
             found = outputs(model, token_ids)
             # integers: the reference gives the same bits; numpy sums in another order, so that roundings tip over

@@ -17,6 +17,14 @@ class Layer:
     dtype: str = "float32"
     num_bytes: int = 0
 
+    @property
+    def module(self) -> str:
+        return self.name
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else None
+
 
 @dataclass(frozen=True)
 class Model:

@@ -9,9 +9,9 @@ model's business, and the order of the blocks is the order in which the model ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rarefy.calibrate.statistics import Statistic, Sum
 from rarefy.core.errors import NonFiniteError, UnsupportedModelError
+from rarefy.nn.matrices import Kind, Matrix, Weight, first_input
 
 
 @final
@@ -181,11 +182,24 @@ class BlockWalk:
 @final
 @dataclass
 class _Layer:
-    """What is collected for one layer during a pass."""
+    """What is collected for one layer during a pass: for each statistic a sum for each part of its rows."""
 
-    states: dict[Statistic, Sum]
+    weight: Weight
+    states: dict[Statistic, list[Sum]]
     leader: _Layer | None = None
-    last_input: Tensor | None = None
+
+
+@final
+@dataclass
+class _Module:
+    """A module whose calls are watched, its layers, and what it was given last."""
+
+    module: nn.Module
+    kind: Kind
+    layers: dict[str, _Layer] = field(default_factory=dict)
+    key: Hashable = None
+    leader: _Module | None = None
+    last_input: Any = None
     num_calls: int = 0
 
 
@@ -198,7 +212,7 @@ def collect_statistics(
     calls: Sequence[Call],
     wanted: Mapping[str, Sequence[Statistic]],
     *,
-    names: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[Statistic, Tensor]]:
     """Run a block over all batches and return the finished statistics of its layers.
@@ -209,126 +223,147 @@ def collect_statistics(
         block: the module (or function) to run.
         calls: its arguments, one entry per batch.
         wanted: for each layer name the statistics to collect.
-        names: the module of each layer.
+        weights: the matrix of each layer.
         tick: called after each batch.
 
     Returns:
-        For each layer that saw an input, each statistic.
+        For each layer that saw an input, each statistic; of a matrix whose rows meet inputs of their own in groups, one
+        for each group, along a first axis.
 
     Raises:
         NonFiniteError: a layer's input is NaN or infinite.
     """
     try:
-        return _collect(block, calls, wanted, names, tick, share=True)
+        return _collect(block, calls, wanted, weights, tick, share=True)
     except _SharingEndedError:
-        return _collect(block, calls, wanted, names, tick, share=False)
+        return _collect(block, calls, wanted, weights, tick, share=False)
 
 
 def _collect(
     block: Callable[..., Any],
     calls: Sequence[Call],
     wanted: Mapping[str, Sequence[Statistic]],
-    names: Mapping[str, nn.Module],
+    weights: Mapping[str, Weight],
     tick: Callable[[], None],
     *,
     share: bool,
 ) -> dict[str, dict[Statistic, Tensor]]:
     layers = {
-        name: _Layer({statistic: statistic.init(_in_features(names[name])) for statistic in statistics})
+        name: _Layer(weights[name], {statistic: _sums(statistic, weights[name].matrix) for statistic in statistics})
         for name, statistics in wanted.items()
         if statistics
     }
-    order: list[str] = []
-    seen: set[str] = set()
+    modules: dict[int, _Module] = {}
+    for layer in layers.values():
+        weight = layer.weight
+        watched = modules.setdefault(id(weight.module), _Module(weight.module, weight.kind))
+        watched.layers[weight.matrix.name] = layer
+        watched.key = weight.kind.rows_key(weight.module)
+    order: list[_Module] = []
+    seen: set[int] = set()
     may_stop = False
     batch = 0
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        layer = layers[name]
-
-        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            order.append(name)
-            layer.num_calls += 1
-            layer.last_input = x
-            if batch == 0 and share and layer.num_calls == 1:
-                layer.leader = _leader(layers, layer, x)
-            if layer.leader is not None:
-                if layer.leader.last_input is not x or layer.leader.num_calls != layer.num_calls:
+    def hook(watched: _Module) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = first_input(args, kwargs)
+            order.append(watched)
+            watched.num_calls += 1
+            watched.last_input = x
+            if batch == 0 and share and watched.num_calls == 1:
+                watched.leader = _leader(modules.values(), watched, x)
+            if watched.leader is not None:
+                if watched.leader.last_input is not x or watched.leader.num_calls != watched.num_calls:
                     raise _SharingEndedError
             else:
-                x_TI = x.detach().reshape(-1, x.shape[-1])
-                for statistic, state in layer.states.items():
-                    statistic.update(state, x_TI)
-            seen.add(name)
-            if may_stop and len(order) == len(layers):
+                for name, group, rows_TI in watched.kind.rows(module, args, kwargs, tuple(watched.layers)):
+                    for statistic, states in watched.layers[name].states.items():
+                        statistic.update(states[group], rows_TI.detach())
+            seen.add(id(module))
+            if may_stop and len(order) == len(modules):
                 raise _Finished
 
         return before
 
-    handles = [names[name].register_forward_pre_hook(hook(name)) for name in layers]
+    handles = [
+        watched.module.register_forward_pre_hook(hook(watched), with_kwargs=True) for watched in modules.values()
+    ]
     try:
         for call in calls:
-            for layer in layers.values():
-                layer.num_calls = 0
+            for watched in modules.values():
+                watched.num_calls = 0
             order.clear()
             with suppress(_Finished):
                 block(*call.args, **call.kwargs)
             if batch == 0:
                 # Once every layer has been called exactly once, what follows the last of them need not be computed.
-                may_stop = len(order) == len(layers) == len(set(order))
-                _check_first_batch(layers)
+                may_stop = len(order) == len(modules) == len({id(watched) for watched in order})
+                _check_first_batch(modules.values())
             batch += 1
             tick()
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers.values():
-            layer.last_input = None
-    finished: dict[str, dict[Statistic, Tensor]] = {}
-    for name, layer in layers.items():
-        if layer.leader is not None or name not in seen:
-            continue
-        finished[name] = {statistic: statistic.finish(state) for statistic, state in layer.states.items()}
-        for statistic, value in finished[name].items():
-            if not bool(torch.isfinite(value).all()):
-                raise NonFiniteError(
-                    f"layer {name}",
-                    f"its inputs are NaN or infinite ({type(statistic).__name__})",
-                    hint="the model overflows on this calibration text",
-                )
-    for name, layer in layers.items():
-        if layer.leader is not None and name in seen:
-            leader = next(key for key, value in layers.items() if value is layer.leader)
-            finished[name] = finished[leader]
-    return {name: finished[name] for name in wanted if name in seen}
+        for watched in modules.values():
+            watched.last_input = None
+    found = {name: layer for name, layer in layers.items() if id(layer.weight.module) in seen}
+    finished = {name: _finished(name, layer) for name, layer in found.items() if _leader_of(layer, modules) is None}
+    names = {id(layer): name for name, layer in layers.items()}
+    for name, layer in found.items():
+        leader = _leader_of(layer, modules)
+        if leader is not None:
+            finished[name] = finished[names[id(leader)]]
+    return {name: finished[name] for name in wanted if name in finished}
 
 
-def _leader(layers: Mapping[str, _Layer], layer: _Layer, x: Tensor) -> _Layer | None:
-    """A layer that was given the same tensor just before and collects at least the same statistics."""
-    for other in layers.values():
+def _sums(statistic: Statistic, matrix: Matrix) -> list[Sum]:
+    return [statistic.init(matrix.shape[1]) for _ in range(matrix.num_row_groups)]
+
+
+def _finished(name: str, layer: _Layer) -> dict[Statistic, Tensor]:
+    finished = {}
+    for statistic, states in layer.states.items():
+        values = [statistic.finish(state) for state in states]
+        value = values[0] if len(values) == 1 else torch.stack(values)
+        if not bool(torch.isfinite(value).all()):
+            raise NonFiniteError(
+                f"layer {name}",
+                f"its inputs are NaN or infinite ({type(statistic).__name__})",
+                hint="the model overflows on this calibration text",
+            )
+        finished[statistic] = value
+    return finished
+
+
+def _leader_of(layer: _Layer, modules: Mapping[int, _Module]) -> _Layer | None:
+    """The layer whose statistics are those of this one."""
+    leader = modules[id(layer.weight.module)].leader
+    return None if leader is None else leader.layers[layer.weight.matrix.name]
+
+
+def _leader(modules: Iterable[_Module], watched: _Module, x: Any) -> _Module | None:
+    """A module that was given the same tensor just before, meets the same rows, and collects at least the same."""
+    for other in modules:
         if (
-            other is not layer
+            other is not watched
             and other.leader is None
             and other.last_input is x
             and other.num_calls == 1
-            and layer.states.keys() <= other.states.keys()
+            and watched.key is not None
+            and other.key == watched.key
+            and all(
+                name in other.layers and layer.states.keys() <= other.layers[name].states.keys()
+                for name, layer in watched.layers.items()
+            )
         ):
             return other
     return None
 
 
-def _check_first_batch(layers: Mapping[str, _Layer]) -> None:
-    for layer in layers.values():
-        if layer.leader is not None and layer.leader.num_calls != layer.num_calls:
+def _check_first_batch(modules: Iterable[_Module]) -> None:
+    for watched in modules:
+        if watched.leader is not None and watched.leader.num_calls != watched.num_calls:
             raise _SharingEndedError
-
-
-def _in_features(module: nn.Module) -> int:
-    width = getattr(module, "in_features", None)
-    if not isinstance(width, int):
-        raise UnsupportedModelError(type(module).__name__, "has no in_features", allowed="linear layers")
-    return width
 
 
 @contextmanager

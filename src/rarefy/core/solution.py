@@ -1,5 +1,6 @@
 """What a compression method hands to the next one: a matrix, its zero pattern and its value grid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self, final
 
@@ -84,3 +85,26 @@ class Solution:
             grid = FittedGrid(self.grid.grid, self.grid.scale_OG[rows], self.grid.zero_point_OG[rows])
             if not np.array_equal(dequantize(quantize(weight_OI, grid), grid), weight_OI):
                 raise LayoutError("solution", "a weight that is not on its grid", hint="round with core.grids")
+
+
+def stack(parts: Sequence[Solution]) -> Solution:
+    """The solutions of parts of the rows, one below the other, as one; all must be of one pattern and grid.
+
+    Args:
+        parts: at least one.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    masks = [part.mask_OI for part in parts if part.mask_OI is not None]
+    grids = [part.grid for part in parts if part.grid is not None]
+    grid = None
+    if first.grid is not None:
+        scale_OG = np.concatenate([each.scale_OG for each in grids])
+        grid = FittedGrid(first.grid.grid, scale_OG, np.concatenate([each.zero_point_OG for each in grids]))
+    return Solution(
+        np.concatenate([part.weight_OI for part in parts]),
+        np.concatenate(masks) if masks else None,
+        first.pattern,
+        grid,
+    )

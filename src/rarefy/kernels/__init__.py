@@ -11,6 +11,7 @@ from rarefy.kernels.extension import (
 )
 from rarefy.kernels.machine import Bandwidth, BandwidthProbe, describe_cpu, measure_bandwidth, measure_fork_join
 from rarefy.kernels.products import Prepared, matmul, matmul_many, prepare
+from rarefy.kernels.strided import copy_strided
 
 __all__ = [
     "Bandwidth",
@@ -21,6 +22,7 @@ __all__ = [
     "SlowReferenceWarning",
     "available_cpus",
     "compiled_kernels",
+    "copy_strided",
     "describe_cpu",
     "detect_cpu",
     "extension_status",

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import final
 
 import torch
 from torch import nn
 
-from rarefy.nn.replace import why_not_replaceable
+from rarefy.nn.matrices import LayerKind, Matrix, Weight
+from rarefy.nn.replace import kind_of, weights_of, why_not_replaceable
 
-LayerKind = Literal["linear", "embedding", "conv", "norm", "recurrent", "attention", "other"]
-
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_CONVOLUTION = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Kinds whose weights are multiplied with inputs; an embedding's are looked up.
+_MULTIPLIED = ("linear", "conv", "depthwise", "recurrent")
 
 
 @final
@@ -37,12 +36,13 @@ class BlockRef:
 @final
 @dataclass(frozen=True)
 class LayerRef:
-    """One module that holds parameters itself.
+    """One module that holds parameters itself, or one matrix of a module that has several.
 
     Args:
-        name: module name.
+        name: module name; of a matrix among several followed by its own, such as ``lstm.weight_ih_l0``.
         kind: what it is.
-        shape: of its weight; (O, I) for linear layers, (V, D) for embeddings, () where it has no ``weight``.
+        shape: of its weight; (O, I) for linear layers, (V, D) for embeddings, (O, I, *taps) for convolutions, () where
+            it has no ``weight``.
         dtype: of the weight as stored.
         num_bytes: of all its own parameters as stored; 0 where another layer holds them (tied).
         num_zeros: zeros in the weight; None where they were not counted.
@@ -50,6 +50,8 @@ class LayerRef:
         compressible: whether a layer method can be applied to it.
         reason: why not, if not.
         tied_to: the layer that holds the same weight, if that is another one.
+        module: name of the module; that of the layer unless the module has several.
+        matrix: (O, I) of the weight seen as a matrix, the form that methods and layouts work on; None if it is none.
     """
 
     name: str
@@ -62,6 +64,8 @@ class LayerRef:
     compressible: bool
     reason: str | None
     tied_to: str | None = None
+    module: str = ""
+    matrix: tuple[int, int] | None = None
 
 
 @final
@@ -101,58 +105,125 @@ def discover(
     """
     blocks = tuple(_blocks(model))
     block_names = {block.name for block in blocks}
-    first_owner: dict[int, str] = {}
+    owners = _Owners(stored)
     layers: list[LayerRef] = []
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False, remove_duplicate=True))
         if not own:
             continue
-        weight = own.get("weight")
-        kind = _kind(module)
-        tied_to = None
-        num_bytes = 0
-        dtype = ""
-        for parameter_name, parameter in own.items():
-            owner = first_owner.setdefault(id(parameter), name)
-            if owner != name:
-                if parameter is weight:
-                    tied_to = owner
-                continue
-            full = f"{name}.{parameter_name}" if name else parameter_name
-            found = stored(full) if stored is not None else None
-            stored_dtype, stored_bytes = found or (
-                str(parameter.dtype).removeprefix("torch."),
-                parameter.numel() * parameter.element_size(),
+        weights = weights_of(module, name)
+        sizes = owners.stored_sizes(name, own)
+        for part in weights or (None,):
+            parameter_name = "weight" if part is None else part.matrix.parameter
+            weight = own.get(parameter_name)
+            tie = owners.tie(name, name if part is None else part.layer, weight, part)
+            reason = _reason(model, name, module, tie)
+            zeros: int | None = None
+            if count_zeros and weight is not None and tie is None:
+                full = f"{name}.{parameter_name}" if name else parameter_name
+                values = read(full) if read is not None and weight.is_meta else weight.detach()
+                values = values if part is None else part.matrix.of(values)
+                zeros = int(values.numel() - torch.count_nonzero(values))
+            layers.append(
+                LayerRef(
+                    name=name if part is None else part.layer,
+                    kind=_kind(module),
+                    shape=_shape(weight, part),
+                    dtype=sizes.dtype(parameter_name),
+                    num_bytes=sizes.bytes_of(part, weights),
+                    num_zeros=zeros,
+                    block=_enclosing(name, block_names),
+                    compressible=reason is None,
+                    reason=reason,
+                    tied_to=tie.layer if tie is not None and tie.same_matrix else None,
+                    module=name,
+                    matrix=None if part is None else part.matrix.shape,
+                )
             )
-            num_bytes += stored_bytes
-            if parameter is weight or not dtype:
-                dtype = stored_dtype
-        zeros: int | None = None
-        if count_zeros and weight is not None and tied_to is None:
-            full = f"{name}.weight" if name else "weight"
-            values = read(full) if read is not None and weight.is_meta else weight.detach()
-            zeros = int(values.numel() - torch.count_nonzero(values))
-        reason = _reason(model, name, module, kind, tied_to)
-        layers.append(
-            LayerRef(
-                name=name,
-                kind=kind,
-                shape=tuple(weight.shape) if weight is not None else (),
-                dtype=dtype,
-                num_bytes=num_bytes,
-                num_zeros=zeros,
-                block=_enclosing(name, block_names),
-                compressible=reason is None,
-                reason=reason,
-                tied_to=tied_to,
-            )
-        )
     return Structure(blocks, tuple(layers))
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer that a compressed one can stand in for."""
-    return isinstance(module, nn.Linear) and why_not_replaceable(module) is None
+@final
+@dataclass(frozen=True)
+class _Tie:
+    """Another layer that holds the same parameter, and whether it sees the same matrix in it."""
+
+    layer: str
+    same_matrix: bool
+
+
+@final
+@dataclass(frozen=True)
+class _Sizes:
+    """Stored type and bytes of a module's own parameters; those that another module holds are left out."""
+
+    stored: Mapping[str, tuple[str, int]]
+
+    def dtype(self, parameter: str) -> str:
+        """That of a parameter; where it is another module's, that of the first of its own."""
+        first = next(iter(self.stored.values()), ("", 0))
+        return self.stored.get(parameter, first)[0]
+
+    def bytes_of(self, part: Weight | None, weights: tuple[Weight, ...]) -> int:
+        """Bytes of one matrix and of the vectors that belong to it: a bias is stored with its weight."""
+        if part is None:
+            return sum(num_bytes for _, num_bytes in self.stored.values())
+        total = 0
+        for name, (_, num_bytes) in self.stored.items():
+            sharing = [each for each in weights if each.matrix.parameter in (name, name.replace("bias", "weight"))]
+            sharing = sharing or list(weights[:1])
+            if part in sharing:
+                total += num_bytes // len(sharing) + (num_bytes % len(sharing) if part == sharing[0] else 0)
+        return total
+
+
+@final
+class _Owners:
+    """Who was the first to hold each parameter."""
+
+    def __init__(self, stored: Callable[[str], tuple[str, int] | None] | None) -> None:
+        self._stored = stored
+        self._module: dict[int, str] = {}
+        self._matrices: dict[int, list[tuple[str, str, Matrix | None]]] = {}
+
+    def stored_sizes(self, name: str, own: Mapping[str, nn.Parameter]) -> _Sizes:
+        """Type and bytes of the parameters that no module before this one holds."""
+        sizes: dict[str, tuple[str, int]] = {}
+        for parameter_name, parameter in own.items():
+            if self._module.setdefault(id(parameter), name) != name:
+                continue
+            full = f"{name}.{parameter_name}" if name else parameter_name
+            found = self._stored(full) if self._stored is not None else None
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            sizes[parameter_name] = found or (dtype, parameter.numel() * parameter.element_size())
+        return _Sizes(sizes)
+
+    def tie(self, module: str, layer: str, weight: nn.Parameter | None, part: Weight | None) -> _Tie | None:
+        """The layer before this one that holds the same weight, if there is one."""
+        if weight is None:
+            return None
+        matrix = None if part is None else part.matrix
+        place = None if matrix is None else (matrix.shape, matrix.first_row, matrix.transposed)
+        before = self._matrices.setdefault(id(weight), [])
+        tie = None
+        for its_module, name, other in before:
+            if its_module == module:
+                continue  # another part of the same parameter
+            same = other is not None and (other.shape, other.first_row, other.transposed) == place
+            tie = _Tie(name, same)
+            if same:
+                break
+        before.append((module, layer, matrix))
+        return tie
+
+
+def _shape(weight: nn.Parameter | None, part: Weight | None) -> tuple[int, ...]:
+    """That of the weight, of a group's rows where it has groups."""
+    if weight is None:
+        return ()
+    if part is None or part.matrix.transposed:
+        return tuple(weight.shape)
+    return (part.matrix.shape[0], *weight.shape[1:])
 
 
 def _blocks(model: nn.Module) -> Iterator[BlockRef]:
@@ -162,23 +233,34 @@ def _blocks(model: nn.Module) -> Iterator[BlockRef]:
             continue
         chosen.append(stack)
         for index, (child_name, child) in enumerate(module.named_children()):
-            if _holds_linear(child):
+            if _holds(child, _MULTIPLIED):
                 yield BlockRef(f"{stack}.{child_name}" if stack else child_name, stack, index)
 
 
 def _is_stack(module: nn.Module) -> bool:
-    """A list whose children repeat one class, each child being more than a single layer."""
+    """A list whose children repeat one class, each child being more than a single layer.
+
+    Blocks without linear layers (of convolutions) count in an `nn.Sequential` alone, which hands each one's output to
+    the next and to nobody else: a network that keeps them for later, as U-shaped ones do, keeps its blocks in lists.
+    """
     if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     children = list(module.children())
     classes = Counter(type(child) for child in children)
     # A hybrid model alternates a few classes of block in one list; a list of unlike parts is not a stack.
     repeats = len(children) > len(classes) or (len(children) == 1 and isinstance(module, nn.ModuleList))
-    return repeats and all(_holds_linear(child) for child in children)
+    wanted = _MULTIPLIED if type(module) is nn.Sequential else ("linear",)
+    return repeats and all(_holds(child, wanted) for child in children)
 
 
-def _holds_linear(module: nn.Module) -> bool:
-    return not is_linear(module) and any(is_linear(inner) for inner in module.modules())
+def _holds(module: nn.Module, kinds: Collection[str]) -> bool:
+    """Whether the module is more than a layer, and has a compressible layer of one of the kinds inside."""
+    return not _is_layer(module, kinds) and any(_is_layer(inner, kinds) for inner in module.modules())
+
+
+def _is_layer(module: nn.Module, kinds: Collection[str]) -> bool:
+    kind = kind_of(module)
+    return kind is not None and kind.label(module) in kinds and kind.why_not(module) is None
 
 
 def _enclosing(name: str, block_names: set[str]) -> str | None:
@@ -191,14 +273,9 @@ def _enclosing(name: str, block_names: set[str]) -> str | None:
 
 
 def _kind(module: nn.Module) -> LayerKind:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if isinstance(module, _CONVOLUTION):
-        return "conv"
-    if isinstance(module, _RECURRENT):
-        return "recurrent"
+    kind = kind_of(module)
+    if kind is not None:
+        return kind.label(module)
     if isinstance(module, nn.MultiheadAttention):
         return "attention"
     if "norm" in type(module).__name__.lower():
@@ -206,23 +283,22 @@ def _kind(module: nn.Module) -> LayerKind:
     return "other"
 
 
-def _reason(model: nn.Module, name: str, module: nn.Module, kind: LayerKind, tied_to: str | None) -> str | None:
+def _reason(model: nn.Module, name: str, module: nn.Module, tie: _Tie | None) -> str | None:
     """Why a layer method cannot be applied to the module; None if it can."""
-    if tied_to is not None:
-        return f"its weight is that of {tied_to}: compress that one, and this follows"
-    if kind == "linear":
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
+    if tie is not None and tie.same_matrix:
+        return f"its weight is that of {tie.layer}: compress that one, and this follows"
+    if tie is not None:
+        return f"its weight is that of {tie.layer}, which multiplies with it in another arrangement"
+    if kind_of(module) is not None:
+        if not name:
+            return "it is the whole model, and nothing could hold its packed counterpart: put it into a module"
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight without calling it"
-    if kind in ("linear", "embedding"):
         return why_not_replaceable(module)
-    if type(module).__name__ == "Conv1D":
-        return "transformers' Conv1D keeps its weight transposed; no packed counterpart yet"
-    texts: dict[LayerKind, str] = {
-        "conv": "convolutions have no storage layout with a kernel yet",
-        "recurrent": f"{type(module).__name__} has no storage layout with a kernel yet",
-        "attention": "nn.MultiheadAttention joins its projections in one parameter that it reads itself",
-        "norm": "a normalisation: a few numbers per channel, nothing to gain",
-        "other": f"{type(module).__name__} is no linear layer",
-    }
-    return texts[kind]
+    match _kind(module):
+        case "attention":
+            return "nn.MultiheadAttention joins its projections in one parameter that it reads itself"
+        case "norm":
+            return "a normalisation: a few numbers per channel, nothing to gain"
+        case _:
+            return f"{type(module).__name__} is no linear layer"

@@ -3,15 +3,16 @@
 Legend of shape suffixes: N indices (all axes together), O vocabulary entries, I embedding width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any, Self, final, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rarefy.core.errors import LayoutError
+from rarefy.core.errors import LayoutError, UnsupportedModelError
 from rarefy.layouts import FORMATS, Layout, RowLayout
 from rarefy.nn.holder import LayoutHolder
+from rarefy.nn.matrices import LayerKind, Matrix, Packed, missing_parameter
 
 
 @final
@@ -79,3 +80,70 @@ class CompressedEmbedding(LayoutHolder):
         if self.scale is None:
             return rows
         return rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+
+@final
+class EmbeddingKind:
+    """`nn.Embedding`, and embeddings that do nothing but multiply the looked-up rows by a constant (Gemma, BART)."""
+
+    def covers(self, module: nn.Module) -> bool:
+        """See Kind."""
+        return isinstance(module, nn.Embedding | nn.EmbeddingBag)
+
+    def label(self, _: nn.Module) -> LayerKind:
+        """See Kind."""
+        return "embedding"
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """See Kind."""
+        if not isinstance(module, nn.Embedding):
+            return f"{type(module).__name__} adds up the rows that it looks up, which has no packed counterpart"
+        if module.max_norm is not None:
+            return "the embedding rescales its rows in place (max_norm)"
+        if type(module) is nn.Embedding or _scale(module) is not None:
+            return missing_parameter(module, "weight")
+        return f"{type(module).__name__} is an embedding with a forward pass of its own"
+
+    def matrices(self, module: nn.Module) -> tuple[Matrix, ...]:
+        """See Kind."""
+        rows, columns = module.get_parameter("weight").shape
+        return (Matrix("", "weight", (rows, columns)),)
+
+    def rows_key(self, _: nn.Module) -> Hashable:
+        """See Kind."""
+        return None
+
+    def rows(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Collection[str]
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """An embedding multiplies with nothing: methods that need inputs are refused before a run."""
+        del args, kwargs, names
+        raise UnsupportedModelError(type(module).__name__, "has no inputs to take statistics of")
+
+    def pack(
+        self, module: nn.Module, packed: Mapping[str, Packed], device: torch.device | str
+    ) -> tuple[nn.Module, dict[str, LayoutHolder]]:
+        """See Kind."""
+        assert isinstance(module, nn.Embedding)
+        spec = packed[""].spec
+        new = CompressedEmbedding(
+            spec.format_name, spec.meta, scale=_scale(module), source=packed[""].source, device=device
+        )
+        return new, {"": new}
+
+
+def _scale(module: nn.Embedding) -> float | None:
+    """The constant that an embedding multiplies its rows by, or None if it does not or does more than that."""
+    if type(module) is nn.Embedding:
+        return None
+    parameters = {name for name, _ in module.named_parameters()}
+    if parameters != {"weight"} or next(module.children(), None) is not None:
+        return None
+    # transformers keeps the number beside a buffer, which has no value while the model is on the meta device.
+    for attribute in ("scalar_embed_scale", "embed_scale"):
+        scale = getattr(module, attribute, None)
+        if isinstance(scale, Tensor) and scale.device.type != "meta" and scale.numel() == 1:
+            return float(scale)
+        if isinstance(scale, int | float):
+            return float(scale)
+    return None

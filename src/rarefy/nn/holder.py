@@ -64,6 +64,8 @@ class LayoutHolder(nn.Module, ABC):
                 self.register_buffer(name, empty)
         rows, columns = self.meta["shape"]
         self.shape: tuple[int, int] = (int(rows), int(columns))
+        # That of the parameter which the matrix stands for: a convolution's has an axis for every axis of its kernel.
+        self.parameter_shape: tuple[int, ...] = self.shape
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
@@ -99,6 +101,12 @@ class LayoutHolder(nn.Module, ABC):
     def weight(self) -> Tensor:
         """The weight as a tensor that is dequantized only where something computes with it; see `PackedWeight`."""
         return PackedWeight(self, self._compute_dtype)
+
+    def dequantized_parameter(self) -> Tensor:
+        """Return the dense weight in the shape of the parameter that it stands for, float32, newly allocated."""
+        dense_OI = self.dequantized_weight()
+        shape = self.parameter_shape
+        return dense_OI if len(shape) == 2 else dense_OI.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
     def dequantized_weight(self) -> Tensor:
         """Return the dense weight, float32 of shape (O, I), newly allocated."""

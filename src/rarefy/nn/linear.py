@@ -3,20 +3,21 @@
 Legend of shape suffixes: T tokens (all leading axes together), O outputs, I inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from rarefy import kernels
 from rarefy.core.errors import UsageError
 from rarefy.layouts import Layout
 from rarefy.nn.holder import LayoutHolder
+from rarefy.nn.matrices import LayerKind, Matrix, Packed, first_input, missing_parameter
+from rarefy.nn.product import ProductHolder, require_cpu
 
 
 @final
-class CompressedLinear(LayoutHolder):
+class CompressedLinear(ProductHolder):
     """y = x W^T + bias, where W is a packed layout.
 
     The product runs through `rarefy.kernels` on the CPU in float32; other floating dtypes are converted and back. The
@@ -44,14 +45,8 @@ class CompressedLinear(LayoutHolder):
         source: LayoutHolder | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._prepared: kernels.Prepared | None
-        self._prepared_from: Layout | None
-        self._dense: Tensor | None
         super().__init__(format_name, meta, source=source, device=device)
         self.out_features, self.in_features = self.shape
-        self._prepared = None
-        self._prepared_from = None
-        self._dense = None
         self.bias = nn.Parameter(torch.zeros(self.out_features, device=device)) if bias else None
 
     @classmethod
@@ -74,15 +69,6 @@ class CompressedLinear(LayoutHolder):
             layer.set_compute_dtype(bias.dtype)
         return layer
 
-    @property
-    def prepared(self) -> kernels.Prepared:
-        """The weight in the kernels' own arrangement, made at the first use."""
-        # The layout of a tied layer belongs to its source, which may have got another one since.
-        layout = self.layout
-        if self._prepared is None or self._prepared_from is not layout:
-            self._prepared, self._prepared_from = kernels.prepare(layout), layout
-        return self._prepared
-
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + bias.
 
@@ -104,41 +90,15 @@ class CompressedLinear(LayoutHolder):
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = _StraightThrough.apply(x, self)  # type: ignore[no-untyped-call]
         else:
-            y = self._product(x)
+            y = self._rows_product(x)
         if self.bias is None:
             return y
         return y + self.bias.to(y.dtype)
 
-    def _product(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
-            raise UsageError(
-                "CompressedLinear input", f"device {x.device}", allowed="cpu", hint="rarefy's kernels run on the CPU"
-            )
+    def _rows_product(self, x: Tensor) -> Tensor:
+        require_cpu("CompressedLinear input", x)
         x_TI = x.detach().reshape(-1, self.in_features).to(torch.float32).contiguous()
-        y_TO = torch.from_numpy(self.prepared.matmul(x_TI.numpy()))
-        return y_TO.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def dense_for_gradient(self) -> Tensor:
-        """The dequantized weight of the backward pass, float32 (O, I), kept until `eval()`."""
-        if self._dense is None:
-            self._dense = self.dequantized_weight()
-        return self._dense
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; leaving training frees the dense copy that backward passes made."""
-        if not mode:
-            self._dense = None
-        return super().train(mode)
-
-    def forget_caches(self) -> None:
-        """Drop the layout, the prepared weight and the dense copy."""
-        super().forget_caches()
-        self._prepared = None
-        self._prepared_from = None
-        self._dense = None
-
-    def _cache_names(self) -> tuple[str, ...]:
-        return (*super()._cache_names(), "_prepared", "_prepared_from", "_dense")
+        return self.product(x_TI).reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -147,10 +107,61 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: CompressedLinear) -> Tensor:
         ctx.layer = layer
-        return layer._product(x)
+        return layer._rows_product(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None]:
         layer: CompressedLinear = ctx.layer
         return (grad_y.to(torch.float32) @ layer.dense_for_gradient()).to(grad_y.dtype), None
+
+
+@final
+class LinearKind:
+    """`nn.Linear`, and transformers' `Conv1D` (GPT-2), which keeps the same weight transposed."""
+
+    def covers(self, module: nn.Module) -> bool:
+        """See Kind."""
+        return isinstance(module, nn.Linear) or _is_transposed(module)
+
+    def label(self, _: nn.Module) -> LayerKind:
+        """See Kind."""
+        return "linear"
+
+    def why_not(self, module: nn.Module) -> str | None:
+        """Only the very class will do: what a subclass computes is not known."""
+        if type(module) is nn.Linear or _is_transposed(module):
+            return missing_parameter(module, "weight")
+        return f"{type(module).__name__} is a linear layer with a forward pass of its own"
+
+    def matrices(self, module: nn.Module) -> tuple[Matrix, ...]:
+        """See Kind."""
+        rows, columns = module.get_parameter("weight").shape
+        transposed = _is_transposed(module)
+        return (Matrix("", "weight", (columns, rows) if transposed else (rows, columns), transposed=transposed),)
+
+    def rows_key(self, _: nn.Module) -> Hashable:
+        """See Kind."""
+        return "linear"
+
+    def rows(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Collection[str]
+    ) -> Iterator[tuple[str, int, Tensor]]:
+        """See Kind."""
+        x = first_input(args, kwargs)
+        for name in names:
+            yield name, 0, x.reshape(-1, x.shape[-1])
+
+    def pack(
+        self, module: nn.Module, packed: Mapping[str, Packed], device: torch.device | str
+    ) -> tuple[nn.Module, dict[str, LayoutHolder]]:
+        """See Kind."""
+        spec = packed[""].spec
+        new = CompressedLinear(spec.format_name, spec.meta, source=packed[""].source, device=device)
+        new.bias = module._parameters["bias"]
+        return new, {"": new}
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    # transformers imports this package while it is being imported itself, so its class goes by its name.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -7,7 +7,7 @@ from torch import nn
 
 from rarefy.artifact import Artifact, read_artifact
 from rarefy.core.errors import DamagedFileError
-from rarefy.nn.replace import replace_linear
+from rarefy.nn.replace import find_weight, replace_linear
 
 
 def load_into(module: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -30,7 +30,7 @@ def load_into(module: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     artifact = read_artifact(path)
     layers = dict(artifact.layers)
-    compressed = {f"{name}.weight" for name in (*layers, *artifact.tied)}
+    compressed = {find_weight(module, name).parameter_name for name in (*artifact.specs, *artifact.tied)}
     targets = {**dict(module.named_parameters(remove_duplicate=False)), **_persistent_buffers(module)}
     stored = set(artifact.names())
     wanted = targets.keys() - compressed

@@ -1,42 +1,82 @@
 """Put compressed layers in the place of a torch model's own ones."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rarefy.artifact import LayoutSpec
 from rarefy.core.errors import UnsupportedModelError, UsageError
 from rarefy.layouts import Layout
-from rarefy.nn.embedding import CompressedEmbedding
+from rarefy.nn.conv import ConvKind
+from rarefy.nn.embedding import EmbeddingKind
 from rarefy.nn.holder import LayoutHolder
-from rarefy.nn.linear import CompressedLinear
+from rarefy.nn.linear import LinearKind
+from rarefy.nn.matrices import Kind, Packed, Weight
+from rarefy.nn.recurrent import RecurrentKind
+
+KINDS: tuple[Kind, ...] = (LinearKind(), EmbeddingKind(), ConvKind(), RecurrentKind())
+"""The one list of kinds of layers: discovery, calibration, solving and loading go through it."""
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind that the module is of."""
+    return next((kind for kind in KINDS if kind.covers(module)), None)
 
 
 def why_not_replaceable(module: nn.Module) -> str | None:
     """Say why no compressed layer can stand in for `module`, or None if one can.
 
-    Only layers whose forward pass is known exactly are replaced: `nn.Linear`, `nn.Embedding`, and embeddings that do
-    nothing but multiply the looked-up rows by a constant (Gemma, BART).
+    Only layers whose forward pass is known exactly are replaced.
     """
-    if type(module) is nn.Linear:
-        return None
-    if not isinstance(module, nn.Embedding):
-        return f"{type(module).__name__} is neither nn.Linear nor nn.Embedding"
-    if module.max_norm is not None:
-        return "the embedding rescales its rows in place (max_norm)"
-    if type(module) is nn.Embedding or _embedding_scale(module) is not None:
-        return None
-    return f"{type(module).__name__} is an embedding with a forward pass of its own"
+    kind = kind_of(module)
+    return f"{type(module).__name__} is no layer that can be packed" if kind is None else kind.why_not(module)
+
+
+def weights_of(module: nn.Module, name: str = "") -> tuple[Weight, ...]:
+    """The matrices of one module, which is called `name` in its model; none if it cannot be replaced."""
+    kind = kind_of(module)
+    if kind is None or kind.why_not(module) is not None:
+        return ()
+    return tuple(Weight(name, module, kind, matrix) for matrix in kind.matrices(module))
+
+
+def all_weights(model: nn.Module) -> Iterator[Weight]:
+    """The matrices of every module of a model; those of a module with several names under each."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield from weights_of(module, name)
+
+
+def find_weight(model: nn.Module, layer: str) -> Weight:
+    """The matrix that a layer's name stands for.
+
+    Raises:
+        UsageError: there is none of that name.
+        UnsupportedModelError: its module is of a kind that cannot be replaced.
+    """
+    module = None
+    for name in (layer, layer.rpartition(".")[0]):
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            continue
+        found = next((weight for weight in weights_of(module, name) if weight.layer == layer), None)
+        if found is not None:
+            return found
+        if name == layer:
+            reason = why_not_replaceable(module) or "it has several weights, each with a name of its own"
+            raise UnsupportedModelError(f"layer {layer}", reason)
+    raise UsageError(f"layer {layer}", f"the {type(model).__name__} has no such module")
 
 
 def replace_linear(model: nn.Module, layers: Mapping[str, Layout], tied: Mapping[str, str] | None = None) -> None:
-    """Replace linear and embedding layers by compressed ones over `layers`, in place.
+    """Replace layers by compressed ones over `layers`, in place.
 
     Args:
         model: the model; its other parameters stay as they are.
-        layers: module name -> layout of its weight.
-        tied: name of a module that shares its weight -> the name in `layers` whose layout it reads.
+        layers: name of a layer -> layout of its matrix; the name is that of the module, and of the matrix after a dot
+            where the module has several.
+        tied: name of a layer that shares its weight -> the name in `layers` whose layout it reads.
 
     Raises:
         UsageError: a name is not in the model, or a shape differs.
@@ -58,89 +98,65 @@ def replace_with_empty(
 
     Args:
         model: the model, possibly on the meta device.
-        specs: module name -> format and metadata.
-        tied: module name -> name in `specs` whose arrays it shares.
+        specs: name of a layer -> format and metadata.
+        tied: name of a layer -> name in `specs` whose arrays it shares.
         device: where the new buffers are allocated.
 
     Raises:
         UsageError: a name is not in the model, or a shape differs.
         UnsupportedModelError: a module is of a kind that cannot be replaced.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in (*specs, *tied):
-        if name not in modules:
-            raise UsageError(f"layer {name}", f"the {type(model).__name__} has no such module")
-        reason = why_not_replaceable(modules[name])
-        if reason is not None:
-            raise UnsupportedModelError(f"layer {name}", reason)
+    weights = {name: find_weight(model, name) for name in (*specs, *tied)}
+    for name, weight in weights.items():
         if name in tied and (name in specs or tied[name] not in specs):
             raise UsageError(f"layer {name}", f"tied to {tied[name]!r}", allowed="the name of another compressed layer")
-        spec = specs[tied.get(name, name)]
-        expected = _weight_shape(modules[name])
-        if tuple(spec.meta["shape"]) != expected:
-            raise UsageError(f"layer {name}", f"layout of shape {tuple(spec.meta['shape'])}", allowed=str(expected))
-    _forget_tied_parameters(model, {*specs, *tied})
+        shape = tuple(specs[tied.get(name, name)].meta["shape"])
+        if shape != weight.matrix.shape:
+            raise UsageError(f"layer {name}", f"layout of shape {shape}", allowed=str(weight.matrix.shape))
+    _forget_tied_parameters(model, {weight.parameter_name for weight in weights.values()})
     holders: dict[str, LayoutHolder] = {}
-    replaced: dict[int, LayoutHolder] = {}  # one module under several names stays one module
-    for name in (*specs, *tied):
-        old = modules[name]
+    replaced: dict[int, tuple[nn.Module, dict[str, LayoutHolder]]] = {}  # one module stays one under several names
+    for module_name, own in _by_module(weights).items():
+        old = own[0].module
         if id(old) not in replaced:
-            source = holders[tied[name]] if name in tied else None
-            replaced[id(old)] = _stand_in(old, specs[tied.get(name, name)], source, device)
-        holders[name] = replaced[id(old)]
-        parent_name, _, child = name.rpartition(".")
-        setattr(modules[parent_name], child, holders[name])
+            packed = {weight.matrix.name: _packed(weight.layer, specs, tied, holders) for weight in own}
+            replaced[id(old)] = own[0].kind.pack(old, packed, device)
+            new, made = replaced[id(old)]
+            for weight in own:
+                made[weight.matrix.name].set_compute_dtype(weight.parameter.dtype)
+            new.train(old.training)
+        new, made = replaced[id(old)]
+        holders |= {weight.layer: made[weight.matrix.name] for weight in own}
+        parent, _, child = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
     return holders
 
 
-def _stand_in(
-    old: nn.Module, spec: LayoutSpec, source: LayoutHolder | None, device: torch.device | str
-) -> LayoutHolder:
-    new: LayoutHolder
-    if isinstance(old, nn.Embedding):
-        scale = _embedding_scale(old)
-        new = CompressedEmbedding(spec.format_name, spec.meta, scale=scale, source=source, device=device)
-    else:
-        assert isinstance(old, nn.Linear)
-        linear = CompressedLinear(spec.format_name, spec.meta, source=source, device=device)
-        linear.bias = old.bias
-        new = linear
-    assert isinstance(old.weight, Tensor)
-    new.set_compute_dtype(old.weight.dtype)
-    new.train(old.training)
-    return new
+def _by_module(weights: Mapping[str, Weight]) -> dict[str, list[Weight]]:
+    """The weights of each module, those of modules that only read others' arrays last, as `weights` has them."""
+    found: dict[str, list[Weight]] = {}
+    for weight in weights.values():
+        found.setdefault(weight.module_name, []).append(weight)
+    return found
 
 
-def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return tuple(weight.shape)
+def _packed(
+    layer: str, specs: Mapping[str, LayoutSpec], tied: Mapping[str, str], holders: Mapping[str, LayoutHolder]
+) -> Packed:
+    if layer not in tied:
+        return Packed(specs[layer], None)
+    if tied[layer] not in holders:
+        raise UnsupportedModelError(f"layer {layer}", f"tied to {tied[layer]}, which shares a module with tied weights")
+    return Packed(specs[tied[layer]], holders[tied[layer]])
 
 
-def _embedding_scale(module: nn.Embedding) -> float | None:
-    """The constant that an embedding multiplies its rows by, or None if it does not or does more than that."""
-    if type(module) is nn.Embedding:
-        return None
-    parameters = {name for name, _ in module.named_parameters()}
-    if parameters != {"weight"} or next(module.children(), None) is not None:
-        return None
-    # transformers keeps the number beside a buffer, which has no value while the model is on the meta device.
-    for attribute in ("scalar_embed_scale", "embed_scale"):
-        scale = getattr(module, attribute, None)
-        if isinstance(scale, Tensor) and scale.device.type != "meta" and scale.numel() == 1:
-            return float(scale)
-        if isinstance(scale, int | float):
-            return float(scale)
-    return None
-
-
-def _forget_tied_parameters(model: nn.Module, replaced: Iterable[str]) -> None:
-    """Remove the replaced layers' weights from transformers' tables of tied parameters, which must name parameters.
+def _forget_tied_parameters(model: nn.Module, parameters: Iterable[str]) -> None:
+    """Remove packed parameters from transformers' tables of tied parameters, which must name parameters.
 
     A transformers model ties `lm_head.weight` to `embed_tokens.weight` by name, at loading and whenever `tie_weights()`
     is called. A compressed layer has no parameter of that name; its tie is `LayoutHolder.tied_to`.
     """
-    gone = {f"{name}.weight" for name in replaced}
+    gone = set(parameters)
     for prefix, module in model.named_modules(remove_duplicate=False):
         expand = getattr(module, "get_expanded_tied_weights_keys", None)
         if expand is None:

@@ -30,8 +30,7 @@ from rarefy.artifact import (
 )
 from rarefy.core.errors import DamagedFileError, LayoutError, UnsupportedModelError, UsageError
 from rarefy.nn.holder import LayoutHolder
-from rarefy.nn.linear import CompressedLinear
-from rarefy.nn.replace import replace_with_empty
+from rarefy.nn.replace import all_weights, replace_with_empty
 from rarefy.nn.runtime_ops import use_engine_ops
 
 if TYPE_CHECKING:
@@ -131,14 +130,14 @@ class RarefyQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> "PreTrainedModel":
         config = self.quantization_config
-        modules = _module_names(model, (*config.specs, *config.tied))
-        specs = {modules[name]: spec for name, spec in config.specs.items() if name in modules}
-        tied = {modules[a]: modules[b] for a, b in config.tied.items() if a in modules and b in modules}
+        names = _layer_names(model, (*config.specs, *config.tied))
+        specs = {names[name]: spec for name, spec in config.specs.items() if name in names}
+        tied = {names[a]: names[b] for a, b in config.tied.items() if a in names and b in names}
         if not specs:
             found = "it has none of the artifact's compressed layers"
             raise UnsupportedModelError(type(model).__name__, found, allowed=_architectures(model))
         is_own_class = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-        absent = sorted({*config.specs, *config.tied} - modules.keys())
+        absent = sorted({*config.specs, *config.tied} - names.keys())
         if absent and is_own_class:
             raise DamagedFileError("quantization_config", f"layer {absent[0]!r} is not in the {type(model).__name__}")
         try:
@@ -164,7 +163,7 @@ class RarefyQuantizer(HfQuantizer):
                 module.layout  # noqa: B018 (validates every array before a kernel sees it)
             except LayoutError as error:
                 raise LayoutError(f"layer {name}", str(error)) from error
-            bias = module.bias if isinstance(module, CompressedLinear) else None
+            bias = getattr(module, "bias", None)
             if bias is not None and not bool(torch.isfinite(bias).all()):
                 raise DamagedFileError(f"tensor {name}.bias", "NaN or infinity", allowed="finite values")
         # Tensors are saved under this model's own names, not under those of an older checkpoint format.
@@ -213,12 +212,14 @@ def _architectures(model: "PreTrainedModel") -> str:
     return ", ".join(getattr(model.config, "architectures", None) or ["the class that was compressed"])
 
 
-def _module_names(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, str]:
-    """Map the artifact's layer names to this model's module names; layers that it does not have are left out.
+def _layer_names(model: "PreTrainedModel", layers: Iterable[str]) -> dict[str, str]:
+    """Map the artifact's layer names to this model's; layers that it does not have are left out.
 
     A base model lacks the prefix that its layers carry in a model with a head (`model.`, `bert.`), and the reverse.
     """
+    # A module that cannot be replaced counts too: the error says why it cannot.
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    modules |= {weight.layer for weight in all_weights(model)}
     prefix = f"{model.base_model_prefix}."
     found = {}
     for layer in layers:

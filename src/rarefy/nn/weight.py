@@ -1,6 +1,6 @@
 """What `layer.weight` of a compressed layer is: a tensor that becomes dense only where something computes with it."""
 
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor
@@ -8,8 +8,15 @@ from torch.utils._pytree import tree_map_only
 
 from rarefy.core.errors import UsageError
 
-if TYPE_CHECKING:
-    from rarefy.nn.holder import LayoutHolder
+
+class Dequantized(Protocol):
+    """A compressed layer, to whoever asks for its weight."""
+
+    parameter_shape: tuple[int, ...]
+
+    def dequantized_parameter(self) -> Tensor:
+        """Return the dense weight, float32, newly allocated."""
+        ...
 
 
 @final
@@ -24,16 +31,16 @@ class PackedWeight(Tensor):
         dtype: the dtype that the layer's surroundings compute in.
     """
 
-    _holder: "LayoutHolder"
+    _holder: Dequantized
 
     @staticmethod
-    def __new__(cls, holder: "LayoutHolder", dtype: torch.dtype) -> "PackedWeight":
+    def __new__(cls, holder: Dequantized, dtype: torch.dtype) -> "PackedWeight":
         """Make the tensor without storage."""
-        made = torch.Tensor._make_wrapper_subclass(cls, holder.shape, dtype=dtype)
+        made = torch.Tensor._make_wrapper_subclass(cls, holder.parameter_shape, dtype=dtype)
         assert isinstance(made, PackedWeight)
         return made
 
-    def __init__(self, holder: "LayoutHolder", dtype: torch.dtype) -> None:  # noqa: ARG002 (read by __new__)
+    def __init__(self, holder: Dequantized, dtype: torch.dtype) -> None:  # noqa: ARG002 (read by __new__)
         self._holder = holder
         # transformers initialises every weight that does not say that it is loaded.
         self._is_hf_initialized = True
@@ -53,4 +60,4 @@ class PackedWeight(Tensor):
 
 
 def _dense(weight: PackedWeight) -> Tensor:
-    return weight._holder.dequantized_weight().to(weight.dtype)
+    return weight._holder.dequantized_parameter().to(weight.dtype)

@@ -24,7 +24,8 @@ class Step:
     Args:
         method: the method with its hyperparameters; one of METHODS, or any object with the same two functions.
         targets: globs on module names; a glob without a dot is also compared with the last part of the name. None:
-            every linear layer inside of the repeated blocks, or every linear layer where there are none.
+            every linear, convolutional and recurrent layer inside of the repeated blocks, or every one where there are
+            none.
         exclude: globs of layers to leave alone.
         optional: matching no layer is fine (a recipe for several kinds of model).
         where: what error messages call the step, such as ``mine.yaml:7``.

@@ -14,6 +14,9 @@ from rarefy.recipe.model import Recipe, Step
 from rarefy.recipe.schema import did_you_mean
 
 _SHOWN = 12
+# What a step without targets is for. Embeddings and depthwise convolutions have to be asked for: of the one a method
+# sees no inputs, and of the other every weight counts and all together are few.
+_BY_DEFAULT = ("linear", "conv", "recurrent")
 
 
 class LayerRef(Protocol):
@@ -31,7 +34,17 @@ class LayerRef(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight; (O, I) or (V, D)."""
+        """Of the weight: (O, I), (V, D) or (O, I, *taps)."""
+        ...
+
+    @property
+    def module(self) -> str:
+        """Module name; that of the layer unless the module has several."""
+        ...
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """(O, I) of the weight as methods see it; None if the layer is not compressible."""
         ...
 
     @property
@@ -75,7 +88,7 @@ class LayerPlan:
     """What is to be done to one layer.
 
     Args:
-        layer: module name; of a tied pair, the layer that owns the weight.
+        layer: name of the layer; of a tied pair, the one that owns the weight.
         shape: (O, I).
         steps: the methods in order, each with its name.
     """
@@ -106,8 +119,8 @@ def resolve(recipe: Recipe, structure: Structure) -> tuple[LayerPlan, ...]:
     for layer in structure.layers:
         steps = steps_of.get(layer.name)
         if steps:
-            rows, width = layer.shape
-            plans.append(LayerPlan(layer.name, (rows, width), tuple((step.name, step.method) for step in steps)))
+            assert layer.matrix is not None
+            plans.append(LayerPlan(layer.name, layer.matrix, tuple((step.name, step.method) for step in steps)))
     if not plans:
         raise RecipeError(recipe.steps[0].where, "every step is optional and none matches a layer of this model")
     return tuple(plans)
@@ -125,14 +138,14 @@ def notes(recipe: Recipe, structure: Structure) -> tuple[str, ...]:
 def _targets(step: Step, structure: Structure) -> list[LayerRef]:
     """The layers that a step is for, owners in place of tied layers, each once, in the order of the model."""
     owners = {layer.name: layer.tied_to or layer.name for layer in structure.layers}
-    excluded = {owners[layer.name] for layer in structure.layers if any(_matches(layer.name, g) for g in step.exclude)}
+    excluded = {owners[layer.name] for layer in structure.layers if any(_matches(layer, g) for g in step.exclude)}
     if step.targets is None:
-        linear = [layer for layer in structure.layers if layer.kind == "linear" and layer.tied_to is None]
-        chosen = {layer.name for layer in linear if layer.block is not None or not structure.blocks}
+        kind_fits = [layer for layer in structure.layers if layer.kind in _BY_DEFAULT and layer.tied_to is None]
+        chosen = {layer.name for layer in kind_fits if layer.block is not None or not structure.blocks}
     else:
         chosen = set()
         for glob in step.targets:
-            matched = [layer.name for layer in structure.layers if _matches(layer.name, glob)]
+            matched = [layer.name for layer in structure.layers if _matches(layer, glob)]
             if not matched and not step.optional:
                 raise _nothing_matches(step, glob, structure)
             chosen.update(owners[name] for name in matched)
@@ -143,8 +156,15 @@ def _targets(step: Step, structure: Structure) -> list[LayerRef]:
     return found
 
 
-def _matches(name: str, glob: str) -> bool:
-    return fnmatchcase(name, glob) or ("." not in glob and fnmatchcase(name.rpartition(".")[2], glob))
+def _matches(layer: LayerRef, glob: str) -> bool:
+    """Whether a glob means a layer: by its name, that of its module, or the last part of either.
+
+    The groups of a convolution are one module, which is packed as a whole: a group alone cannot be meant.
+    """
+    names = {layer.module} if layer.kind == "conv" else {layer.name, layer.module}
+    return any(
+        fnmatchcase(name, glob) or ("." not in glob and fnmatchcase(name.rpartition(".")[2], glob)) for name in names
+    )
 
 
 def _nothing_matches(step: Step, glob: str, structure: Structure) -> RecipeError:
@@ -161,7 +181,11 @@ def _nothing_left(step: Step, candidates: Sequence[LayerRef]) -> RecipeError:
     if candidates:
         first = candidates[0]
         return RecipeError(step.where, f"no layer of its targets can be compressed; {first.name}: {first.reason}")
-    found = "this model has no linear layers" if step.targets is None else "its targets are all excluded"
+    found = (
+        "this model has no linear, convolutional or recurrent layers"
+        if step.targets is None
+        else "its targets are all excluded"
+    )
     return RecipeError(step.where, found, hint="`rarefy inspect MODEL` lists the layers")
 
 
@@ -193,10 +217,10 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
                 allowed="rtn",
                 hint=f'exclude: ["{layer.name}"], and a step with method rtn for it',
             )
-    if isinstance(pattern, NM) and layer.shape[1] < pattern.group:
+    if isinstance(pattern, NM) and layer.matrix is not None and layer.matrix[1] < pattern.group:
         raise RecipeError(
             step.where,
-            f"layer {layer.name}: input axis {layer.shape[1]} is smaller than the group of {pattern.group}",
+            f"layer {layer.name}: input axis {layer.matrix[1]} is smaller than the group of {pattern.group}",
             hint="exclude it in the step's targets, or choose a smaller group",
         )
     grids = [grid for other in earlier if isinstance(grid := getattr(other.method, "values", None), IntGrid)]

@@ -1,0 +1,24 @@
+// Copies a strided view of float32 numbers into contiguous memory, over the thread pool: the patches of a convolution.
+//
+// The view has num_axes axes, the last one changing first in `out`; an entry lies at the sum of index * stride, counted
+// in numbers, and every stride may be 0 (the same numbers again). Patches of an image whose channels lie last have long
+// runs of neighbouring numbers, which are copied as such.
+#pragma once
+
+#include <cstdint>
+
+namespace rarefy::strided {
+
+constexpr int kMaxAxes = 16;
+
+struct View {
+    const float* data;
+    int num_axes;  // at most kMaxAxes
+    int64_t sizes[kMaxAxes];
+    int64_t strides[kMaxAxes];
+};
+
+// `out` holds as many numbers as the view has entries.
+void copy(View view, float* out);
+
+}  // namespace rarefy::strided

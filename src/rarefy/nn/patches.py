@@ -1,0 +1,154 @@
+"""The patches of an image (or signal, or volume) that the kernel of a convolution meets, as rows of a matrix.
+
+Channels lie last while patches are taken: what a row of taps sees is then one run of memory, and a piece of the matrix
+of patches is filled by plain copies at the speed of the cache.
+
+Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, K taps, T rows, I inputs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rarefy.kernels import copy_strided
+
+# Numbers of a piece of the matrix of patches, 4 MB: enough rows for a product at full speed, and few enough to be still
+# in a cache when they are multiplied. Of 2**17 to 2**21, 2**20 was the fastest or next to it for ResNet's shapes.
+PIECE_NUMBERS = 1 << 20
+
+ConvModule = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@final
+@dataclass(frozen=True)
+class Geometry:
+    """Where the taps of a convolution fall.
+
+    Args:
+        kernel: taps along each spatial axis.
+        stride: of the output's places.
+        dilation: of the taps.
+        padding: for each spatial axis how much is put before and behind it.
+        padding_mode: what is put there: "zeros", "reflect", "replicate" or "circular".
+        groups: so many parts of the channels, each with outputs of its own.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    padding_mode: str
+    groups: int
+
+    @classmethod
+    def of(cls, module: ConvModule) -> "Geometry":
+        """That of a torch module."""
+        kernel, dilation = tuple(module.kernel_size), tuple(module.dilation)
+        padding: list[tuple[int, int]] = []
+        for axis, taps in enumerate(kernel):
+            if module.padding == "same":
+                total = dilation[axis] * (taps - 1)
+                padding.append((total // 2, total - total // 2))
+            elif module.padding == "valid":
+                padding.append((0, 0))
+            else:
+                assert not isinstance(module.padding, str)
+                padding.append((module.padding[axis], module.padding[axis]))
+        return cls(kernel, tuple(module.stride), dilation, tuple(padding), module.padding_mode, module.groups)
+
+    def padded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """x (B, C, *S) with its channels last and its padding around it: (B, *S', C), contiguous.
+
+        It is x itself where that lies so already and needs no padding.
+        """
+        if not any(size for pair in self.padding for size in pair):
+            return x.movedim(1, -1).to(dtype).contiguous()
+        if self.padding_mode != "zeros":
+            return nn.functional.pad(x, self._pads(), mode=self.padding_mode).movedim(1, -1).to(dtype).contiguous()
+        sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
+        inside = tuple(slice(pair[0], pair[0] + size) for size, pair in zip(x.shape[2:], self.padding, strict=True))
+        if x.dtype == dtype == torch.float32 and x.movedim(1, -1).is_contiguous():  # torch would start its threads
+            bare = np.zeros((x.shape[0], *sizes, x.shape[1]), np.float32)
+            bare[(slice(None), *inside)] = x.detach().movedim(1, -1).numpy()
+            return torch.from_numpy(bare)
+        around = torch.zeros(x.shape[0], *sizes, x.shape[1], dtype=dtype)
+        around[(slice(None), *inside)] = x.movedim(1, -1)
+        return around
+
+    def output_size(self, padded: Tensor) -> tuple[int, ...]:
+        """Places of the output along each spatial axis; negative or 0 where the kernel does not fit."""
+        return tuple(
+            (size - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, dilation, stride in zip(
+                padded.shape[1:-1], self.kernel, self.dilation, self.stride, strict=True
+            )
+        )
+
+    def pieces(self, padded: Tensor, group: int = 0) -> Iterator[Tensor]:
+        """The rows of one group of channels, in the order of the output's places, in pieces of bounded size.
+
+        Args:
+            padded: what `padded` gave.
+            group: number of the group.
+
+        Yields:
+            (T, I) with I = taps times channels of the group, the channel changing first. Valid until the next one: the
+            pieces share one buffer, or they are parts of the input where a patch is one pixel.
+        """
+        num_channels = padded.shape[-1] // self.groups
+        patches = self._patches(padded, group * num_channels, num_channels)
+        width = prod(self.kernel) * num_channels
+        places = patches.shape[1 : 1 + len(self.kernel)]
+        if self._is_pointwise():
+            yield patches.reshape(-1, width)
+            return
+        num_images = max(1, PIECE_NUMBERS // max(1, prod(places) * width))
+        num_lines = max(1, PIECE_NUMBERS // max(1, prod(places[1:]) * width))
+        largest = min(num_images, patches.shape[0]) * min(num_lines, places[0]) * prod(places[1:])
+        buffer = torch.empty(largest, width, dtype=padded.dtype)
+        for images in torch.split(patches, num_images):
+            for part in torch.split(images, num_lines, dim=1):
+                rows_TI = buffer[: prod(part.shape[: 1 + len(places)])]
+                if rows_TI.dtype == torch.float32:
+                    copy_strided(part.detach().numpy(), rows_TI.numpy())
+                else:
+                    rows_TI.view(part.shape).copy_(part)
+                yield rows_TI
+
+    def _patches(self, padded: Tensor, first_channel: int, num_channels: int) -> Tensor:
+        """(B, *P, *K, C) over the memory of `padded`."""
+        batch_stride, *strides, channel_stride = padded.stride()
+        return padded.as_strided(
+            (padded.shape[0], *self.output_size(padded), *self.kernel, num_channels),
+            (
+                batch_stride,
+                *(step * stride for step, stride in zip(strides, self.stride, strict=True)),
+                *(step * dilation for step, dilation in zip(strides, self.dilation, strict=True)),
+                channel_stride,
+            ),
+            padded.storage_offset() + first_channel * channel_stride,
+        )
+
+    def _is_pointwise(self) -> bool:
+        """Whether the matrix of patches is the input as it lies there."""
+        return self.groups == 1 and prod(self.kernel) == 1 and all(step == 1 for step in self.stride)
+
+    def _pads(self) -> list[int]:
+        """As `torch.nn.functional.pad` wants them: the last axis first."""
+        return [size for pair in reversed(self.padding) for size in pair]
+
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Torch's own convolution of x (B, C, *S) with a dense weight (O, C / groups, *K)."""
+        symmetric = all(before == behind for before, behind in self.padding) and self.padding_mode == "zeros"
+        if not symmetric:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = nn.functional.pad(x, self._pads(), mode=mode)
+        function = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(self.kernel) - 1]
+        padding = [pair[0] if symmetric else 0 for pair in self.padding]
+        y: Tensor = function(x, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
+        return y

@@ -1,0 +1,251 @@
+"""Packed convolutions against torch's own ones in float64 that hold the unpacked weights."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from rarefy.core.errors import LayoutError, UnsupportedModelError, UsageError
+from rarefy.layouts import FORMATS, Layout
+from rarefy.nn import PackedConv, PackedDepthwiseConv, PackedGroupedConv, patches, replace_linear
+from rarefy.nn.holder import LayoutHolder
+from rarefy.nn.replace import weights_of
+
+LayoutFor = Callable[..., Layout]
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def as_matrix(weight: Tensor) -> np.ndarray:
+    """Each output's taps side by side, each tap with all channels: said in numpy, apart from the code under test."""
+    order = (0, *range(2, weight.ndim), 1)
+    return np.ascontiguousarray(weight.detach().numpy().transpose(order)).reshape(len(weight), -1)
+
+
+def as_weight(matrix: np.ndarray, shape: tuple[int, ...]) -> Tensor:
+    rows, channels, *taps = shape
+    return torch.from_numpy(np.moveaxis(matrix.reshape(rows, *taps, channels), -1, 1).copy())
+
+
+def packed(layout_for: LayoutFor, conv: nn.Module, format_name: str) -> tuple[nn.Module, nn.Module]:
+    """A packed layer made of `conv`, and `conv` itself in float64 with the weights that the packed one stores."""
+    model = nn.Sequential(copy.deepcopy(conv))
+    matrix = as_matrix(conv.weight)
+    names = [weight.layer for weight in weights_of(conv, "0")]
+    parts = np.split(matrix, len(names))
+    layouts = {name: layout_for(format_name, part) for name, part in zip(names, parts, strict=True)}
+    replace_linear(model, layouts)
+    stored = np.concatenate([layout.to_dense() for layout in layouts.values()])
+    dense = copy.deepcopy(conv)
+    dense.weight.data = as_weight(stored, tuple(conv.weight.shape))
+    return model[0], dense.double()
+
+
+def tolerance(dense: nn.Module, x: Tensor, format_name: str) -> Tensor:
+    """How far a product of patches may be from exact arithmetic.
+
+    Sums of float32 err by at most the number of terms times the unit roundoff, of which 1e-5 is generous for what fits
+    here. Integer layouts also round activations to multiples of amax / 127 of a block: each is off by half of one.
+    """
+    absolute = copy.deepcopy(dense)
+    absolute.weight.data = absolute.weight.data.abs()
+    if absolute.bias is not None:
+        absolute.bias.data = absolute.bias.data.abs()
+    bound = 1e-5 * absolute(x.double().abs())
+    is_rounded = "int" in format_name or format_name in ("ternary-v1", "binary-v1")
+    if is_rounded and (dense.groups == 1 or dense.out_channels >= 16 * dense.groups):
+        step = 0.5 * x.double().abs().max() / 127
+        sums = absolute.weight.sum(dim=tuple(range(1, absolute.weight.ndim)))
+        bound = bound + (step * sums).reshape(-1, *(1,) * len(dense.kernel_size))
+    return bound.detach()
+
+
+def check(layer: nn.Module, dense: nn.Module, x: Tensor, format_name: str) -> None:
+    with torch.no_grad():
+        got, expected = layer(x), dense(x.double())
+    assert got.shape == expected.shape
+    assert got.dtype == x.dtype
+    error = (got.double() - expected).abs()
+    assert bool((error <= tolerance(dense, x, format_name) + 1e-12).all()), float(error.max())
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """Any geometry that torch takes, and an input that the kernel fits into."""
+    num_axes = draw(st.integers(1, 3))
+    axes = range(num_axes)
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    in_channels, out_channels = (groups * draw(st.integers(1, 18)) for _ in range(2))
+    kernel = tuple(draw(st.integers(1, 3)) for _ in axes)
+    dilation = tuple(draw(st.integers(1, 2)) for _ in axes)
+    stride = tuple(draw(st.integers(1, 3)) for _ in axes)
+    size = tuple(d * (k - 1) + 1 + draw(st.integers(0, 4)) for k, d in zip(kernel, dilation, strict=True))
+    padding: str | tuple[int, ...] = tuple(draw(st.integers(0, min(2, s - 1))) for s in size)
+    if all(s == 1 for s in stride) and draw(st.booleans()):
+        padding = draw(st.sampled_from(["same", "valid"]))
+    mode = draw(st.sampled_from(["zeros", "zeros", "replicate", "circular", "reflect"]))
+    if padding == "same" and any(d * (k - 1) >= s for d, k, s in zip(dilation, kernel, size, strict=True)):
+        mode = "zeros"  # torch pads by less than the size only
+    torch.manual_seed(draw(st.integers(0, 99)))
+    conv = CONVS[num_axes](
+        in_channels, out_channels, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode
+    )
+    batch = draw(st.integers(1, 3))
+    return conv, torch.randn(batch, in_channels, *size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(convolutions(), st.sampled_from(["dense-f32-v1", "dense-int8-v1", "bitmask-bf16-v1"]))
+def test_any_geometry_gives_what_torch_gives(
+    layout_for: LayoutFor, case: tuple[nn.Module, Tensor], format_name: str
+) -> None:
+    conv, x = case
+    layer, dense = packed(layout_for, conv, format_name)
+    check(layer, dense, x, format_name)
+
+
+# A low-rank pair of integers rounds twice: tests/kernels/test_compositions.py has the bound for it.
+@pytest.mark.parametrize("format_name", sorted(set(FORMATS) - {"lowrank-int8-v1"}))
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_every_format_runs(layout_for: LayoutFor, format_name: str, groups: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 32, 3, padding=1, groups=groups)
+    layer, dense = packed(layout_for, conv, format_name)
+    assert type(layer) is {1: PackedConv, 2: PackedGroupedConv, 16: PackedDepthwiseConv}[groups]
+    check(layer, dense, torch.randn(2, 16, 7, 6), format_name)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_no_dense_weight_is_ever_made(layout_for: LayoutFor, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
+    """But for groups of fewer than 16 outputs, the unit of the kernels."""
+    layer, dense = packed(layout_for, nn.Conv2d(8, 64, 3, groups=groups), "bitmask-int8-v1")
+    monkeypatch.setattr(LayoutHolder, "dequantized_weight", lambda _: pytest.fail("it was dequantized"))
+    check(layer, dense, torch.randn(2, 8, 9, 9), "bitmask-int8-v1")
+
+
+@pytest.mark.parametrize("numbers", [1, 500, 3000, 1 << 20])
+def test_patches_come_in_pieces_of_bounded_size(
+    layout_for: LayoutFor, monkeypatch: pytest.MonkeyPatch, numbers: int
+) -> None:
+    """A piece is at least one line of places, and else no larger than asked for; the result does not depend on it."""
+    monkeypatch.setattr(patches, "PIECE_NUMBERS", numbers)
+    conv = nn.Conv2d(5, 6, 3, stride=2, padding=1)
+    layer, dense = packed(layout_for, conv, "dense-f32-v1")
+    x = torch.randn(4, 5, 13, 11)
+    check(layer, dense, x, "dense-f32-v1")
+    geometry = patches.Geometry.of(conv)
+    sizes = [rows.shape for rows in geometry.pieces(geometry.padded(x, torch.float32))]
+    assert sum(rows for rows, _ in sizes) == 4 * 7 * 6
+    assert all(width == 45 and rows * width <= max(numbers, 6 * 45) for rows, width in sizes)
+    assert (len(sizes) == 1) == (numbers == 1 << 20)
+
+
+def test_a_pointwise_convolution_copies_nothing() -> None:
+    geometry = patches.Geometry.of(nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    (rows,) = geometry.pieces(geometry.padded(x, torch.float32))
+    assert rows.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("format_name", ["dense-f32-v1"])
+def test_the_memory_format_follows_the_input(layout_for: LayoutFor, format_name: str) -> None:
+    layer, dense = packed(layout_for, nn.Conv2d(4, 6, 3, padding=1), format_name)
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        assert layer(x).view(2, -1).shape == (2, 150)  # as after torch's own convolution
+        y = layer(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.double(), dense(x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_an_input_without_a_batch(layout_for: LayoutFor) -> None:
+    for groups in (1, 2, 4):
+        layer, dense = packed(layout_for, nn.Conv1d(4, 4, 3, groups=groups), "dense-f32-v1")
+        check(layer, dense, torch.randn(4, 9), "dense-f32-v1")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_the_gradient_is_that_of_the_dense_layer(layout_for: LayoutFor, groups: int, mode: str) -> None:
+    conv = nn.Conv2d(4, 32, 3, stride=2, padding=1, groups=groups, padding_mode=mode)
+    layer, dense = packed(layout_for, conv, "dense-f32-v1")
+    x = torch.randn(2, 4, 6, 7)
+    gradients = []
+    for each, dtype in ((layer, torch.float32), (dense, torch.float64)):
+        leaf = x.to(dtype).clone().requires_grad_()
+        each(leaf).square().sum().backward()
+        gradients.append((leaf.grad.double(), each.bias.grad.double()))
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_half_precision_input_comes_back_in_its_type(layout_for: LayoutFor) -> None:
+    for groups in (1, 2, 4):
+        layer, dense = packed(layout_for, nn.Conv2d(4, 4, 3, groups=groups), "dense-f32-v1")
+        x = torch.randn(1, 4, 5, 5).to(torch.bfloat16)
+        with torch.no_grad():
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), dense(x.double()), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_weight_has_the_shape_and_values_of_the_parameter(layout_for: LayoutFor, groups: int) -> None:
+    layer, dense = packed(layout_for, nn.Conv2d(4, 8, (3, 2), groups=groups), "dense-int8-v1")
+    assert layer.weight.shape == dense.weight.shape
+    assert layer.weight.dtype == torch.float32
+    torch.testing.assert_close(layer.weight * 1.0, dense.weight.float(), rtol=0, atol=0)
+
+
+def test_inputs_that_do_not_fit_are_refused(layout_for: LayoutFor) -> None:
+    for groups in (1, 2, 4):
+        layer, _ = packed(layout_for, nn.Conv2d(4, 4, 3, groups=groups), "dense-int8-v1")
+        for x in (torch.randn(1, 3, 5, 5), torch.randn(4, 5), torch.ones(1, 4, 5, 5, dtype=torch.int64)):
+            with pytest.raises(UsageError, match=r"allowed: float \(batch, 4, size, size\)"):
+                layer(x)
+    layer, _ = packed(layout_for, nn.Conv2d(4, 4, 3), "dense-int8-v1")
+    with pytest.raises(UsageError, match="at least the kernel"):
+        layer(torch.randn(1, 4, 2, 5))
+
+
+def test_a_tied_convolution_reads_the_arrays_of_the_other(layout_for: LayoutFor) -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3), nn.Conv1d(4, 4, 3, dilation=2))
+    model[1].weight = model[0].weight
+    expected = copy.deepcopy(model)
+    layout = layout_for("dense-f32-v1", as_matrix(model[0].weight))
+    replace_linear(model, {"0": layout}, {"1": "0"})
+    assert set(model.state_dict()) == {"0.values", "0.bias", "1.bias"}
+    x = torch.randn(2, 4, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_layout_of_another_shape_or_a_group_alone_is_refused(layout_for: LayoutFor) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    half = layout_for("dense-f32-v1", np.ones((2, 18), np.float32))
+    with pytest.raises(UsageError, match=r"\(4, 36\)"):
+        replace_linear(model, {"0.group0": layout_for("dense-f32-v1", np.ones((4, 36), np.float32))})
+    with pytest.raises(UnsupportedModelError, match="each of its 2 groups"):
+        replace_linear(model, {"0.group0": half})
+    with pytest.raises(UnsupportedModelError, match="several weights"):
+        replace_linear(model, {"0": half})
+    assert type(model[0]) is nn.Conv2d
+
+
+def test_copies_and_state_dicts_keep_working(layout_for: LayoutFor) -> None:
+    for groups in (1, 2, 4):
+        layer, dense = packed(layout_for, nn.Conv2d(4, 4, 3, groups=groups), "dense-int8-v1")
+        x = torch.randn(1, 4, 6, 6)
+        check(layer, dense, x, "dense-int8-v1")
+        other = copy.deepcopy(layer)
+        other.load_state_dict({name: torch.zeros_like(value) for name, value in layer.state_dict().items()})
+        with torch.no_grad():
+            if groups == 4:
+                with pytest.raises(LayoutError, match="scale"):
+                    other(x)
+            assert not torch.equal(layer(x), torch.zeros(1))
+        check(layer, dense, x, "dense-int8-v1")
