@@ -11,6 +11,7 @@ import yaml
 from rarefy.core.errors import RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Unstructured
+from rarefy.core.ranks import Rank
 from rarefy.methods import METHODS, LayerMethod
 
 RestDtype = Literal["bfloat16", "float32"]
@@ -89,6 +90,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
 def _plain(value: object) -> Any:
     if isinstance(value, Blocks):
         return {"block": list(value.block_shape), "sparsity": value.sparsity}
+    if isinstance(value, Rank):
+        return {key: given for key, given in dataclasses.asdict(value).items() if given is not None}
     if isinstance(value, Unstructured | NM | IntGrid):
         return dataclasses.asdict(value)
     return value if isinstance(value, int | float | str | bool | None) else repr(value)

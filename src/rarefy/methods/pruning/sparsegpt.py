@@ -12,7 +12,7 @@ from rarefy.calibrate.statistics import Gram, Statistic
 from rarefy.core.grids import FittedGrid, IntGrid
 from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.methods.base import check_finite_weight, check_hyperparameters, cut, finite_statistic, hyperparameter
+from rarefy.methods.base import check_hyperparameters, cut, finite_statistic, hyperparameter, prunable_weight
 from rarefy.methods.grid_search import Search, fit_grid, same_grid
 from rarefy.methods.masks import BoolArray, FloatArray, pattern_of, select_blocks, select_nm, select_unstructured
 from rarefy.methods.obs import Factor, Order, factorize, group_spans, sweep
@@ -58,8 +58,7 @@ class SparseGPT:
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune, and maybe quantize, one layer; see `LayerMethod.compress`."""
-        weight_OI = solution.weight_OI
-        check_finite_weight(weight_OI, layer)
+        weight_OI = prunable_weight(solution, layer)
         width = weight_OI.shape[1]
         gram_II = finite_statistic(stats, Gram(), (width, width), layer)
         group = 1
@@ -82,7 +81,7 @@ class SparseGPT:
                 fitted = fit_grid(value_OI, self.values, self.search, factor.loss_I())
                 value_OI = self._round(value_OI, kept_OI, gram_II, fitted, layer)
         pattern = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)
-        return Solution(value_OI, kept_OI, pattern, fitted)
+        return solution.with_matrix(value_OI, kept_OI, pattern, fitted)
 
     def _prune(
         self, solution: Solution, factor: Factor, fitted: FittedGrid | None, group: int
