@@ -21,7 +21,7 @@ from rarefy.measure.similarity import module_embed, similarity
 from rarefy.models import load_model
 
 HALF = {"sparsity": 0.5}
-LOW, TENTH = {"ratio": 0.5}, {"ratio": 0.2}
+LOW = {"ratio": 0.5}
 INT4 = {"num_bits": 4, "group_size": 64}
 # rank and zeros that take 8.00 bits a weight together, as the factors of half of the parameters do
 BESIDE, REST = {"ratio": 0.125}, {"sparsity": 0.6875}
@@ -32,11 +32,17 @@ def _one(method: str, **fields: Any) -> list[dict[str, Any]]:
 
 
 RECIPES: dict[str, list[dict[str, Any]]] = {
-    **{f"{name}-50": _one(name, pattern=HALF) for name in ("magnitude", "wanda", "sparsegpt", "alps")},
+    **{f"{name}-50": _one(name, pattern=HALF) for name in ("random", "magnitude", "wanda", "ria", "dsnot", "lasso")},
+    **{f"{name}-50": _one(name, pattern=HALF) for name in ("sparsegpt", "alps")},
+    "wanda-50 + rescale": _one("wanda", pattern=HALF) + _one("rescale"),
+    "wanda-50 + refit": _one("wanda", pattern=HALF) + _one("refit"),
     **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone")},
     "svd-llm + sparsegpt": _one("svd-llm", rank=BESIDE, remainder="keep") + _one("sparsegpt", pattern=REST),
     "svd-llm + alps": _one("svd-llm", rank=BESIDE, remainder="keep") + _one("alps", pattern=REST),
     "sparsegpt + svd-llm": _one("sparsegpt", pattern=REST) + _one("svd-llm", rank=BESIDE),
+    "oats": _one("oats", rank=BESIDE, pattern=REST),
+    "oats + refit": _one("oats", rank=BESIDE, pattern=REST) + _one("refit"),
+    "robust-pca": _one("robust-pca", rank=BESIDE, pattern=REST),
     "rtn-int4": _one("rtn", values=INT4),
     "gptq-int4": _one("gptq", values=INT4),
 }

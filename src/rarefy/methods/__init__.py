@@ -9,6 +9,8 @@ from rarefy.methods.lowrank.svd import SVD
 from rarefy.methods.lowrank.svd_llm import SVDLLM
 from rarefy.methods.lowrank.svt import SVT
 from rarefy.methods.pruning.alps import ALPS
+from rarefy.methods.pruning.dsnot import DSnoT
+from rarefy.methods.pruning.lasso import Lasso
 from rarefy.methods.pruning.least_squares import Refit
 from rarefy.methods.pruning.magnitude import Magnitude
 from rarefy.methods.pruning.random import Random
@@ -17,15 +19,19 @@ from rarefy.methods.pruning.sparsegpt import SparseGPT
 from rarefy.methods.pruning.wanda import Wanda
 from rarefy.methods.quantization.gptq import GPTQ
 from rarefy.methods.quantization.rtn import RTN
+from rarefy.methods.rescale import Rescale
 
 METHODS: dict[str, type[LayerMethod]] = {
     "random": Random,
     "magnitude": Magnitude,
     "wanda": Wanda,
     "ria": RIA,
+    "dsnot": DSnoT,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
+    "lasso": Lasso,
     "refit": Refit,
+    "rescale": Rescale,
     "svd": SVD,
     "svt": SVT,
     "asvd": ASVD,
@@ -49,10 +55,13 @@ __all__ = [
     "SVD",
     "SVDLLM",
     "SVT",
+    "DSnoT",
+    "Lasso",
     "LayerMethod",
     "Magnitude",
     "Random",
     "Refit",
+    "Rescale",
     "RobustPCA",
     "SparseGPT",
     "Wanda",
