@@ -55,7 +55,7 @@ def test_dsnot_is_algorithm_1(pattern: Unstructured | NM) -> None:
 
 
 def test_dsnot_refuses_blocks() -> None:
-    with pytest.raises(PatternError, match="blocks"):
+    with pytest.raises(PatternError, match="blocks, rows or columns"):
         DSnoT(Blocks((4, 4), 0.5))
 
 

@@ -9,6 +9,7 @@ from rarefy.methods.lowrank.svd import SVD
 from rarefy.methods.lowrank.svd_llm import SVDLLM
 from rarefy.methods.lowrank.svt import SVT
 from rarefy.methods.pruning.alps import ALPS
+from rarefy.methods.pruning.apoz import APoZ
 from rarefy.methods.pruning.dsnot import DSnoT
 from rarefy.methods.pruning.lasso import Lasso
 from rarefy.methods.pruning.least_squares import Refit
@@ -27,6 +28,7 @@ METHODS: dict[str, type[LayerMethod]] = {
     "wanda": Wanda,
     "ria": RIA,
     "dsnot": DSnoT,
+    "apoz": APoZ,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
     "lasso": Lasso,
@@ -55,6 +57,7 @@ __all__ = [
     "SVD",
     "SVDLLM",
     "SVT",
+    "APoZ",
     "DSnoT",
     "Lasso",
     "LayerMethod",

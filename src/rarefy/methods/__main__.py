@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import Unstructured
+from rarefy.core.patterns import Lines, Unstructured
 from rarefy.core.ranks import Rank
 from rarefy.methods import METHODS, LayerMethod
 
@@ -20,6 +20,7 @@ its paper, with the deviations noted.
 """
 _EXAMPLES: dict[str, Any] = {
     "pattern": Unstructured(0.5),
+    "APoZ.pattern": Lines("columns", 0.5),
     "rank": Rank(ratio=0.5),
     "values": IntGrid(4, 64, False),
 }
@@ -52,7 +53,7 @@ def _paper(paper: str) -> str:
 
 def _needs(cls: type[LayerMethod]) -> str:
     required = {
-        field.name: _EXAMPLES[field.name]
+        field.name: _EXAMPLES.get(f"{cls.__name__}.{field.name}", _EXAMPLES.get(field.name))
         for field in dataclasses.fields(cls)  # type: ignore[arg-type]
         if field.default is dataclasses.MISSING
     }

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from rarefy.calibrate.statistics import Gram
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Lines, Pattern, Unstructured
 from rarefy.core.ranks import Rank
 from rarefy.layouts import FloatFormat, choose_format
 from rarefy.methods.masks import sparser
@@ -105,6 +105,8 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
             if pattern is None and grid is None and getattr(method, "remainder", "keep") == "drop":
                 pattern = Unstructured(1.0)
         wanted = getattr(method, "pattern", None)
+        if isinstance(wanted, Lines):
+            wanted = wanted.fit(layer.shape, layer.layer)
         if isinstance(wanted, NM | Unstructured | Blocks):
             num_patterns += 1
             pattern = sparser(pattern, wanted)

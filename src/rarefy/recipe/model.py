@@ -10,7 +10,7 @@ import yaml
 
 from rarefy.core.errors import RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Blocks, Unstructured
+from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
 from rarefy.core.ranks import Rank
 from rarefy.methods import METHODS, LayerMethod
 
@@ -92,6 +92,6 @@ def _plain(value: object) -> Any:
         return {"block": list(value.block_shape), "sparsity": value.sparsity}
     if isinstance(value, Rank):
         return {key: given for key, given in dataclasses.asdict(value).items() if given is not None}
-    if isinstance(value, Unstructured | NM | IntGrid):
+    if isinstance(value, Unstructured | NM | Lines | IntGrid):
         return dataclasses.asdict(value)
     return value if isinstance(value, int | float | str | bool | None) else repr(value)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, final
 
-from rarefy.core.errors import RecipeError
+from rarefy.core.errors import PatternError, RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM
+from rarefy.core.patterns import NM, Lines
 from rarefy.methods import LayerMethod
 from rarefy.methods.grid_search import describe
 from rarefy.recipe.model import Recipe, Step
@@ -199,6 +199,12 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
             f"layer {layer.name}: input axis {layer.shape[1]} is smaller than the group of {pattern.group}",
             hint="exclude it in the step's targets, or choose a smaller group",
         )
+    if isinstance(pattern, Lines):
+        try:
+            pattern.fit((layer.shape[0], layer.shape[1]), layer.name)
+        except PatternError as error:
+            found = f"{error.where}: {error.found}"
+            raise RecipeError(step.where, found, allowed=error.allowed, hint=error.hint) from None
     _check_factors(step, layer, earlier)
     grids = [grid for other in earlier if isinstance(grid := getattr(other.method, "values", None), IntGrid)]
     if isinstance(values, IntGrid) and grids and grids[-1] != values:

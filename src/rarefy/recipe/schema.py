@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from rarefy.core.errors import RarefyError, RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import MAX_BLOCK, MAX_GROUP, NM, Blocks, Pattern, Unstructured
+from rarefy.core.patterns import MAX_BLOCK, MAX_GROUP, NM, Blocks, Lines, Unstructured, WantedPattern
 from rarefy.core.ranks import MAX_RANK, Rank
 from rarefy.methods import METHODS, LayerMethod
 from rarefy.methods.base import describe_bounds
@@ -54,6 +54,13 @@ class BlocksSpec(_Strict):
     sparsity: float = Field(ge=0, le=1, description="fraction of blocks that are zero")
 
 
+class LinesSpec(_Strict):
+    """Whole rows (outputs) or columns (inputs) are zero."""
+
+    axis: Literal["rows", "columns"] = Field(description="what is zero as a whole")
+    sparsity: float = Field(ge=0, le=1, description="fraction of rows or columns that are zero")
+
+
 class ValuesSpec(_Strict):
     """The integer grid that weights are rounded to."""
 
@@ -81,7 +88,15 @@ class RankSpec(_Strict):
 
 def _pattern_tag(value: object) -> str:
     keys = value.keys() if isinstance(value, Mapping) else set()
-    return "blocks" if "block" in keys else "nm" if keys & {"keep", "group"} else "unstructured"
+    return (
+        "lines"
+        if "axis" in keys
+        else "blocks"
+        if "block" in keys
+        else "nm"
+        if keys & {"keep", "group"}
+        else "unstructured"
+    )
 
 
 PatternSpec = Annotated[
@@ -89,12 +104,13 @@ PatternSpec = Annotated[
         Annotated[UnstructuredSpec, Tag("unstructured")],
         Annotated[NMSpec, Tag("nm")],
         Annotated[BlocksSpec, Tag("blocks")],
+        Annotated[LinesSpec, Tag("lines")],
     ],
     Discriminator(_pattern_tag),
 ]
 
 _FILE_TYPES: dict[object, Any] = {
-    Pattern: PatternSpec,
+    WantedPattern: PatternSpec,
     Rank: RankSpec,
     IntGrid: ValuesSpec,
     IntGrid | None: ValuesSpec | None,
@@ -213,6 +229,8 @@ def _from_file(value: object) -> object:
             return NM(value.keep, value.group)
         case BlocksSpec():
             return Blocks((value.block[0], value.block[1]), value.sparsity)
+        case LinesSpec():
+            return Lines(value.axis, value.sparsity)
         case RankSpec():
             return Rank(**value.model_dump())
         case ValuesSpec():
@@ -288,6 +306,8 @@ def _follow(loc: tuple[str | int, ...], data: Any) -> tuple[Path, Any, type[Base
             model = NMSpec
         elif part == "blocks":
             model = BlocksSpec
+        elif part == "lines":
+            model = LinesSpec
         elif part == "unstructured":
             model = UnstructuredSpec
     return tuple(path), here, model
@@ -302,7 +322,7 @@ def _label(path: Path) -> str:
 
 def _mapping_allowed(path: Path, model: type[BaseModel] | None) -> str:
     if path and path[-1] == "pattern":
-        return "{sparsity: S}, {keep: K, group: G} or {block: [R, C], sparsity: S}"
+        return "{sparsity: S}, {keep: K, group: G}, {block: [R, C], sparsity: S} or {axis: A, sparsity: S}"
     if path and path[-1] == "rank":
         return "{ratio: R}, {energy: E}, {count: K} or {num_bytes: B}"
     if path and path[-1] == "values":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
-from rarefy.core.patterns import Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.ranks import Rank
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_finite_weight, check_hyperparameters, finite_statistic, hyperparameter
@@ -35,7 +35,7 @@ class OATS:
 
     paper: ClassVar[str] = "arXiv:2409.13652"
     rank: Rank = hyperparameter(MISSING, "how many columns the factors have")
-    pattern: Pattern = hyperparameter(MISSING, "which entries of the sparse part may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries of the sparse part may be zero")
     num_steps: int = hyperparameter(80, "alternations", ge=1)
 
     def __post_init__(self) -> None:

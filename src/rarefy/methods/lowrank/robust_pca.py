@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
-from rarefy.core.patterns import Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.ranks import Rank
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_finite_weight, check_hyperparameters, hyperparameter
@@ -38,7 +38,7 @@ class RobustPCA:
 
     paper: ClassVar[str] = "arXiv:0912.3599"
     rank: Rank = hyperparameter(MISSING, "how many columns the factors have")
-    pattern: Pattern = hyperparameter(MISSING, "which entries of the sparse part may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries of the sparse part may be zero")
     max_steps: int = hyperparameter(50, "iterations at most", ge=1)
     tolerance: float = hyperparameter(1e-4, "of ||W - L - S||_F / ||W||_F, at which they end", gt=0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Gram, Statistic, bfloat16_products
-from rarefy.core.patterns import Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_hyperparameters, cut, finite_statistic, hyperparameter, prunable_weight
 from rarefy.methods.masks import BoolArray, pattern_of, select
@@ -44,7 +44,7 @@ class ALPS:
     """
 
     paper: ClassVar[str] = "arXiv:2406.07831"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
     percent_damp: float = hyperparameter(0.01, "added to the diagonal of H, as a fraction of its mean", ge=0, le=1)
     rho: float = hyperparameter(0.1, "penalty of the first iterations, for inputs of unit size", gt=0)
     max_steps: int = hyperparameter(60, "iterations at most; it ends when no zero moves any more", ge=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rarefy.calibrate.statistics import Mean, SquaredNorm, Statistic
 from rarefy.core.errors import PatternError
-from rarefy.core.patterns import NM, Blocks, Pattern
+from rarefy.core.patterns import NM, Unstructured, WantedPattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_hyperparameters, finite_statistic, hyperparameter, prunable_weight
 from rarefy.methods.masks import BoolArray, FloatArray, pruned, select
@@ -31,15 +31,17 @@ class DSnoT:
     """
 
     paper: ClassVar[str] = "arXiv:2310.08915"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero: anywhere, or N:M")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero: anywhere, or N:M")
     start: Literal["wanda", "magnitude"] = hyperparameter("wanda", "the mask that is refined")
     max_swaps: int = hyperparameter(50, "in each row", ge=1)
     tolerance: float = hyperparameter(0.0, "a row whose |E[error]| is below this is done", ge=0)
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
-        if isinstance(self.pattern, Blocks):
-            raise PatternError("DSnoT.pattern", "blocks", allowed="{sparsity: S} or {keep: K, group: G}")
+        if not isinstance(self.pattern, Unstructured | NM):
+            raise PatternError(
+                "DSnoT.pattern", "blocks, rows or columns", allowed="{sparsity: S} or {keep: K, group: G}"
+            )
 
     def needs(self) -> tuple[Statistic, ...]:
         """Mean and mean square of each input."""

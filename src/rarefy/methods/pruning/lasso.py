@@ -9,10 +9,10 @@ from torch import Tensor
 
 from rarefy.calibrate.statistics import Gram, Statistic
 from rarefy.core.errors import PatternError
-from rarefy.core.patterns import Blocks, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, WantedPattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_hyperparameters, cut, finite_statistic, hyperparameter, prunable_weight
-from rarefy.methods.masks import pattern_of
+from rarefy.methods.masks import concrete, pattern_of
 from rarefy.methods.obs import factorize, sweep
 from rarefy.methods.pruning.proximal import penalized
 from rarefy.methods.refit import refit
@@ -37,15 +37,15 @@ class Lasso:
     """
 
     paper: ClassVar[str] = "arXiv:1707.06168"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero: anywhere, or blocks")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero: anywhere, blocks, rows or columns")
     num_steps: int = hyperparameter(60, "proximal steps", ge=1)
     percent_damp: float = hyperparameter(0.01, "added to the diagonal of H, as a fraction of its mean", ge=0, le=1)
     refit_steps: int = hyperparameter(10, "conjugate-gradient steps towards least squares on the final mask", ge=0)
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
-        if not isinstance(self.pattern, Unstructured | Blocks):
-            raise PatternError("Lasso.pattern", "N:M", allowed="{sparsity: S} or {block: [R, C], sparsity: S}")
+        if isinstance(self.pattern, NM):
+            raise PatternError("Lasso.pattern", "N:M", allowed="zeros anywhere, blocks, rows or columns")
 
     def needs(self) -> tuple[Statistic, ...]:
         """The second moments of the inputs, H."""
@@ -59,7 +59,8 @@ class Lasso:
         factor = factorize(gram_II, self.percent_damp, "given", 1, layer)
         unit_I = factor.gram_II.diagonal().sqrt()
         weight = torch.from_numpy(weight_OI)
-        blocks = self.pattern if isinstance(self.pattern, Blocks) else Blocks((1, 1), self.pattern.sparsity)
+        wanted = concrete(self.pattern, weight_OI.shape, layer)
+        blocks = wanted if isinstance(wanted, Blocks) else Blocks((1, 1), wanted.sparsity)
         scaled_II = factor.gram_II / unit_I / unit_I[:, None]
         value, kept_OI, _ = penalized(weight * unit_I, scaled_II, blocks, solution.mask_OI, self.num_steps)
         pattern = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)

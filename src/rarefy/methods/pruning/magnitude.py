@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
-from rarefy.core.patterns import Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_hyperparameters, hyperparameter, prunable_weight
 from rarefy.methods.masks import pruned, select
@@ -29,7 +29,7 @@ class Magnitude:
     """
 
     paper: ClassVar[str] = "arXiv:1506.02626"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)

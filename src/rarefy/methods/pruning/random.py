@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
-from rarefy.core.patterns import Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_hyperparameters, hyperparameter, prunable_weight
 from rarefy.methods.masks import pruned, select
@@ -28,7 +28,7 @@ class Random:
     """
 
     paper: ClassVar[str] = "arXiv:2003.03033"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
     seed: int = hyperparameter(0, "of the choice", ge=0)
 
     def __post_init__(self) -> None:

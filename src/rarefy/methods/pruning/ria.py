@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
-from rarefy.core.patterns import Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_hyperparameters, finite_statistic, hyperparameter, prunable_weight
 from rarefy.methods.masks import pruned, select
@@ -29,7 +29,7 @@ class RIA:
     """
 
     paper: ClassVar[str] = "arXiv:2402.04902"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
     power: float = hyperparameter(0.5, "of the inputs' sizes; 0: relative importance alone", ge=0, le=2)
 
     def __post_init__(self) -> None:
