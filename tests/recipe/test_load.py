@@ -100,6 +100,8 @@ def test_the_recipes_that_the_documentation_names_are_there() -> None:
         "2-4",
         "2-4-int4",
         "sparse-70",
+        "k-of-64",
+        "lowrank-sparse",
         "int8",
         "int4",
         "wanda-50",
