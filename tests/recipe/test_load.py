@@ -127,7 +127,7 @@ WRONG = [
         "steps:\n  - method: wanda\n    pattern: 0.5\n",
         3,
         "pattern is 0.5",
-        "{keep: K, group: G} or {block: [R, C], sparsity: S}",
+        "{keep: K, group: G}, {block: [R, C], sparsity: S} or {axis: A, sparsity: S}",
     ),
     ("steps:\n  - method: wanda\n    pattern: {block: [16, 64]}\n", 3, "'sparsity' is missing", "block, sparsity"),
     (
