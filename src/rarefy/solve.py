@@ -235,7 +235,7 @@ class _Pass:
         results = {layer: self.solved.results[layer] for layer in layouts}
         skipped = {task.layer: self.solved.skipped[task.layer] for task in tasks if task.layer not in layouts}
         weights = {
-            layer: solution.weight_OI
+            layer: solution.value_OI
             for layer, solution in solutions.items()
             if solution is not None and not self._gives_back(layouts[layer], solution)
         }
@@ -243,7 +243,7 @@ class _Pass:
 
     def _gives_back(self, layout: AnyLayout, solution: Solution) -> bool:
         """Whether a layout has the very weights that the forward passes used."""
-        weights = (torch.from_numpy(weight_OI).to(self.dtype) for weight_OI in (layout.to_dense(), solution.weight_OI))
+        weights = (torch.from_numpy(weight_OI).to(self.dtype) for weight_OI in (layout.to_dense(), solution.value_OI))
         return torch.equal(*weights)
 
     def _solve_block(self, name: str, tasks: Sequence[Task], calls: Sequence[Call], *, last: bool) -> list[Any]:
@@ -262,7 +262,7 @@ class _Pass:
             }
             for layer, solution in solutions.items():
                 if solution is not None:
-                    self._set(layer, solution.weight_OI)
+                    self._set(layer, solution.value_OI)
             self._keep(name, tasks, solutions)
             if name in self._finished:
                 for layer in self._finished[name].layouts:
@@ -274,7 +274,7 @@ class _Pass:
         if not self.loaded.streams:
             for layer, solution in solutions.items():
                 if solution is not None:
-                    self._set(layer, solution.weight_OI)
+                    self._set(layer, solution.value_OI)
         self.loaded.release(name)
         release_freed_memory()
         return outputs
@@ -326,20 +326,21 @@ class _Pass:
             for part_OI, part_stats in zip(np.split(weight_OI, num_groups), _split(stats, num_groups), strict=True)
         ]
         solution = stack(parts)
-        if isinstance(place.module, nn.Embedding) and solution.mask_OI is not None:
-            raise PatternError(f"layer {task.layer}", "zeros in an embedding", allowed="values, without a pattern")
+        if isinstance(place.module, nn.Embedding) and (solution.mask_OI is not None or solution.factors is not None):
+            found = "zeros or factors in an embedding"
+            raise PatternError(f"layer {task.layer}", found, allowed="values, without a pattern")
         layout = pack(solution, float_format=self.float_format)
         # A figure for the report: rounding in the products moves it by far less than its last printed digit.
         with bfloat16_products(self.dtype == torch.bfloat16):
-            error, error_metric = relative_error(weight, torch.from_numpy(solution.weight_OI), stats, num_groups)
-        grid = None if solution.grid is None else solution.grid.grid
+            error, error_metric = relative_error(weight, torch.from_numpy(solution.value_OI), stats, num_groups)
+        grid = solution.value_grid
         self.solved.layouts[task.layer] = layout
         self.solved.results[task.layer] = LayerResult(
             name=task.layer,
             shape=solution.shape,
             format=layout.format,
             steps=tuple(name for name, _ in task.steps),
-            sparsity=0.0 if solution.mask_OI is None else 1.0 - float(np.mean(solution.mask_OI)),
+            sparsity=solution.sparsity,
             num_bits=None if grid is None else grid.num_bits,
             group_size=None if grid is None else grid.group_size,
             bits_per_weight=layout.nbytes * 8 / max(1, weight.numel()),
@@ -350,7 +351,7 @@ class _Pass:
             seconds=time.perf_counter() - start,
         )
         if not in_block and not self.loaded.streams:
-            self._set(task.layer, solution.weight_OI)
+            self._set(task.layer, solution.value_OI)
         self._tick(task.layer)
         return solution
 

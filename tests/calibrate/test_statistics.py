@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rarefy.calibrate import Gram, SquaredNorm
+from rarefy.calibrate import AbsMean, Gram, Mean, SquaredNorm
 from rarefy.kernels import set_num_threads
 from rarefy.kernels.gram import add_gram, has_gram_kernel
 
@@ -136,3 +136,16 @@ def test_the_compiled_sum_refuses_wrong_shapes_and_types(kernel):
             add_gram(bits, total)
     add_gram(bits_TI[:0], np.zeros((8, 8), np.float32))
     add_gram(np.zeros((3, 0), np.uint16), np.zeros((0, 0), np.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_moments_and_magnitudes(dtype: torch.dtype) -> None:
+    x_TI = _inputs(3000, 5, dtype)
+    exact = x_TI.double().numpy()
+    for statistic, expected in ((Mean(), exact.mean(axis=0)), (AbsMean(), np.abs(exact).mean(axis=0))):
+        whole = statistic.finish(statistic.update(statistic.init(5), x_TI))
+        assert np.abs(whole.numpy() - expected).max() <= 1e-5 * np.abs(exact).max()
+        parts = [statistic.update(statistic.init(5), part) for part in x_TI.split(1100)]
+        merged = statistic.finish(statistic.merge(statistic.merge(parts[0], parts[1]), parts[2]))
+        assert np.abs(merged.numpy() - expected).max() <= 1e-5 * np.abs(exact).max()
+        assert statistic.finish(statistic.init(5)).tolist() == [0] * 5

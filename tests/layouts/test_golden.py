@@ -28,7 +28,7 @@ def test_layout(format):
     assert golden["format"] == format
     assert layout.to_dense().tolist() == golden["dense"]
     assert {name: array.tobytes() for name, array in layout.arrays().items()} == raw
-    assert np.array_equal(unpack(layout).weight_OI, layout.to_dense())
+    assert np.array_equal(unpack(layout).value_OI, layout.to_dense())
     if format in NO_SOLUTION:
         return
     again = pack(unpack(layout), float_format="f32" if format == "dense-f32-v1" else "bf16")

@@ -141,7 +141,7 @@ def test_conformance_of_low_rank_pairs(read_by_the_specification, grid):
         raw = {name: array.tobytes() for name, array in layout.arrays().items()}
         exact = read_by_the_specification(layout.format, layout.meta(), raw)
         assert np.array_equal(layout.to_dense(), exact.astype(np.float32))
-        assert np.array_equal(unpack(layout).weight_OI, layout.to_dense())
+        assert np.array_equal(unpack(layout).value_OI, layout.to_dense())
 
 
 def test_factors_that_do_not_fit():
@@ -195,7 +195,7 @@ def test_conformance_of_sums(read_by_the_specification, format):
             raw = {name: array.tobytes() for name, array in layout.arrays().items()}
             exact = read_by_the_specification("sum-v1", layout.meta(), raw)
             assert np.allclose(layout.to_dense(), exact, rtol=1e-6, atol=1e-6)
-            assert np.array_equal(unpack(layout).weight_OI, layout.to_dense())
+            assert np.array_equal(unpack(layout).value_OI, layout.to_dense())
 
 
 def test_parts_that_do_not_fit():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
 from rarefy.core.errors import PatternError
-from rarefy.core.patterns import NM, Blocks, Unstructured
+from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import pack, unpack
 from rarefy.methods import METHODS, LayerMethod, Magnitude
@@ -36,6 +36,10 @@ def test_a_later_step_never_undoes_an_earlier_one(first: str, second: str) -> No
                 with pytest.raises(PatternError, match=r"layer x: an earlier step put it on int\d"):
                     two.compress(middle, stats, layer="x")
                 continue
+            if middle.factors is not None and _unstorable(middle, two):
+                with pytest.raises(PatternError, match=r"layer x: .*factors"):
+                    two.compress(middle, stats, layer="x")
+                continue
             result = two.compress(middle, stats, layer="x")
             result.check()
             if middle.mask_OI is not None:
@@ -44,17 +48,36 @@ def test_a_later_step_never_undoes_an_earlier_one(first: str, second: str) -> No
                 assert not (result.mask_OI & ~middle.mask_OI).any()
             if middle.grid is not None:
                 assert result.grid is middle.grid
+            if middle.factors is not None:
+                assert result.factors is not None
+                assert result.factors.rank == middle.factors.rank
+                assert result.only_factors == middle.only_factors
+                # only rounding what has nothing beside its factors changes their values
+                assert result.factors is middle.factors or (middle.only_factors and grid is not None)
             pattern = getattr(two, "pattern", None)
             if pattern is not None:
                 assert result.mask_OI is not None
                 most = (1 - pattern.sparsity + 0.02) * result.mask_OI.size
+                if isinstance(pattern, Lines):
+                    pattern = pattern.fit(result.shape, "x")
                 if isinstance(pattern, Blocks):  # smaller ones at the edges
                     most = pattern.max_num_values(result.shape)
                 assert result.mask_OI.sum() <= most
             # what is stored is what was computed (floats are stored in bfloat16)
             stored = unpack(pack(result))
-            tolerance = 0 if result.grid is not None else 2**-8 * np.abs(result.weight_OI)
-            assert (np.abs(stored.weight_OI - result.weight_OI) <= tolerance).all()
+            if result.factors is None:
+                tolerance = 0 if result.grid is not None else 2**-8 * np.abs(result.weight_OI)
+                assert (np.abs(stored.weight_OI - result.weight_OI) <= tolerance).all()
+            else:
+                size_OI = np.abs(result.factors.left_OK) @ np.abs(result.factors.right_KI) + np.abs(result.weight_OI)
+                assert (np.abs(stored.value_OI - result.value_OI) <= 2**-7 * size_OI).all()
+
+
+def _unstorable(middle: Solution, two: LayerMethod) -> bool:
+    """Whether the second step asks for what no layout stores: zeros in factors, other than 8 bits, a second pair."""
+    values = getattr(two, "values", None)
+    zeros_or_bits = getattr(two, "pattern", None) is not None or (values is not None and values.num_bits != 8)
+    return getattr(two, "rank", None) is not None or (middle.only_factors and zeros_or_bits)
 
 
 def test_two_of_four_then_thirty_per_cent_stays_two_of_four() -> None:

@@ -2,14 +2,17 @@
 
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
 from rarefy.calibrate.inputs import cast_inputs, example_calls, text_calls, without_cache
-from rarefy.calibrate.statistics import Gram, SquaredNorm, Statistic, Sum
+from rarefy.calibrate.statistics import AbsMean, Activity, Gram, Mean, SquaredNorm, Statistic, Sum
 from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_windows, read_text
 
 __all__ = [
     "DEFAULT_SOURCE",
+    "AbsMean",
+    "Activity",
     "BlockWalk",
     "Call",
     "Gram",
+    "Mean",
     "SquaredNorm",
     "Statistic",
     "Sum",

@@ -113,6 +113,84 @@ class SquaredNorm:
         return state.total / max(1, state.num_tokens)
 
 
+@final
+@dataclass(frozen=True)
+class Mean:
+    """The first moment of each input: mean over tokens of x_i, (I,)."""
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(in_features, dtype=torch.float32))
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Add the column sums of x."""
+        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
+            state.total += part_TI.to(torch.float32).sum(0)
+        state.num_tokens += x_TI.shape[0]
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean, float32 (I,)."""
+        return state.total / max(1, state.num_tokens)
+
+
+@final
+@dataclass(frozen=True)
+class Activity:
+    """How often each input is active: the share of tokens with |x_i| above a threshold, (I,)."""
+
+    threshold: float = 0.0
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(in_features, dtype=torch.float32))
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Count the tokens above the threshold."""
+        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
+            # NaN is not above it, and must be told all the same
+            state.total += (part_TI.abs() > self.threshold).sum(0) + 0 * part_TI.to(torch.float32).sum(0)
+        state.num_tokens += x_TI.shape[0]
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The share, float32 (I,)."""
+        return state.total / max(1, state.num_tokens)
+
+
+@final
+@dataclass(frozen=True)
+class AbsMean:
+    """The mean magnitude of each input: mean over tokens of |x_i|, (I,)."""
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(in_features, dtype=torch.float32))
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Add the column sums of |x|."""
+        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
+            state.total += part_TI.to(torch.float32).abs().sum(0)
+        state.num_tokens += x_TI.shape[0]
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean, float32 (I,)."""
+        return state.total / max(1, state.num_tokens)
+
+
 @contextmanager
 def bfloat16_products(enabled: bool) -> Iterator[None]:
     """Let the CPU multiply float32 matrices through its bfloat16 unit, with sums in float32.

@@ -160,4 +160,44 @@ class Blocks:
         return total
 
 
+@final
+@dataclass(frozen=True)
+class Lines:
+    """Whole rows (outputs) or whole columns (inputs) are zero; on a given layer this is a pattern of blocks.
+
+    Args:
+        axis: "rows" or "columns".
+        sparsity: fraction of them that is zero, in [0, 1].
+
+    Raises:
+        PatternError: a field is out of range.
+    """
+
+    axis: str
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        if self.axis not in ("rows", "columns"):
+            raise PatternError("pattern", f"axis {self.axis!r}", allowed="rows or columns")
+        Unstructured(self.sparsity)  # the same bounds
+
+    def fit(self, shape: tuple[int, int], layer: str) -> Blocks:
+        """The blocks that the rows or columns of a matrix (O, I) are.
+
+        Raises:
+            PatternError: they are longer than a block can be.
+        """
+        block_shape = (1, max(1, shape[1])) if self.axis == "rows" else (max(1, shape[0]), 1)
+        if max(block_shape) > MAX_BLOCK:
+            raise PatternError(
+                f"layer {layer}",
+                f"{self.axis} of {max(block_shape)} entries",
+                allowed=f"at most {MAX_BLOCK}",
+                hint="choose blocks, which cut them into pieces, or exclude the layer",
+            )
+        return Blocks(block_shape, self.sparsity)
+
+
 Pattern = Unstructured | NM | Blocks
+# what a method may be asked for
+WantedPattern = Pattern | Lines

@@ -1,29 +1,89 @@
-"""What a compression method hands to the next one: a matrix, its zero pattern and its value grid."""
+"""What a compression method hands to the next one: a matrix, its zero pattern and its value grid, and its factors."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, final
 
 import numpy as np
 import numpy.typing as npt
 
 from rarefy.core.errors import LayoutError, NonFiniteError
-from rarefy.core.grids import FittedGrid, Float32Array, chunks, dequantize, quantize
-from rarefy.core.patterns import NM, Pattern
+from rarefy.core.grids import FittedGrid, Float32Array, IntGrid, chunks, dequantize, quantize
+from rarefy.core.patterns import NM, Pattern, Unstructured
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A matrix of low rank, left @ right.
+
+    Args:
+        left_OK: float32 (O, K).
+        right_KI: float32 (K, I).
+        left_grid: the grid that the left factor lies on; None: any float.
+        right_grid: the same of the right one; both factors have a grid of one specification, or none has.
+
+    Raises:
+        LayoutError: dtypes, shapes or grids disagree.
+    """
+
+    left_OK: Float32Array
+    right_KI: Float32Array
+    left_grid: FittedGrid | None = None
+    right_grid: FittedGrid | None = None
+
+    def __post_init__(self) -> None:
+        left, right = self.left_OK, self.right_KI
+        if left.dtype != np.float32 or right.dtype != np.float32 or left.ndim != 2 or right.ndim != 2:
+            raise LayoutError(
+                "factors", f"{left.dtype} {left.shape} and {right.dtype} {right.shape}", allowed="float32"
+            )
+        if left.shape[1] != right.shape[0]:
+            raise LayoutError("factors", f"shapes {left.shape} and {right.shape}", allowed="(O, K) and (K, I)")
+        grids = [None if fitted is None else fitted.grid for fitted in (self.left_grid, self.right_grid)]
+        if grids[0] != grids[1]:
+            raise LayoutError("factors", f"grids {grids[0]} and {grids[1]}", allowed="the same for both")
+        for weight, fitted in self._pairs():
+            _check_scales(weight, fitted)
+
+    @property
+    def rank(self) -> int:
+        """K."""
+        return int(self.left_OK.shape[1])
+
+    @cached_property
+    def product_OI(self) -> Float32Array:  # noqa: N802 (shape suffix)
+        """left @ right, float32 (O, I): sums in float64, rounded once, as the layout's `to_dense`."""
+        product = self.left_OK.astype(np.float64) @ self.right_KI.astype(np.float64)
+        return product.astype(np.float32)
+
+    def check(self) -> None:
+        """Check the invariants that cost a pass over the factors; see Solution.check."""
+        for weight, fitted in self._pairs():
+            Solution(weight, None, None, fitted).check()
+
+    def _pairs(self) -> tuple[tuple[Float32Array, FittedGrid | None], ...]:
+        return (self.left_OK, self.left_grid), (self.right_KI, self.right_grid)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A cheap matrix V in place of a weight W, with what makes it cheap.
+    """A cheap matrix V in place of a weight W, with what makes it cheap: V = weight_OI + left @ right.
 
-    A later method starts from it and keeps it: zeros stay zeros, a grid stays a grid.
+    A later method starts from it and keeps it: zeros of `weight_OI` stay zeros, a grid stays a grid, factors stay
+    factors of that rank. Where there are no factors, `weight_OI` is V. Where everything is in the factors, `weight_OI`
+    is zero and its mask is False everywhere.
 
     Args:
-        weight_OI: float32 (O, I), the matrix V; 0 where the mask is False; on the grid where there is one.
+        weight_OI: float32 (O, I); 0 where the mask is False; on the grid where there is one.
         mask_OI: bool (O, I), True where the entry is kept (stored; its value may still be 0); None: all are kept.
         pattern: the pattern that the mask obeys; None without a mask.
         grid: the grid that every kept weight lies on; None: any float.
+        factors: the part of V that has low rank; None: there is none.
+        original_OI: float32 (O, I), W as the first step found it; None where nobody knows it any more.
 
     Raises:
         LayoutError: dtypes or shapes disagree.
@@ -33,6 +93,8 @@ class Solution:
     mask_OI: npt.NDArray[np.bool_] | None
     pattern: Pattern | None
     grid: FittedGrid | None
+    factors: Factors | None = None
+    original_OI: Float32Array | None = None
 
     def __post_init__(self) -> None:
         weight, mask = self.weight_OI, self.mask_OI
@@ -42,21 +104,72 @@ class Solution:
             raise LayoutError("solution", "a mask without a pattern, or the reverse", allowed="both or none")
         if mask is not None and (mask.dtype != np.bool_ or mask.shape != weight.shape):
             raise LayoutError("solution", f"mask {mask.dtype} {mask.shape}", allowed=f"bool {weight.shape}")
-        if self.grid is not None:
-            expected = (weight.shape[0], self.grid.grid.num_groups(weight.shape[1]))
-            if self.grid.scale_OG.shape != expected:
-                raise LayoutError("solution", f"scales {self.grid.scale_OG.shape}", allowed=str(expected))
+        _check_scales(weight, self.grid)
+        if self.factors is not None:
+            shape = (self.factors.left_OK.shape[0], self.factors.right_KI.shape[1])
+            if shape != weight.shape:
+                raise LayoutError("solution", f"factors of a matrix {shape}", allowed=str(weight.shape))
+        original = self.original_OI
+        if original is not None and (original.shape != weight.shape or original.dtype != np.float32):
+            raise LayoutError(
+                "solution", f"original {original.dtype} {original.shape}", allowed=f"float32 {weight.shape}"
+            )
 
     @classmethod
     def dense(cls, weight_OI: Float32Array) -> Self:
         """The uncompressed start: every entry kept, any float."""
-        return cls(weight_OI, None, None, None)
+        return cls(weight_OI, None, None, None, original_OI=weight_OI)
+
+    @classmethod
+    def low_rank(cls, factors: Factors, original_OI: Float32Array | None = None) -> Self:
+        """Factors and nothing else."""
+        shape = (factors.left_OK.shape[0], factors.right_KI.shape[1])
+        nothing = np.zeros(shape, dtype=np.bool_)
+        return cls(np.zeros(shape, dtype=np.float32), nothing, Unstructured(1.0), None, factors, original_OI)
+
+    def with_matrix(
+        self,
+        weight_OI: Float32Array,
+        mask_OI: npt.NDArray[np.bool_] | None,
+        pattern: Pattern | None,
+        grid: FittedGrid | None,
+    ) -> Self:
+        """The solution with another matrix beside its factors, as every method that knows nothing of factors makes."""
+        return dataclasses.replace(self, weight_OI=weight_OI, mask_OI=mask_OI, pattern=pattern, grid=grid)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
         rows, width = self.weight_OI.shape
         return rows, width
+
+    @property
+    def value_OI(self) -> Float32Array:  # noqa: N802 (shape suffix)
+        """V, float32 (O, I)."""
+        return self.weight_OI if self.factors is None else self.weight_OI + self.factors.product_OI
+
+    @property
+    def target_OI(self) -> Float32Array:  # noqa: N802 (shape suffix)
+        """What `weight_OI` stands for: W without the factors' part; `weight_OI` itself where W is not known."""
+        if self.original_OI is None:
+            return self.weight_OI
+        return self.original_OI if self.factors is None else self.original_OI - self.factors.product_OI
+
+    @cached_property
+    def only_factors(self) -> bool:
+        """Whether everything is in the factors."""
+        return self.factors is not None and self.mask_OI is not None and not self.mask_OI.any()
+
+    @property
+    def value_grid(self) -> IntGrid | None:
+        """The grid that the matrix is on, or the factors where there is nothing else."""
+        fitted = self.factors.left_grid if self.factors is not None and self.only_factors else self.grid
+        return None if fitted is None else fitted.grid
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in V; factors leave none."""
+        return 0.0 if self.mask_OI is None or self.factors is not None else 1.0 - float(np.mean(self.mask_OI))
 
     def check(self) -> None:
         """Check the invariants that cost a pass over the weights.
@@ -65,6 +178,8 @@ class Solution:
             NonFiniteError: a weight is NaN or infinite.
             LayoutError: a pruned weight is not zero, a weight is off the grid, or a group keeps more than its pattern.
         """
+        if self.factors is not None:
+            self.factors.check()
         for rows in chunks(*self.shape):
             self._check_rows(rows)
 
@@ -92,10 +207,15 @@ def stack(parts: Sequence[Solution]) -> Solution:
 
     Args:
         parts: at least one.
+
+    Raises:
+        LayoutError: several, and one has factors: a pair of factors per part is no pair of the whole.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
+    if any(part.factors is not None for part in parts):
+        raise LayoutError("solution", "factors of a part of the rows", allowed="factors of a layer without groups")
     masks = [part.mask_OI for part in parts if part.mask_OI is not None]
     grids = [part.grid for part in parts if part.grid is not None]
     grid = None
@@ -108,3 +228,10 @@ def stack(parts: Sequence[Solution]) -> Solution:
         first.pattern,
         grid,
     )
+
+
+def _check_scales(weight: Float32Array, fitted: FittedGrid | None) -> None:
+    if fitted is not None:
+        expected = (weight.shape[0], fitted.grid.num_groups(weight.shape[1]))
+        if fitted.scale_OG.shape != expected:
+            raise LayoutError("solution", f"scales {fitted.scale_OG.shape}", allowed=str(expected))

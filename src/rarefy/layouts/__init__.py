@@ -12,6 +12,7 @@ from rarefy.layouts.block_float import BlockFloat
 from rarefy.layouts.block_int import BlockInt
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.factored import FloatFormat
 from rarefy.layouts.lookup_table import NF4, LookupTable
 from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.nm_float import NMFloat
@@ -19,7 +20,6 @@ from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.packing import (
     FORMATS,
     AnyLayout,
-    FloatFormat,
     RowLayout,
     choose_format,
     pack,

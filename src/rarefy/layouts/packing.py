@@ -1,6 +1,7 @@
 """From a Solution to the layout that stores it, and back."""
 
-from typing import Literal, assert_never
+import dataclasses
+from typing import assert_never
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,7 @@ from rarefy.layouts.block_int import BlockInt
 from rarefy.layouts.block_order import blocks_of, count_entries, to_stream
 from rarefy.layouts.dense_float import DenseFloat
 from rarefy.layouts.dense_int import DenseInt
+from rarefy.layouts.factored import FloatFormat, choose_factored, pack_factored, unpack_factors
 from rarefy.layouts.lookup_table import LookupTable
 from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.nm_float import NMFloat
@@ -27,10 +29,11 @@ from rarefy.layouts.scales import stored_grid
 from rarefy.layouts.sum import Sum
 from rarefy.layouts.ternary import Ternary
 
-FloatFormat = Literal["bf16", "f32"]
 # whose rows lie at known places, so that an embedding can look them up
 RowLayout = DenseFloat | DenseInt | Ternary | Binary | LookupTable
 AnyLayout = RowLayout | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt | LowRank | Sum
+# what the matrix of a solution becomes
+MatrixLayout = DenseFloat | DenseInt | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt
 
 # the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
 FORMATS: dict[str, type[AnyLayout]] = {
@@ -73,6 +76,8 @@ def choose_format(
     pattern: Pattern | None,
     grid: IntGrid | None,
     *,
+    rank: int | None = None,
+    factor_grid: IntGrid | None = None,
     num_values: int | None = None,
     num_block_values: int | None = None,
     float_format: FloatFormat = "bf16",
@@ -85,6 +90,8 @@ def choose_format(
         shape: (O, I).
         pattern: zero pattern, None for dense.
         grid: value grid, None for floats.
+        rank: of the factors beside the matrix; None: there are none. A pattern that prunes everything leaves only them.
+        factor_grid: of the factors.
         num_values: entries kept by an unstructured or block pattern; None: what its sparsity says.
         num_block_values: entries of the blocks that hold those; None: what the sparsity says, at most.
         float_format: dtype of dense floats. Sparse floats are always bfloat16.
@@ -93,6 +100,11 @@ def choose_format(
         Format name and bytes of all arrays.
     """
     rows, width = shape
+    if rank is not None:
+        only_factors = isinstance(pattern, Unstructured) and pattern.sparsity == 1
+        matrix = None if only_factors else choose_format(shape, pattern, grid, float_format=float_format)[1]
+        dense_bytes = choose_format(shape, None, None, float_format=float_format)
+        return choose_factored(shape, rank, factor_grid, matrix, dense_bytes)
     values = float_format if grid is None else f"int{grid.num_bits}"
     sparse_values = "bf16" if grid is None else values
     common: dict[str, object] = {"shape": [rows, width]}
@@ -134,13 +146,22 @@ def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout
         nm-* for an N:M pattern, bitmask-* for an unstructured one, block-* for blocks (bitmask-* where those take fewer
         bytes, and for codes of fewer than 8 bits), dense-* without a mask or where the sparse one would be larger. An
         N:M group that keeps fewer entries than its pattern, and a block of which some are kept, is filled up with
-        stored zeros.
+        stored zeros. Factors become lowrank-*, and together with a matrix beside them sum-v1, unless the dense matrix
+        takes fewer bytes.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite, or too large for bfloat16.
-        LayoutError: the solution breaks its own invariants (see Solution.check).
+        LayoutError: the solution breaks its own invariants (see Solution.check), or has factors on a grid that no
+            format of factors holds.
     """
     solution.check()
+    if solution.factors is not None:
+        return pack_factored(solution, solution.factors, pack_matrix, float_format)
+    return pack_matrix(solution, float_format)
+
+
+def pack_matrix(solution: Solution, float_format: FloatFormat) -> MatrixLayout:
+    """Store the matrix of a solution, which has been checked, without its factors."""
     grid = None if solution.grid is None else solution.grid.grid
     mask_OI, pattern = solution.mask_OI, solution.pattern
     if mask_OI is None:
@@ -169,11 +190,15 @@ def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout
 def unpack(layout: AnyLayout) -> Solution:
     """The solution that a layout stores; its weights are the stored ones (after rounding).
 
-    No grid of core.grids describes ternary, binary and lookup-table layouts: theirs has none. Nor does a solution say
-    how a matrix is factorized: of a low-rank pair or a sum it is the matrix itself.
+    No grid of core.grids describes ternary, binary and lookup-table layouts: theirs has none. Of a sum of two matrices
+    the solution is the matrix itself.
     """
     match layout:
-        case DenseFloat() | Ternary() | Binary() | LookupTable() | LowRank() | Sum():
+        case LowRank():
+            return Solution.low_rank(unpack_factors(layout))
+        case Sum(first=LowRank() as pair, second=second) if not isinstance(second, LowRank):
+            return dataclasses.replace(unpack(second), factors=unpack_factors(pair), original_OI=None)
+        case DenseFloat() | Ternary() | Binary() | LookupTable() | Sum():
             return Solution.dense(layout.to_dense())
         case DenseInt():
             return Solution(layout.to_dense(), None, None, layout.fitted)
@@ -195,7 +220,7 @@ def unpack(layout: AnyLayout) -> Solution:
             assert_never(layout)
 
 
-def _pack_dense(solution: Solution, float_format: FloatFormat) -> AnyLayout:
+def _pack_dense(solution: Solution, float_format: FloatFormat) -> DenseFloat | DenseInt:
     if solution.grid is None:
         weight = np.ascontiguousarray(solution.weight_OI)
         return DenseFloat(weight if float_format == "f32" else _bf16(weight))
@@ -204,7 +229,7 @@ def _pack_dense(solution: Solution, float_format: FloatFormat) -> AnyLayout:
     return DenseInt(solution.shape, solution.grid.grid, packed, *stored_grid(solution.grid))
 
 
-def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
+def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> BitmaskFloat | BitmaskInt:
     mask = base.pack_mask(mask_OI)
     if solution.grid is None:
         return BitmaskFloat(solution.shape, mask, _bf16(base.take_kept(solution.weight_OI, mask_OI)))
@@ -212,7 +237,7 @@ def _pack_bitmask(solution: Solution, mask_OI: npt.NDArray[np.bool_]) -> AnyLayo
     return BitmaskInt(solution.shape, solution.grid.grid, num_values, mask, codes, *stored_grid(solution.grid))
 
 
-def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) -> AnyLayout:
+def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) -> NMFloat | NMInt:
     mask = base.pack_mask(mask_OI)
     if solution.grid is None:
         return NMFloat(solution.shape, pattern, mask, _bf16(base.take_kept(solution.weight_OI, mask_OI)))
@@ -220,7 +245,7 @@ def _pack_nm(solution: Solution, pattern: NM, mask_OI: npt.NDArray[np.bool_]) ->
     return NMInt(solution.shape, solution.grid.grid, pattern, mask, codes, *stored_grid(solution.grid))
 
 
-def _pack_blocks(solution: Solution, pattern: Blocks, mask_RC: npt.NDArray[np.bool_]) -> AnyLayout:
+def _pack_blocks(solution: Solution, pattern: Blocks, mask_RC: npt.NDArray[np.bool_]) -> BlockFloat | BlockInt:
     mask, block_shape = base.pack_mask(mask_RC), pattern.block_shape
     if solution.grid is None:
         return BlockFloat(solution.shape, block_shape, mask, _bf16(to_stream(solution.weight_OI, mask_RC, pattern)))

@@ -1,18 +1,71 @@
 """Compression methods: one file each, and the one dictionary that recipes, documentation and tests go through."""
 
 from rarefy.methods.base import LayerMethod
+from rarefy.methods.lowrank.asvd import ASVD
+from rarefy.methods.lowrank.drone import DRONE
+from rarefy.methods.lowrank.oats import OATS
+from rarefy.methods.lowrank.robust_pca import RobustPCA
+from rarefy.methods.lowrank.svd import SVD
+from rarefy.methods.lowrank.svd_llm import SVDLLM
+from rarefy.methods.lowrank.svt import SVT
+from rarefy.methods.pruning.alps import ALPS
+from rarefy.methods.pruning.apoz import APoZ
+from rarefy.methods.pruning.dsnot import DSnoT
+from rarefy.methods.pruning.lasso import Lasso
+from rarefy.methods.pruning.least_squares import Refit
 from rarefy.methods.pruning.magnitude import Magnitude
+from rarefy.methods.pruning.random import Random
+from rarefy.methods.pruning.ria import RIA
 from rarefy.methods.pruning.sparsegpt import SparseGPT
 from rarefy.methods.pruning.wanda import Wanda
 from rarefy.methods.quantization.gptq import GPTQ
 from rarefy.methods.quantization.rtn import RTN
+from rarefy.methods.rescale import Rescale
 
 METHODS: dict[str, type[LayerMethod]] = {
+    "random": Random,
     "magnitude": Magnitude,
     "wanda": Wanda,
+    "ria": RIA,
+    "dsnot": DSnoT,
+    "apoz": APoZ,
     "sparsegpt": SparseGPT,
+    "alps": ALPS,
+    "lasso": Lasso,
+    "refit": Refit,
+    "rescale": Rescale,
+    "svd": SVD,
+    "svt": SVT,
+    "asvd": ASVD,
+    "svd-llm": SVDLLM,
+    "drone": DRONE,
+    "oats": OATS,
+    "robust-pca": RobustPCA,
     "rtn": RTN,
     "gptq": GPTQ,
 }
 
-__all__ = ["GPTQ", "METHODS", "RTN", "LayerMethod", "Magnitude", "SparseGPT", "Wanda"]
+__all__ = [
+    "ALPS",
+    "ASVD",
+    "DRONE",
+    "GPTQ",
+    "METHODS",
+    "OATS",
+    "RIA",
+    "RTN",
+    "SVD",
+    "SVDLLM",
+    "SVT",
+    "APoZ",
+    "DSnoT",
+    "Lasso",
+    "LayerMethod",
+    "Magnitude",
+    "Random",
+    "Refit",
+    "Rescale",
+    "RobustPCA",
+    "SparseGPT",
+    "Wanda",
+]

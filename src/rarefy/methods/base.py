@@ -15,7 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
-from rarefy.core.errors import NonFiniteError, UsageError
+from rarefy.core.errors import NonFiniteError, PatternError, UsageError
 from rarefy.core.solution import Solution
 
 
@@ -118,6 +118,23 @@ def check_finite_weight(weight_OI: npt.NDArray[np.float32], layer: str) -> None:
             f"{num_bad} of {weight_OI.size} weights are NaN or infinite",
             hint="the input model is damaged; run `rarefy inspect` on it, or exclude the layer",
         )
+
+
+def prunable_weight(solution: Solution, layer: str) -> npt.NDArray[np.float32]:
+    """The matrix of a solution for a method that makes zeros in it.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+        PatternError: an earlier step left nothing but factors, which are stored whole.
+    """
+    if solution.only_factors:
+        raise PatternError(
+            f"layer {layer}",
+            "an earlier step left nothing but factors, which are stored without zeros",
+            hint="let that step keep what its factors do not hold (remainder: keep), or exclude the layer",
+        )
+    check_finite_weight(solution.weight_OI, layer)
+    return solution.weight_OI
 
 
 def finite_statistic(

@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.core.patterns import NM, Blocks, Pattern
+from rarefy.core.patterns import NM, Blocks, Lines, Pattern, WantedPattern
+from rarefy.core.solution import Solution
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float32]
@@ -40,6 +41,45 @@ def keep_highest(score_ON: FloatArray, num_keep: int) -> BoolArray:
     place_ON = np.cumsum(tied_ON, axis=1)
     first_ON: BoolArray = tied_ON & (place_ON <= num_missing_O[:, None])
     return kept_ON | first_ON
+
+
+def concrete(pattern: WantedPattern, shape: tuple[int, ...], layer: str) -> Pattern:
+    """The pattern that a layer of this shape gets.
+
+    Raises:
+        PatternError: it does not fit the layer.
+    """
+    rows, width = shape
+    if isinstance(pattern, NM):
+        pattern.check_fits(width, layer)
+    return pattern.fit((rows, width), layer) if isinstance(pattern, Lines) else pattern
+
+
+def select(
+    score_OI: FloatArray, pattern: WantedPattern, present_OI: BoolArray | None, layer: str, *, per_row: bool = False
+) -> BoolArray:
+    """Keep the entries with the highest scores that a pattern allows; zeros that are there already always stay.
+
+    Args:
+        score_OI: float32, what pruning an entry would cost; of a block the sum counts.
+        pattern: which entries may be zero.
+        present_OI: bool, False where an entry was pruned earlier; None: all are present.
+        layer: the name for error messages.
+        per_row: unstructured zeros compete within their row, and blocks within their row of blocks, not over the layer.
+
+    Raises:
+        PatternError: the layer is narrower than an N:M group, or its rows or columns are longer than a block can be.
+    """
+    per_row = per_row and not isinstance(pattern, Lines)  # whole rows compete with each other
+    pattern = concrete(pattern, score_OI.shape, layer)
+    if isinstance(pattern, NM):
+        return select_nm(score_OI, pattern, present_OI)
+    if isinstance(pattern, Blocks):
+        return select_blocks(score_OI, pattern, present_OI, per_row=per_row)
+    if per_row:
+        return select_unstructured(score_OI, pattern.sparsity, present_OI)
+    present = None if present_OI is None else present_OI.reshape(1, -1)
+    return select_unstructured(score_OI.reshape(1, -1), pattern.sparsity, present).reshape(score_OI.shape)
 
 
 def num_pruned(sparsity: float, start: int, stop: int) -> int:
@@ -133,14 +173,23 @@ def _sum_blocks(value_OI: npt.NDArray[np.float32] | BoolArray, pattern: Blocks) 
     return sums_RC
 
 
-def pattern_of(kept_OI: BoolArray, wanted: Pattern, earlier: Pattern | None, earlier_OI: BoolArray | None) -> Pattern:
+def pattern_of(
+    kept_OI: BoolArray, wanted: WantedPattern, earlier: Pattern | None, earlier_OI: BoolArray | None
+) -> Pattern:
     """Name the pattern that a mask obeys after pruning to `wanted` on top of an earlier mask.
 
     Where the step prunes nothing new, the earlier pattern is the tighter description (2 of 4, then 30 % unstructured).
     """
     if earlier is not None and earlier_OI is not None and np.array_equal(kept_OI, earlier_OI):
         return earlier
-    return sparser(earlier, wanted)
+    return sparser(earlier, concrete(wanted, kept_OI.shape, "of this mask"))
+
+
+def pruned(solution: Solution, kept_OI: BoolArray, wanted: WantedPattern) -> Solution:
+    """The solution without the entries that are not kept, the values of the others as they were."""
+    pattern = pattern_of(kept_OI, wanted, solution.pattern, solution.mask_OI)
+    weight_OI = np.where(kept_OI, solution.weight_OI, np.float32(0))
+    return solution.with_matrix(weight_OI, kept_OI, pattern, solution.grid)
 
 
 def sparser(earlier: Pattern | None, wanted: Pattern) -> Pattern:

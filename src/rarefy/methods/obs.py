@@ -122,7 +122,8 @@ def _invert_upper(right_II: Tensor) -> Tensor:
     """
     width = right_II.shape[0]
     if width <= _INVERTED_AT_ONCE:
-        return torch.linalg.solve_triangular(right_II, torch.eye(width, dtype=right_II.dtype), upper=True)
+        inverse_II: Tensor = torch.linalg.solve_triangular(right_II, torch.eye(width, dtype=right_II.dtype), upper=True)
+        return inverse_II
     half = width // 2
     inverse_II = torch.zeros_like(right_II)
     inverse_II[:half, :half] = _invert_upper(right_II[:half, :half])

@@ -5,7 +5,8 @@ from typing import Protocol
 
 from rarefy.calibrate.statistics import Gram
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Lines, Pattern, Unstructured
+from rarefy.core.ranks import Rank
 from rarefy.layouts import FloatFormat, choose_format
 from rarefy.methods.masks import sparser
 from rarefy.plan.cost import Rates, gram_seconds, measure_rates, solve_seconds
@@ -94,15 +95,29 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
     pattern: Pattern | None = None
     grid: IntGrid | None = None
     num_patterns = 0
+    rank: int | None = None
+    factor_grid: IntGrid | None = None
+    by_energy = False
     for _, method in layer.steps:
+        wanted_rank = getattr(method, "rank", None)
+        if isinstance(wanted_rank, Rank):
+            rank, by_energy = wanted_rank.most(layer.shape), wanted_rank.energy is not None
+            if pattern is None and grid is None and getattr(method, "remainder", "keep") == "drop":
+                pattern = Unstructured(1.0)
         wanted = getattr(method, "pattern", None)
+        if isinstance(wanted, Lines):
+            wanted = wanted.fit(layer.shape, layer.layer)
         if isinstance(wanted, NM | Unstructured | Blocks):
             num_patterns += 1
             pattern = sparser(pattern, wanted)
         values = getattr(method, "values", None)
-        if isinstance(values, IntGrid):
+        if isinstance(values, IntGrid) and rank is not None and pattern == Unstructured(1.0):
+            factor_grid = values
+        elif isinstance(values, IntGrid):
             grid = values
-    name, num_bytes = choose_format(layer.shape, pattern, grid, float_format=float_format)
+    name, num_bytes = choose_format(
+        layer.shape, pattern, grid, rank=rank, factor_grid=factor_grid, float_format=float_format
+    )
     rows, width = layer.shape
     return PlannedLayer(
         name=layer.layer,
@@ -111,7 +126,7 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
         format=name,
         input_bytes=_weight_bytes(ref, rows * width),
         packed_bytes=num_bytes,
-        exact=num_patterns < 2 and (not isinstance(pattern, Blocks) or pattern.is_even(layer.shape)),
+        exact=num_patterns < 2 and not by_energy and (not isinstance(pattern, Blocks) or pattern.is_even(layer.shape)),
     )
 
 

@@ -10,7 +10,8 @@ import yaml
 
 from rarefy.core.errors import RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Blocks, Unstructured
+from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
+from rarefy.core.ranks import Rank
 from rarefy.methods import METHODS, LayerMethod
 
 RestDtype = Literal["bfloat16", "float32"]
@@ -90,6 +91,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
 def _plain(value: object) -> Any:
     if isinstance(value, Blocks):
         return {"block": list(value.block_shape), "sparsity": value.sparsity}
-    if isinstance(value, Unstructured | NM | IntGrid):
+    if isinstance(value, Rank):
+        return {key: given for key, given in dataclasses.asdict(value).items() if given is not None}
+    if isinstance(value, Unstructured | NM | Lines | IntGrid):
         return dataclasses.asdict(value)
     return value if isinstance(value, int | float | str | bool | None) else repr(value)

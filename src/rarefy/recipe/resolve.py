@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, final
 
-from rarefy.core.errors import RecipeError
+from rarefy.core.errors import PatternError, RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM
+from rarefy.core.patterns import NM, Lines
 from rarefy.methods import LayerMethod
 from rarefy.methods.grid_search import describe
 from rarefy.recipe.model import Recipe, Step
@@ -202,10 +202,10 @@ def _listed(names: Sequence[str]) -> str:
 
 def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Sequence[Step]) -> None:
     tied = [other for other in structure.layers if layer.name in (other.name, other.tied_to)]
-    pattern, values = getattr(step.method, "pattern", None), getattr(step.method, "values", None)
+    pattern, values, rank = (getattr(step.method, name, None) for name in ("pattern", "values", "rank"))
     if any(other.kind == "embedding" for other in tied):
-        if pattern is not None:
-            problem = "which stores every row whole: no zero pattern"
+        if pattern is not None or rank is not None:
+            problem = "which stores every row whole: no zero pattern, no factors"
         elif step.method.needs():
             problem = "which has no inputs to take statistics of"
         else:
@@ -223,6 +223,13 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
             f"layer {layer.name}: input axis {layer.matrix[1]} is smaller than the group of {pattern.group}",
             hint="exclude it in the step's targets, or choose a smaller group",
         )
+    if isinstance(pattern, Lines):
+        try:
+            pattern.fit((layer.shape[0], layer.shape[1]), layer.name)
+        except PatternError as error:
+            found = f"{error.where}: {error.found}"
+            raise RecipeError(step.where, found, allowed=error.allowed, hint=error.hint) from None
+    _check_factors(step, layer, earlier)
     grids = [grid for other in earlier if isinstance(grid := getattr(other.method, "values", None), IntGrid)]
     if isinstance(values, IntGrid) and grids and grids[-1] != values:
         raise RecipeError(
@@ -230,3 +237,30 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
             f"layer {layer.name} is already put on {describe(grids[-1])}; this step asks for {describe(values)}",
             hint="a grid stays a grid: exclude the layer in one of the two steps",
         )
+
+
+def _check_factors(step: Step, layer: LayerRef, earlier: Sequence[Step]) -> None:
+    """Refuse what no layout of factors holds: a second pair, zeros in a pair, and values of other than 8 bits in it."""
+    pattern, values, rank = (getattr(step.method, name, None) for name in ("pattern", "values", "rank"))
+    only_factors = has_factors = is_cheap = False
+    for other in earlier:
+        if getattr(other.method, "rank", None) is not None:
+            has_factors = True
+            only_factors = not is_cheap and getattr(other.method, "remainder", "keep") == "drop"
+        is_cheap |= getattr(other.method, "pattern", None) is not None or isinstance(_values(other), IntGrid)
+    if has_factors and rank is not None:
+        raise RecipeError(
+            step.where,
+            f"layer {layer.name} has factors already",
+            hint="a layer has one pair: exclude the layer in one of the two steps",
+        )
+    hint = "let the earlier step keep what its factors do not hold (remainder: keep), or exclude the layer"
+    if only_factors and pattern is not None:
+        raise RecipeError(step.where, f"nothing is left of layer {layer.name} but factors, stored whole", hint=hint)
+    if only_factors and isinstance(values, IntGrid) and values.num_bits != 8:
+        found = f"nothing is left of layer {layer.name} but factors; this step asks for {describe(values)}"
+        raise RecipeError(step.where, found, allowed="8 bits", hint=hint)
+
+
+def _values(step: Step) -> object:
+    return getattr(step.method, "values", None)

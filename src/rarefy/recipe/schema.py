@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from rarefy.core.errors import RarefyError, RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import MAX_BLOCK, MAX_GROUP, NM, Blocks, Pattern, Unstructured
+from rarefy.core.patterns import MAX_BLOCK, MAX_GROUP, NM, Blocks, Lines, Unstructured, WantedPattern
+from rarefy.core.ranks import MAX_RANK, Rank
 from rarefy.methods import METHODS, LayerMethod
 from rarefy.methods.base import describe_bounds
 from rarefy.recipe.model import Recipe, RestDtype, Step
@@ -53,6 +54,13 @@ class BlocksSpec(_Strict):
     sparsity: float = Field(ge=0, le=1, description="fraction of blocks that are zero")
 
 
+class LinesSpec(_Strict):
+    """Whole rows (outputs) or columns (inputs) are zero."""
+
+    axis: Literal["rows", "columns"] = Field(description="what is zero as a whole")
+    sparsity: float = Field(ge=0, le=1, description="fraction of rows or columns that are zero")
+
+
 class ValuesSpec(_Strict):
     """The integer grid that weights are rounded to."""
 
@@ -63,9 +71,32 @@ class ValuesSpec(_Strict):
     symmetric: bool = Field(default=False, description="no zero points: the grid is centred on zero")
 
 
+class RankSpec(_Strict):
+    """The rank of factors, said in exactly one of four ways."""
+
+    ratio: float | None = Field(default=None, gt=0, le=1, description="numbers in both factors, of those in the matrix")
+    energy: float | None = Field(default=None, gt=0, le=1, description="of the squared singular values, at least")
+    count: int | None = Field(default=None, ge=1, le=MAX_RANK, description="the rank itself")
+    num_bytes: int | None = Field(default=None, ge=1, description="of the two factors of a layer, in bfloat16")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("exactly one of ratio, energy, count, num_bytes")
+        return self
+
+
 def _pattern_tag(value: object) -> str:
     keys = value.keys() if isinstance(value, Mapping) else set()
-    return "blocks" if "block" in keys else "nm" if keys & {"keep", "group"} else "unstructured"
+    return (
+        "lines"
+        if "axis" in keys
+        else "blocks"
+        if "block" in keys
+        else "nm"
+        if keys & {"keep", "group"}
+        else "unstructured"
+    )
 
 
 PatternSpec = Annotated[
@@ -73,11 +104,17 @@ PatternSpec = Annotated[
         Annotated[UnstructuredSpec, Tag("unstructured")],
         Annotated[NMSpec, Tag("nm")],
         Annotated[BlocksSpec, Tag("blocks")],
+        Annotated[LinesSpec, Tag("lines")],
     ],
     Discriminator(_pattern_tag),
 ]
 
-_FILE_TYPES: dict[object, Any] = {Pattern: PatternSpec, IntGrid: ValuesSpec, IntGrid | None: ValuesSpec | None}
+_FILE_TYPES: dict[object, Any] = {
+    WantedPattern: PatternSpec,
+    Rank: RankSpec,
+    IntGrid: ValuesSpec,
+    IntGrid | None: ValuesSpec | None,
+}
 
 _STEP_FIELDS: dict[str, Any] = {
     "targets": (
@@ -192,6 +229,10 @@ def _from_file(value: object) -> object:
             return NM(value.keep, value.group)
         case BlocksSpec():
             return Blocks((value.block[0], value.block[1]), value.sparsity)
+        case LinesSpec():
+            return Lines(value.axis, value.sparsity)
+        case RankSpec():
+            return Rank(**value.model_dump())
         case ValuesSpec():
             return IntGrid(value.num_bits, value.group_size, value.symmetric)
         case dict():  # a default of a method
@@ -252,6 +293,8 @@ def _follow(loc: tuple[str | int, ...], data: Any) -> tuple[Path, Any, type[Base
         if isinstance(here, Mapping) and part in here:
             if part == "values" and isinstance(here[part], Mapping):
                 model = ValuesSpec
+            elif part == "rank" and isinstance(here[part], Mapping):
+                model = RankSpec
             path.append(part)
             here = here[part]
         elif isinstance(here, list) and isinstance(part, int) and part < len(here):
@@ -263,6 +306,8 @@ def _follow(loc: tuple[str | int, ...], data: Any) -> tuple[Path, Any, type[Base
             model = NMSpec
         elif part == "blocks":
             model = BlocksSpec
+        elif part == "lines":
+            model = LinesSpec
         elif part == "unstructured":
             model = UnstructuredSpec
     return tuple(path), here, model
@@ -277,7 +322,9 @@ def _label(path: Path) -> str:
 
 def _mapping_allowed(path: Path, model: type[BaseModel] | None) -> str:
     if path and path[-1] == "pattern":
-        return "{sparsity: S}, {keep: K, group: G} or {block: [R, C], sparsity: S}"
+        return "{sparsity: S}, {keep: K, group: G}, {block: [R, C], sparsity: S} or {axis: A, sparsity: S}"
+    if path and path[-1] == "rank":
+        return "{ratio: R}, {energy: E}, {count: K} or {num_bytes: B}"
     if path and path[-1] == "values":
         model = ValuesSpec
     elif len(path) == 2:

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
-from rarefy.core.errors import NonFiniteError, RarefyError
+from rarefy.core.errors import NonFiniteError, PatternError, RarefyError
 from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
 from rarefy.core.patterns import NM, Pattern, Unstructured
-from rarefy.core.solution import Solution
+from rarefy.core.solution import Factors, Solution
 from rarefy.layouts import pack
 from rarefy.methods import LayerMethod
 
 # a width that no group divides, one row, and a width of one group
 _SHAPES = ((24, 200), (1, 64), (5, 64))
+_STARTS = (
+    "dense", "pruned", "2 of 4", "on a grid", "pruned and on a grid", "factors", "factors beside a matrix",
+    "factors beside a matrix that is pruned and on a grid", "factors on a grid",
+)  # fmt: skip
 
 
 def check_method(method: LayerMethod, *, seed: int = 0) -> None:
@@ -31,7 +35,7 @@ def check_method(method: LayerMethod, *, seed: int = 0) -> None:
         AssertionError: a promise is broken; the message says which.
     """
     _check_declaration(method)
-    for (rows, width), start in product(_SHAPES, ("dense", "pruned", "2 of 4", "on a grid", "pruned and on a grid")):
+    for (rows, width), start in product(_SHAPES, _STARTS):
         weight_OI, stats = make_problem(rows, width, method.needs(), seed=seed)
         solution = _start(weight_OI, start, method)
         _check_result(method, solution, stats, f"{rows} x {width}, {start}")
@@ -86,19 +90,42 @@ def _start(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]", start
         grouped = np.abs(weight_OI).reshape(weight_OI.shape[0], -1, 4)
         mask_OI = (np.argsort(np.argsort(grouped, axis=2), axis=2) >= 2).reshape(weight_OI.shape)
         pattern = NM(2, 4)
-    value_OI = weight_OI if mask_OI is None else np.where(mask_OI, weight_OI, np.float32(0))
+    values = getattr(method, "values", None)
+    wanted = values if isinstance(values, IntGrid) else IntGrid(4, 32, False)
+    if start in ("factors", "factors on a grid"):
+        bytes_grid = wanted if wanted.num_bits == 8 else IntGrid(8, None, True)  # what layouts of factors store
+        factors = _factors(weight_OI, None if start == "factors" else bytes_grid)
+        return Solution.low_rank(factors, weight_OI)
+    pair = _factors(weight_OI, None) if "factors" in start else None
+    rest_OI = weight_OI if pair is None else weight_OI - pair.product_OI
+    value_OI = rest_OI if mask_OI is None else np.where(mask_OI, rest_OI, np.float32(0))
     grid: FittedGrid | None = None
     if "grid" in start:
-        values = getattr(method, "values", None)
-        grid = fit_minmax(value_OI, values if isinstance(values, IntGrid) else IntGrid(4, 32, False))
+        grid = fit_minmax(value_OI, wanted)
         value_OI = dequantize(quantize(value_OI, grid), grid)
-    return Solution(value_OI, mask_OI, pattern, grid)
+    return Solution(value_OI, mask_OI, pattern, grid, pair, weight_OI)
+
+
+def _factors(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]", grid: IntGrid | None) -> Factors:
+    """Two of the rows and the first columns of a weight, as factors."""
+    left, right = np.ascontiguousarray(weight_OI[:, :2]), np.resize(weight_OI, (2, weight_OI.shape[1]))
+    if grid is None:
+        return Factors(left, right)
+    left_grid, right_grid = fit_minmax(left, grid), fit_minmax(right, grid)
+    left, right = dequantize(quantize(left, left_grid), left_grid), dequantize(quantize(right, right_grid), right_grid)
+    return Factors(left, right, left_grid, right_grid)
 
 
 def _check_result(method: LayerMethod, solution: Solution, stats: Mapping[Statistic, Tensor], where: str) -> None:
     weight_before = solution.weight_OI.copy()
     stats_before = {statistic: value.clone() for statistic, value in stats.items()}
-    result = method.compress(solution, stats, layer="conformance")
+    try:
+        result = method.compress(solution, stats, layer="conformance")
+    except PatternError as error:
+        # what no layout stores, such as zeros in factors, is refused with the reason
+        _require(solution.factors is not None, f"{where}: {error}")
+        _require("conformance" in str(error), f"{where}: a PatternError that does not name the layer")
+        return
     _require(np.array_equal(weight_before, solution.weight_OI), f"{where}: compress() changed its input")
     for statistic, value in stats.items():
         _require(torch.equal(value, stats_before[statistic]), f"{where}: compress() changed a statistic")
@@ -114,6 +141,12 @@ def _check_result(method: LayerMethod, solution: Solution, stats: Mapping[Statis
         _require(result.mask_OI is not None, f"{where}: the mask is gone")
         assert result.mask_OI is not None
         _require(not np.any(result.mask_OI & ~solution.mask_OI), f"{where}: a zero of an earlier step is kept again")
+    if solution.factors is not None:
+        _require(result.factors is not None, f"{where}: the factors are gone")
+        assert result.factors is not None
+        _require(result.factors.rank <= solution.factors.rank, f"{where}: the rank of the factors has grown")
+        if solution.factors.left_grid is not None:
+            _require(result.factors.left_grid is solution.factors.left_grid, f"{where}: the factors' grid is gone")
     if solution.grid is not None:
         _require(result.grid is not None, f"{where}: the grid is gone")
         assert result.grid is not None

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from rarefy.calibrate.statistics import Gram, Statistic
 from rarefy.core.grids import FittedGrid, IntGrid
-from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
+from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured, WantedPattern
 from rarefy.core.solution import Solution
-from rarefy.methods.base import check_finite_weight, check_hyperparameters, cut, finite_statistic, hyperparameter
+from rarefy.methods.base import check_hyperparameters, cut, finite_statistic, hyperparameter, prunable_weight
 from rarefy.methods.grid_search import Search, fit_grid, same_grid
-from rarefy.methods.masks import BoolArray, FloatArray, pattern_of, select_blocks, select_nm, select_unstructured
+from rarefy.methods.masks import (
+    BoolArray,
+    FloatArray,
+    concrete,
+    pattern_of,
+    select_blocks,
+    select_nm,
+    select_unstructured,
+)
 from rarefy.methods.obs import Factor, Order, factorize, group_spans, sweep
 from rarefy.methods.refit import refit
 
@@ -41,7 +49,7 @@ class SparseGPT:
     """
 
     paper: ClassVar[str] = "arXiv:2301.00774"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
     values: IntGrid | None = hyperparameter(None, "round the kept entries to this grid in the same sweep; null: do not")
     percent_damp: float = hyperparameter(0.01, "added to the diagonal of H, as a fraction of its mean", ge=0, le=1)
     order: Order = hyperparameter("given", "which columns come first")
@@ -58,23 +66,22 @@ class SparseGPT:
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune, and maybe quantize, one layer; see `LayerMethod.compress`."""
-        weight_OI = solution.weight_OI
-        check_finite_weight(weight_OI, layer)
+        weight_OI = prunable_weight(solution, layer)
         width = weight_OI.shape[1]
         gram_II = finite_statistic(stats, Gram(), (width, width), layer)
+        wanted = concrete(self.pattern, weight_OI.shape, layer)
         group = 1
-        if isinstance(self.pattern, NM):
-            self.pattern.check_fits(width, layer)
-            group = self.pattern.group
-        elif isinstance(self.pattern, Blocks):
-            group = self.pattern.block_shape[1]
+        if isinstance(wanted, NM):
+            group = wanted.group
+        elif isinstance(wanted, Blocks):
+            group = wanted.block_shape[1]
         factor = factorize(gram_II, self.percent_damp, self.order, group, layer)
         fitted = solution.grid
         if fitted is not None and self.values is not None:
             same_grid(fitted, self.values, layer)
         if fitted is None and self.values is not None and self.refit_steps == 0:
             fitted = fit_grid(weight_OI, self.values, self.search, factor.loss_I())
-        value_OI, kept_OI = self._prune(solution, factor, fitted, group)
+        value_OI, kept_OI = self._prune(solution, wanted, factor, fitted, group)
         if self.refit_steps and fitted is None:
             weight, start, kept = (torch.from_numpy(array) for array in (weight_OI, value_OI, kept_OI))
             value_OI = refit(weight, start, kept, factor.gram_II, self.refit_steps).numpy()
@@ -82,13 +89,12 @@ class SparseGPT:
                 fitted = fit_grid(value_OI, self.values, self.search, factor.loss_I())
                 value_OI = self._round(value_OI, kept_OI, gram_II, fitted, layer)
         pattern = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)
-        return Solution(value_OI, kept_OI, pattern, fitted)
+        return solution.with_matrix(value_OI, kept_OI, pattern, fitted)
 
     def _prune(
-        self, solution: Solution, factor: Factor, fitted: FittedGrid | None, group: int
+        self, solution: Solution, pattern: Pattern, factor: Factor, fitted: FittedGrid | None, group: int
     ) -> tuple[FloatArray, BoolArray]:
         """Run algorithm 1: choose zeros, and round to `fitted` if there is one, column by column."""
-        pattern = self.pattern
         rows, width = solution.shape
 
         def choose(start: int, cost_BO: FloatArray, present_BO: BoolArray | None) -> BoolArray:

@@ -8,10 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
-from rarefy.core.patterns import NM, Blocks, Pattern
+from rarefy.core.patterns import WantedPattern
 from rarefy.core.solution import Solution
-from rarefy.methods.base import check_finite_weight, check_hyperparameters, finite_statistic, hyperparameter
-from rarefy.methods.masks import pattern_of, select_blocks, select_nm, select_unstructured
+from rarefy.methods.base import check_hyperparameters, finite_statistic, hyperparameter, prunable_weight
+from rarefy.methods.masks import pruned, select
 
 
 @final
@@ -30,7 +30,7 @@ class Wanda:
     """
 
     paper: ClassVar[str] = "arXiv:2306.11695"
-    pattern: Pattern = hyperparameter(MISSING, "which entries may be zero")
+    pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
@@ -41,17 +41,9 @@ class Wanda:
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""
-        weight_OI = solution.weight_OI
-        check_finite_weight(weight_OI, layer)
+        weight_OI = prunable_weight(solution, layer)
         square_I = finite_statistic(stats, SquaredNorm(), (weight_OI.shape[1],), layer)
         norm_I = square_I.clamp(min=0).sqrt().cpu().numpy().astype(np.float32)
         score_OI = np.abs(weight_OI) * norm_I  # equation 1
-        if isinstance(self.pattern, NM):
-            self.pattern.check_fits(weight_OI.shape[1], layer)
-            kept_OI = select_nm(score_OI, self.pattern, solution.mask_OI)
-        elif isinstance(self.pattern, Blocks):
-            kept_OI = select_blocks(score_OI, self.pattern, solution.mask_OI, per_row=True)
-        else:
-            kept_OI = select_unstructured(score_OI, self.pattern.sparsity, solution.mask_OI)
-        pattern = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)
-        return Solution(np.where(kept_OI, weight_OI, np.float32(0)), kept_OI, pattern, solution.grid)
+        kept_OI = select(score_OI, self.pattern, solution.mask_OI, layer, per_row=True)
+        return pruned(solution, kept_OI, self.pattern)

@@ -10,6 +10,7 @@ from rarefy.calibrate.statistics import Gram, Statistic
 from rarefy.core.grids import IntGrid
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_finite_weight, check_hyperparameters, cut, finite_statistic, hyperparameter
+from rarefy.methods.factors import quantize_factors
 from rarefy.methods.grid_search import Search, fit_grid, same_grid
 from rarefy.methods.obs import Order, factorize, sweep
 
@@ -52,6 +53,8 @@ class GPTQ:
         check_finite_weight(weight_OI, layer)
         width = weight_OI.shape[1]
         gram_II = finite_statistic(stats, Gram(), (width, width), layer)
+        if solution.only_factors:
+            return quantize_factors(self, self.values, solution, stats, layer)
         if solution.grid is not None:
             same_grid(solution.grid, self.values, layer)
             return solution
@@ -66,4 +69,4 @@ class GPTQ:
             choose=None,
             fitted=fitted,
         )
-        return Solution(value_OI, solution.mask_OI, solution.pattern, fitted)
+        return solution.with_matrix(value_OI, solution.mask_OI, solution.pattern, fitted)

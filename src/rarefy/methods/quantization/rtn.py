@@ -11,6 +11,7 @@ from rarefy.calibrate.statistics import Statistic
 from rarefy.core.grids import FittedGrid, IntGrid, dequantize, quantize
 from rarefy.core.solution import Solution
 from rarefy.methods.base import check_finite_weight, check_hyperparameters, cut, hyperparameter
+from rarefy.methods.factors import quantize_factors
 from rarefy.methods.grid_search import Search, fit_grid, same_grid
 
 # An embedding is by far the largest matrix of a small model: rows at a time keep the peak of memory low.
@@ -42,7 +43,8 @@ class RTN:
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Quantize one layer; see `LayerMethod.compress`."""
-        del stats  # none is needed
+        if solution.only_factors:
+            return quantize_factors(self, self.values, solution, stats, layer)
         weight_OI = solution.weight_OI
         check_finite_weight(weight_OI, layer)
         if solution.grid is not None:
@@ -60,4 +62,4 @@ class RTN:
             np.concatenate([part.scale_OG for part in parts]),
             np.concatenate([part.zero_point_OG for part in parts]),
         )
-        return Solution(value_OI, solution.mask_OI, solution.pattern, fitted)
+        return solution.with_matrix(value_OI, solution.mask_OI, solution.pattern, fitted)

@@ -1,0 +1,1 @@
+"""Methods that put a matrix, or a part of it, into factors of low rank."""
