@@ -23,7 +23,7 @@ void packers::nm_bf16(Packing& packing) {
     const int keep = static_cast<int>(packing.integer("keep", 1, 64));
     const int group = static_cast<int>(packing.integer("group", keep, 64));
     const int count = kBlockInputs % group == 0 ? kBlockInputs / group * keep : kBlockInputs;
-    if (packing.isa() != Isa::avx512 || count > kMostEntries) {
+    if (packing.isa() < Isa::avx512 || count > kMostEntries) {
         packers::mask_bf16(packing);
         return;
     }
@@ -164,6 +164,12 @@ void nm_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
 }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+void rarefy::matmul::neon::nm_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+    mask_bf16(w, rows, part);
+}
 
 #elif RAREFY_PASS_SAMPLES
 
