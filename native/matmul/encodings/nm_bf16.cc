@@ -1,4 +1,5 @@
-// bfloat16 under N:M: lists of entries for AVX-512 where a block keeps so few that a mask would cost more, or a mask.
+// bfloat16 under N:M: lists of entries for AVX-512 and AMX where a block keeps so few that a mask would cost more, or a
+// mask.
 //
 // Every block keeps the same number of entries in every output, in order of their columns. Two by two they make steps
 // of 16 outputs: 32 bytes of columns (of the even entry in the low byte of an output, of the odd one in the high byte),
@@ -23,7 +24,7 @@ void packers::nm_bf16(Packing& packing) {
     const int keep = static_cast<int>(packing.integer("keep", 1, 64));
     const int group = static_cast<int>(packing.integer("group", keep, 64));
     const int count = kBlockInputs % group == 0 ? kBlockInputs / group * keep : kBlockInputs;
-    if (packing.isa() != Isa::avx512 || count > kMostEntries) {
+    if (packing.isa() < Isa::avx512 || count > kMostEntries) {
         packers::mask_bf16(packing);
         return;
     }
@@ -164,6 +165,12 @@ void nm_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
 }
 
 }  // namespace rarefy::matmul::avx512
+
+#elif RAREFY_PASS_NEON
+
+void rarefy::matmul::neon::nm_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+    mask_bf16(w, rows, part);
+}
 
 #elif RAREFY_PASS_SAMPLES
 
