@@ -1,4 +1,5 @@
-// bfloat16 under N:M: lists of entries for AVX-512 where a block keeps so few that a mask would cost more, or a mask.
+// bfloat16 under N:M: lists of entries for AVX-512 and AMX where a block keeps so few that a mask would cost more, or a
+// mask.
 //
 // Every block keeps the same number of entries in every output, in order of their columns. Two by two they make steps
 // of 16 outputs: 32 bytes of columns (of the even entry in the low byte of an output, of the odd one in the high byte),
