@@ -1,5 +1,6 @@
 """Loads the compiled extension once, or says once that the slow numpy reference runs instead."""
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -9,6 +10,7 @@ from typing import Final
 
 from rarefy.core.errors import UsageError
 from rarefy.kernels.cpu import MAX_THREADS, CpuFlags, default_num_threads, parse_cpuinfo, read_cpuinfo
+from rarefy.kernels.tiles import tiles_agree
 
 ISA_VARIABLE: Final = "RAREFY_ISA"
 ISAS: Final = ("numpy", "reference", "neon", "avx2", "avx_vnni", "avx512", "amx")
@@ -55,9 +57,18 @@ def extension_status() -> tuple[bool, str]:
 
 @functools.cache
 def detect_cpu() -> CpuFlags:
-    """Flags of this machine's CPU: from the extension, else from /proc/cpuinfo, else none."""
+    """Flags of this machine's CPU: from the extension, else from /proc/cpuinfo, else none.
+
+    Where AMX's products are wrong, with one warning those without AMX.
+    """
     module, _ = _import()
-    return parse_cpuinfo(read_cpuinfo()) if module is None else CpuFlags(**module.cpu_flags())
+    if module is None:
+        return parse_cpuinfo(read_cpuinfo())
+    flags = CpuFlags(**module.cpu_flags())
+    if flags.amx_tile and flags.amx_int8 and flags.amx_bf16 and not tiles_agree(module):
+        warnings.warn("AMX gives other products than AVX-512 on this CPU: it is not used", stacklevel=2)
+        return dataclasses.replace(flags, amx_tile=False, amx_int8=False, amx_bf16=False)
+    return flags
 
 
 def isa_cap() -> str | None:
