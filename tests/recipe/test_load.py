@@ -100,6 +100,7 @@ def test_the_recipes_that_the_documentation_names_are_there() -> None:
         "2-4",
         "2-4-int4",
         "sparse-70",
+        "sparsegpt-50",
         "k-of-64",
         "lowrank-sparse",
         "int8",
