@@ -108,7 +108,7 @@ inline int drive(int argc, char** argv) {
         const char* const value = i + 1 < argc ? argv[i + 1] : "";
         char* end = nullptr;
         const unsigned long long number = std::strtoull(value, &end, 10);
-        if (*value == 0 || *end != 0) end = nullptr;
+        if (*value < '0' || *value > '9' || *end != 0) end = nullptr;  // it would take a sign too
         if (end != nullptr && name == "--seconds") {
             seconds = static_cast<double>(number);
         } else if (end != nullptr && name == "--runs") {
