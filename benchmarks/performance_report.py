@@ -181,7 +181,7 @@ def _layout_table(result: dict[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 470, 70, 20, 40, 90
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 780, 470, 90, 20, 40, 90
 _COLORS = {"rarefy": "#c2410c", "torch": "#6b7280", "ONNX Runtime": "#2563eb", "OpenVINO": "#7c3aed", "ggml": "#059669"}
 
 
@@ -241,7 +241,7 @@ def _roofline(peers: Iterable[dict[str, Any]]) -> str:
     parts.append(
         f'<polyline fill="none" stroke="black" points="{x(left):.1f},{y(left * bandwidth):.1f} '
         f'{x(ridge):.1f},{y(top):.1f} {x(x_range[1]):.1f},{y(top):.1f}"/>'
-        f'<text x="{x(left) + 8:.1f}" y="{y(left * bandwidth) - 14:.1f}">{bandwidth / 1e9:.0f} GB/s</text>'
+        f'<text x="{x(left) + 8:.1f}" y="{y(left * bandwidth) - 28:.1f}">{bandwidth / 1e9:.0f} GB/s</text>'
         f'<text x="{x(ridge):.1f}" y="{y(top) - 6:.1f}">highest measured</text>'
     )
     for intensity, rate, peer, label in sorted(points, key=lambda point: point[2] == "rarefy"):
