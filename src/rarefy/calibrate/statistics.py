@@ -88,107 +88,73 @@ class Gram:
         return upper + torch.triu(upper, 1).T
 
 
+class _ColumnMean:
+    """The mean over tokens of a number for each input, (I,); a statistic says which."""
+
+    def of(self, x_TI: Tensor) -> Tensor:
+        """The number, float32 (T, I), from the float32 inputs of some tokens."""
+        raise NotImplementedError
+
+    def init(self, in_features: int) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(in_features, dtype=torch.float32))
+
+    def update(self, state: Sum, x_TI: Tensor) -> Sum:
+        """Add the column sums."""
+        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
+            state.total += self.of(part_TI.to(torch.float32)).sum(0)
+        state.num_tokens += x_TI.shape[0]
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the tokens of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean, float32 (I,)."""
+        return state.total / max(1, state.num_tokens)
+
+
 @final
 @dataclass(frozen=True)
-class SquaredNorm:
+class SquaredNorm(_ColumnMean):
     """The second moment of each input: mean over tokens of x_i^2, (I,); the diagonal of the Gram matrix."""
 
-    def init(self, in_features: int) -> Sum:
-        """An empty sum."""
-        return Sum(torch.zeros(in_features, dtype=torch.float32))
-
-    def update(self, state: Sum, x_TI: Tensor) -> Sum:
-        """Add the column sums of x^2."""
-        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
-            state.total += part_TI.to(torch.float32).square().sum(0)
-        state.num_tokens += x_TI.shape[0]
-        return state
-
-    def merge(self, a: Sum, b: Sum) -> Sum:
-        """The sum over the tokens of both."""
-        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
-
-    def finish(self, state: Sum) -> Tensor:
-        """The mean, float32 (I,)."""
-        return state.total / max(1, state.num_tokens)
+    def of(self, x_TI: Tensor) -> Tensor:
+        """x^2."""
+        return x_TI.square()
 
 
 @final
 @dataclass(frozen=True)
-class Mean:
+class Mean(_ColumnMean):
     """The first moment of each input: mean over tokens of x_i, (I,)."""
 
-    def init(self, in_features: int) -> Sum:
-        """An empty sum."""
-        return Sum(torch.zeros(in_features, dtype=torch.float32))
-
-    def update(self, state: Sum, x_TI: Tensor) -> Sum:
-        """Add the column sums of x."""
-        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
-            state.total += part_TI.to(torch.float32).sum(0)
-        state.num_tokens += x_TI.shape[0]
-        return state
-
-    def merge(self, a: Sum, b: Sum) -> Sum:
-        """The sum over the tokens of both."""
-        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
-
-    def finish(self, state: Sum) -> Tensor:
-        """The mean, float32 (I,)."""
-        return state.total / max(1, state.num_tokens)
+    def of(self, x_TI: Tensor) -> Tensor:
+        """x."""
+        return x_TI
 
 
 @final
 @dataclass(frozen=True)
-class Activity:
+class Activity(_ColumnMean):
     """How often each input is active: the share of tokens with |x_i| above a threshold, (I,)."""
 
     threshold: float = 0.0
 
-    def init(self, in_features: int) -> Sum:
-        """An empty sum."""
-        return Sum(torch.zeros(in_features, dtype=torch.float32))
-
-    def update(self, state: Sum, x_TI: Tensor) -> Sum:
-        """Count the tokens above the threshold."""
-        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
-            # NaN is not above it, and must be told all the same
-            state.total += (part_TI.abs() > self.threshold).sum(0) + 0 * part_TI.to(torch.float32).sum(0)
-        state.num_tokens += x_TI.shape[0]
-        return state
-
-    def merge(self, a: Sum, b: Sum) -> Sum:
-        """The sum over the tokens of both."""
-        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
-
-    def finish(self, state: Sum) -> Tensor:
-        """The share, float32 (I,)."""
-        return state.total / max(1, state.num_tokens)
+    def of(self, x_TI: Tensor) -> Tensor:
+        """1 where |x| is above the threshold, else 0; NaN stays NaN, which must be told."""
+        return (x_TI.abs() > self.threshold) + 0 * x_TI
 
 
 @final
 @dataclass(frozen=True)
-class AbsMean:
+class AbsMean(_ColumnMean):
     """The mean magnitude of each input: mean over tokens of |x_i|, (I,)."""
 
-    def init(self, in_features: int) -> Sum:
-        """An empty sum."""
-        return Sum(torch.zeros(in_features, dtype=torch.float32))
-
-    def update(self, state: Sum, x_TI: Tensor) -> Sum:
-        """Add the column sums of |x|."""
-        for part_TI in torch.split(x_TI, _TOKENS_PER_PRODUCT):
-            state.total += part_TI.to(torch.float32).abs().sum(0)
-        state.num_tokens += x_TI.shape[0]
-        return state
-
-    def merge(self, a: Sum, b: Sum) -> Sum:
-        """The sum over the tokens of both."""
-        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
-
-    def finish(self, state: Sum) -> Tensor:
-        """The mean, float32 (I,)."""
-        return state.total / max(1, state.num_tokens)
+    def of(self, x_TI: Tensor) -> Tensor:
+        """|x|."""
+        return x_TI.abs()
 
 
 @contextmanager
