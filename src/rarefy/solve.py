@@ -12,22 +12,23 @@ from typing import Any, Protocol, final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters
-from rarefy.calibrate.statistics import Gram, Statistic, bfloat16_products
+from rarefy.calibrate.row_counts import RowCounts
+from rarefy.calibrate.statistics import Statistic, bfloat16_products
 from rarefy.checkpoint import Checkpoint, Finished
-from rarefy.core.errors import PatternError
 from rarefy.core.grids import Float32Array
-from rarefy.core.results import ErrorMetric, LayerResult
+from rarefy.core.results import LayerResult
 from rarefy.core.solution import Solution, stack
 from rarefy.layouts import AnyLayout, FloatFormat, pack
 from rarefy.methods.base import LayerMethod
+from rarefy.methods.closeness import relative_error
 from rarefy.models.loaded import LoadedModel, check_finite
 from rarefy.models.memory import release_freed_memory
-from rarefy.models.structure import Structure
+from rarefy.models.structure import Readers, Structure
 from rarefy.nn import Weight, find_weight
 
 # Stands for the layers outside of the blocks among the names of blocks, none of which is empty where there are several.
@@ -53,6 +54,14 @@ class Task:
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics that any of the steps reads, each once."""
         return tuple(dict.fromkeys(statistic for _, method in self.steps for statistic in method.needs()))
+
+    def needs_of(self, readers: Readers) -> dict[str, tuple[Statistic, ...]]:
+        """The same by the layer whose calls give them: counts come from lookups, the others from products."""
+        by_layer: dict[str, tuple[Statistic, ...]] = {}
+        for statistic in self.needs():
+            name = (readers.lookup if isinstance(statistic, RowCounts) else readers.product) or self.layer
+            by_layer[name] = (*by_layer.get(name, ()), statistic)
+        return by_layer
 
 
 @final
@@ -103,7 +112,7 @@ def solve_model(
     """
     by_name = {task.layer: task for task in tasks}
     ordered = [by_name[layer.name] for layer in structure.layers if layer.name in by_name]
-    run = _Pass(loaded, dtype, float_format, progress, checkpoint if loaded.streams else None)
+    run = _Pass(loaded, structure, dtype, float_format, progress, checkpoint if loaded.streams else None)
     with calibration_mode(loaded.model), without_cache(loaded.model):
         if not any(task.needs() for task in ordered):
             run.without_data(ordered)
@@ -121,6 +130,7 @@ class _Pass:
     def __init__(
         self,
         loaded: LoadedModel,
+        structure: Structure,
         dtype: torch.dtype,
         float_format: FloatFormat,
         progress: Progress | None,
@@ -131,6 +141,7 @@ class _Pass:
         self.dtype = dtype
         self.float_format = float_format
         self.solved = Solved()
+        self._readers = structure.readers()
         self._progress = progress
         self._checkpoint = checkpoint
         self._units: dict[str, str] = {}
@@ -297,7 +308,7 @@ class _Pass:
         find_weight(self.model, layer).write(torch.from_numpy(weight_OI))
 
     def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[Statistic, ...]], dict[str, Weight]]:
-        wanted = {task.layer: task.needs() for task in tasks if task.needs()}
+        wanted = {name: needs for task in tasks for name, needs in task.needs_of(self._readers[task.layer]).items()}
         return wanted, {name: find_weight(self.model, name) for name in wanted}
 
     def _solve_if_seen(
@@ -308,11 +319,16 @@ class _Pass:
         *,
         in_block: bool = False,
     ) -> Solution | None:
-        if task.needs() and task.layer not in stats:
+        own = {
+            statistic: value
+            for name in task.needs_of(self._readers[task.layer])
+            for statistic, value in stats.get(name, {}).items()
+        }
+        if any(statistic not in own for statistic in task.needs()):
             self.solved.skipped[task.layer] = "no calibration input reached it, and its method needs some"
             self._tick(task.layer)
             return None
-        return self._solve(task, weight, stats.get(task.layer, {}), in_block=in_block)
+        return self._solve(task, weight, own, in_block=in_block)
 
     def _solve(
         self, task: Task, weight: Tensor, stats: Mapping[Statistic, Tensor], *, in_block: bool = False
@@ -326,9 +342,6 @@ class _Pass:
             for part_OI, part_stats in zip(np.split(weight_OI, num_groups), _split(stats, num_groups), strict=True)
         ]
         solution = stack(parts)
-        if isinstance(place.module, nn.Embedding) and (solution.mask_OI is not None or solution.factors is not None):
-            found = "zeros or factors in an embedding"
-            raise PatternError(f"layer {task.layer}", found, allowed="values, without a pattern")
         layout = pack(solution, float_format=self.float_format)
         # A figure for the report: rounding in the products moves it by far less than its last printed digit.
         with bfloat16_products(self.dtype == torch.bfloat16):
@@ -385,34 +398,3 @@ def _split(stats: Mapping[Statistic, Tensor], num_groups: int) -> list[Mapping[S
     if num_groups == 1:
         return [stats]
     return [{statistic: value[group] for statistic, value in stats.items()} for group in range(num_groups)]
-
-
-def relative_error(
-    weight_OI: Tensor, solution_OI: Tensor, stats: Mapping[Statistic, Tensor], num_groups: int = 1
-) -> tuple[float, ErrorMetric]:
-    """How far V is from W: relative to the layer's outputs where the Gram matrix is known, else to its weights.
-
-    Args:
-        weight_OI: W.
-        solution_OI: V.
-        stats: of the inputs; where there are several groups, one of each along a first axis.
-        num_groups: so many parts of the rows, of equal size, meet inputs of their own.
-
-    Returns:
-        ||(W - V) X||_F^2 / ||W X||_F^2 and "output", or ||W - V||_F^2 / ||W||_F^2 and "weight"; 0 where W X is 0.
-    """
-    difference_OI = weight_OI - solution_OI
-    gram = stats.get(Gram())
-    if gram is None:
-        error = float(difference_OI.square().sum(dtype=torch.float64))
-        size = float(weight_OI.square().sum(dtype=torch.float64))
-        return (error / size if size > 0 else 0.0), "weight"
-    grams_GII = gram.reshape(num_groups, *gram.shape[-2:])
-    error, size = (
-        sum(
-            float(torch.dot((part_OI @ gram_II).flatten(), part_OI.flatten()))
-            for part_OI, gram_II in zip(matrix_OI.chunk(num_groups), grams_GII, strict=True)
-        )
-        for matrix_OI in (difference_OI, weight_OI)
-    )
-    return (max(0.0, error) / size if size > 0 else 0.0), "output"

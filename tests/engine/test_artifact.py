@@ -15,7 +15,7 @@ from rarefy.artifact import read_artifact, write_artifact
 from rarefy.core.errors import DamagedFileError
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize
 from rarefy.core.patterns import NM, Pattern, Unstructured
-from rarefy.core.solution import Solution
+from rarefy.core.solution import Factors, Solution
 from rarefy.engine import Engine
 from rarefy.layouts import AnyLayout, pack
 
@@ -110,7 +110,7 @@ def test_packed_layers(
 
     def layout_of(tensor: str, weight: np.ndarray) -> AnyLayout | None:
         if "embed" in tensor:
-            return packed(weight, None, num_bits) if "embed_tokens" in tensor else None
+            return packed(weight, pattern, num_bits) if "embed_tokens" in tensor else None
         return None if "lm_head" in tensor or "pooler" in tensor else packed(weight, pattern, num_bits)
 
     dense = write_packed(tiny.path, tmp_path / "out", layout_of)
@@ -126,14 +126,32 @@ def test_packed_layers(
     assert engine.nbytes < Engine(tiny.path).nbytes
 
 
-def test_an_embedding_that_cannot_be_looked_up_is_refused(tiny_models: Models, tmp_path: Path) -> None:
-    def layout_of(tensor: str, weight: np.ndarray) -> AnyLayout | None:
-        return packed(weight, Unstructured(0.5), None) if "embed_tokens" in tensor else None
+def factorized(weight_OI: np.ndarray, *, beside: bool) -> AnyLayout:
+    u, s, vt = np.linalg.svd(weight_OI.astype(np.float64), full_matrices=False)
+    factors = Factors((u[:, :8] * s[:8]).astype(np.float32), np.ascontiguousarray(vt[:8], np.float32))
+    if not beside:
+        return pack(Solution.low_rank(factors))
+    rest_OI = weight_OI - factors.product_OI
+    mask_OI = np.abs(rest_OI) > np.quantile(np.abs(rest_OI), 0.7)
+    return pack(Solution(rest_OI * mask_OI, mask_OI, Unstructured(0.7), None, factors))
 
-    write_packed(tiny_models("llama").path, tmp_path / "out", layout_of)
-    with pytest.raises(DamagedFileError, match=r"model\.embed_tokens") as error:
-        Engine(tmp_path / "out")
-    assert "whole rows" in str(error.value)
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("name", ["llama-tied", "llama", "bert"])
+def test_a_factorized_embedding(tiny_models: Models, tmp_path: Path, name: str, beside: bool) -> None:
+    tiny = tiny_models(name)
+
+    def layout_of(tensor: str, weight: np.ndarray) -> AnyLayout | None:
+        return factorized(weight, beside=beside) if "embed_tokens" in tensor or "word_embeddings" in tensor else None
+
+    dense = write_packed(tiny.path, tmp_path / "out", layout_of)
+    specs = read_artifact(tmp_path / "out").specs
+    assert [spec.format_name for spec in specs.values()] == ["sum-v1" if beside else "lowrank-bf16-v1"]
+    tokens = np.random.default_rng(0).integers(0, 97, 60).tolist()
+    engine = Engine(tmp_path / "out")
+    found, expected = run(engine, tokens), expected_output(tiny, dense, tokens, rounded=False)
+    assert np.linalg.norm(found - expected) <= 1e-5 * np.linalg.norm(expected)
+    assert engine.nbytes < Engine(tiny.path).nbytes
 
 
 def test_a_damaged_layer_names_the_layer(tiny_models: Models, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from rarefy.artifact import write_artifact
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize, to_bf16_bits
 from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, LowRank, RowLayout, Sum, Ternary, pack
+from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, LowRank, Sum, Ternary, pack
 
 torch.set_num_threads(2)
 
@@ -82,13 +82,6 @@ def make_layout(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = Fa
     return layout
 
 
-def row_format(format_name: str) -> str:
-    """The format, or its dense relative where rows of it cannot be looked up."""
-    if FORMATS[format_name] in get_args(RowLayout):
-        return format_name
-    return "dense-bf16-v1" if format_name == "sum-v1" else f"dense-{format_name.split('-')[1]}-v1"
-
-
 def make_model(family: str) -> nn.Module:
     """A model with random weights, built from a configuration, always the same."""
     torch.manual_seed(0)
@@ -150,17 +143,12 @@ Chooser = Callable[[str, nn.Module], str | None]
 
 
 def write(path: Path, model: Any, choose: Chooser, *, tied: Mapping[str, str] | None = None) -> dict[str, AnyLayout]:
-    """Write `model` as an artifact with the layers that `choose` names a format for, and give it the same weights.
-
-    Embeddings get the dense relative of a format whose rows cannot be looked up.
-    """
+    """Write `model` as an artifact with the layers that `choose` names a format for, and give it the same weights."""
     tied = dict(tied or {})
     layers: dict[str, AnyLayout] = {}
     for name, module in model.named_modules():
         format_name = None if name in tied else choose(name, module)
         if format_name is not None:
-            if isinstance(module, nn.Embedding):
-                format_name = row_format(format_name)
             layers[name] = make_layout(format_name, module.weight.detach().numpy())
             module.weight.data = torch.from_numpy(layers[name].to_dense()).clone()
     for alias, name in tied.items():

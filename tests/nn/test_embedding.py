@@ -4,12 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from rarefy.core.errors import LayoutError
 from rarefy.layouts import FORMATS, Layout
 from rarefy.nn import CompressedEmbedding, CompressedLinear
-
-WITH_ROWS = sorted(name for name in FORMATS if not name.startswith(("bitmask", "nm", "block", "lowrank", "sum")))
-
 
 LayoutFor = Callable[[str, np.ndarray], Layout]
 Table = Callable[..., CompressedEmbedding]
@@ -26,7 +22,7 @@ def table(layout_for: LayoutFor) -> Table:
     return build
 
 
-@pytest.mark.parametrize("format_name", WITH_ROWS)
+@pytest.mark.parametrize("format_name", sorted(FORMATS))
 def test_rows_are_those_of_the_matrix(table: Table, format_name: str) -> None:
     embedding = table(format_name)
     indices = torch.tensor([[0, 19, 3], [3, 3, 7]])
@@ -54,13 +50,6 @@ def test_compute_dtype_follows_the_model(table: Table) -> None:
     assert embedding.weight.dtype == torch.bfloat16
     for name, array in arrays.items():
         assert torch.equal(embedding.get_buffer(name), array)
-
-
-@pytest.mark.parametrize("format_name", sorted(set(FORMATS) - set(WITH_ROWS)))
-def test_formats_without_whole_rows_are_refused(layout_for: LayoutFor, format_name: str) -> None:
-    layout = layout_for(format_name, np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32))
-    with pytest.raises(LayoutError, match="allowed: a format that stores whole rows"):
-        CompressedEmbedding.from_layout(layout)
 
 
 def test_a_tied_head_owns_no_arrays_and_follows_its_source(table: Table, layout_for: LayoutFor) -> None:

@@ -6,7 +6,8 @@ from tests.recipe.conftest import Layer, Model, decoder
 from rarefy.core.errors import RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Unstructured
-from rarefy.methods import GPTQ, RTN, Magnitude, SparseGPT
+from rarefy.core.ranks import Rank
+from rarefy.methods import GPTQ, RTN, SVD, SVDLLM, FrequencySVD, LayerMethod, Magnitude, SparseGPT
 from rarefy.recipe import Recipe, Step, load_recipe, notes, resolve, shipped_names
 
 HALF = Magnitude(Unstructured(0.5))
@@ -77,11 +78,26 @@ def test_an_untied_head_is_a_layer_of_its_own() -> None:
     assert planned(Recipe((Step(HALF, ("lm_head",)),)), untied) == {"lm_head": ["magnitude"]}
 
 
-@pytest.mark.parametrize("method", [HALF, SparseGPT(NM(2, 4)), INT4], ids=["magnitude", "sparsegpt", "gptq"])
-@pytest.mark.parametrize("glob", ["embed_tokens", "lm_head", "*"])
-def test_embeddings_take_round_to_nearest_only(model: Model, method: object, glob: str) -> None:
-    with pytest.raises(RecipeError, match=r"m\.yaml:3: \w+ targets the embedding model\.embed_tokens.*allowed: rtn"):
-        resolve(Recipe((Step(method, (glob,), where="m.yaml:3"),)), model)  # type: ignore[arg-type]
+@pytest.mark.parametrize("method", [HALF, SparseGPT(NM(2, 4)), INT4, FrequencySVD(Rank(ratio=0.5))])
+def test_an_embedding_that_is_tied_to_a_head_takes_every_method(model: Model, method: LayerMethod) -> None:
+    assert len(planned(Recipe((Step(method, ("lm_head",)),)), model)["model.embed_tokens"]) == 1
+
+
+@pytest.mark.parametrize("method", [HALF, INT8, SVD(Rank(ratio=0.5)), FrequencySVD(Rank(ratio=0.5))])
+def test_an_embedding_without_a_head_takes_methods_that_need_no_inputs(method: LayerMethod) -> None:
+    assert len(planned(Recipe((Step(method, ("embed_tokens",)),)), decoder(tied=False))["model.embed_tokens"]) == 1
+
+
+@pytest.mark.parametrize("method", [SparseGPT(NM(2, 4)), INT4, SVDLLM(Rank(ratio=0.5))])
+@pytest.mark.parametrize("glob", ["embed_tokens", "*"])
+def test_an_embedding_without_a_head_has_no_inputs(method: LayerMethod, glob: str) -> None:
+    with pytest.raises(RecipeError, match=r"m\.yaml:3: \S+ targets the embedding model\.embed_tokens.*allowed: .*svd"):
+        resolve(Recipe((Step(method, (glob,), where="m.yaml:3"),)), decoder(tied=False))
+
+
+def test_counts_of_rows_are_for_embeddings(model: Model) -> None:
+    with pytest.raises(RecipeError, match=r"frequency-svd targets model\.layers\.0\..*q_proj, which looks no rows up"):
+        resolve(Recipe((Step(FrequencySVD(Rank(ratio=0.5)), ("q_proj",)),)), model)
 
 
 def test_a_target_that_matches_nothing_lists_what_there_is(model: Model) -> None:

@@ -14,7 +14,7 @@ from rarefy.artifact import Artifact
 from rarefy.core.errors import DamagedFileError, LayoutError
 from rarefy.kernels import Prepared, matmul_many, prepare
 from rarefy.kernels.ops import Float32Array, Int64Array, Ops
-from rarefy.layouts import AnyLayout, DenseFloat, RowLayout
+from rarefy.layouts import AnyLayout, DenseFloat
 
 
 @final
@@ -44,7 +44,7 @@ class Linears:
 
 @final
 class Embedding:
-    """A look-up table; its rows are widened to float32 as they are read.
+    """A look-up table; its rows are decoded to float32 as they are read.
 
     Args:
         layout: (V, E).
@@ -52,7 +52,7 @@ class Embedding:
 
     __slots__ = ("_layout",)
 
-    def __init__(self, layout: RowLayout) -> None:
+    def __init__(self, layout: AnyLayout) -> None:
         self._layout = layout
 
     def rows(self, indices_T: Int64Array) -> Float32Array:
@@ -115,11 +115,9 @@ class Weights:
         """Read a look-up table.
 
         Raises:
-            DamagedFileError: it is missing, damaged, of another shape, or packed in a layout without rows.
+            DamagedFileError: it is missing, damaged, or of another shape.
         """
         layout = self._layout(name, shape)
-        if not isinstance(layout, RowLayout):
-            raise self._wrong(name, f"format {layout.format}", "one that stores whole rows, which are looked up")
         self.nbytes += layout.nbytes
         return Embedding(layout)
 

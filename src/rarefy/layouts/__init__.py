@@ -20,7 +20,6 @@ from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.packing import (
     FORMATS,
     AnyLayout,
-    RowLayout,
     choose_format,
     pack,
     packed_nbytes,
@@ -50,7 +49,6 @@ __all__ = [
     "MetaValue",
     "NMFloat",
     "NMInt",
-    "RowLayout",
     "Sum",
     "Ternary",
     "choose_format",

@@ -28,7 +28,7 @@ FLOAT32: np.dtype[np.generic] = np.dtype(np.float32)
 
 _BF16_EXPONENT = np.uint16(0x7F80)
 _MIN_SCALE_BITS, _MAX_SCALE_BITS = (int(b) for b in to_bf16_bits(np.array([MIN_SCALE, MAX_SCALE], dtype=np.float32)))
-_POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+POPCOUNT = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
 class Layout(Protocol):
@@ -48,6 +48,9 @@ class Layout(Protocol):
 
     def to_dense(self) -> Float32Array:
         """The matrix as float32 (O, I)."""
+
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
 
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""
@@ -193,7 +196,7 @@ def check_mask(format: str, mask_OB: npt.NDArray[np.uint8], width: int) -> None:
 
 def check_popcount(format: str, mask_OB: npt.NDArray[np.uint8], num_values: int) -> None:
     """As many bits are set as values are stored."""
-    found = int(_POPCOUNT[mask_OB].sum(dtype=np.int64))
+    found = int(POPCOUNT[mask_OB].sum(dtype=np.int64))
     if found != num_values:
         raise LayoutError(f"{format} mask", f"{found} bits set", allowed=f"{num_values}, the number of values")
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, cast, final
 
 import numpy as np
 import numpy.typing as npt
 
 from rarefy.core.grids import Float32Array, Uint8Array, Uint16Array, from_bf16_bits
-from rarefy.layouts import base
+from rarefy.layouts import base, row_lookup
 from rarefy.layouts.base import Array, ArraySpec, Meta, MetaValue
 
 FORMAT = "bitmask-bf16-v1"
@@ -60,6 +61,13 @@ class BitmaskFloat:
         dense[self.mask_OI()] = from_bf16_bits(self.values)
         return dense
 
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
+        index_N, shape = row_lookup.flat(indices)
+        mask_NI = base.unpack_mask(self.mask[index_N], self.shape[1])
+        place_S = row_lookup.row_places(mask_NI, self._starts[index_N])
+        return row_lookup.float_rows(mask_NI, self.values[place_S]).reshape(*shape, self.shape[1])
+
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""
         return {"mask": self.mask, "values": self.values}
@@ -85,3 +93,7 @@ class BitmaskFloat:
         base.check_popcount(format, mask, values.shape[0])
         base.check_finite_bf16(format, values)
         return cls(shape, mask, values)
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return row_lookup.row_starts(self.mask)

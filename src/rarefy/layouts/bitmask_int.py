@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, cast, final
 
 import numpy as np
 import numpy.typing as npt
 
 from rarefy.core.grids import FittedGrid, Float32Array, IntGrid, Uint8Array, Uint16Array
-from rarefy.layouts import base
+from rarefy.layouts import base, row_lookup
 from rarefy.layouts.base import Array, ArraySpec, Meta, MetaValue
 from rarefy.layouts.scales import dequantize_stream, fitted_grid
 
@@ -75,6 +76,15 @@ class BitmaskInt:
         """The matrix as float32 (O, I)."""
         return dequantize_stream(self.stream(), self.mask_OI(), self.fitted)
 
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
+        index_N, shape = row_lookup.flat(indices)
+        mask_NI = base.unpack_mask(self.mask[index_N], self.shape[1])
+        place_S = row_lookup.row_places(mask_NI, self._starts[index_N])
+        codes_S = row_lookup.codes_at(self.codes, place_S, self.grid.num_bits)
+        fitted = row_lookup.fitted_rows(index_N, self.grid, self.scales, self.zero_points)
+        return row_lookup.int_rows(mask_NI, codes_S, fitted).reshape(*shape, self.shape[1])
+
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""
         arrays: dict[str, Array] = {"mask": self.mask, "codes": self.codes, "scales": self.scales}
@@ -118,3 +128,7 @@ class BitmaskInt:
         base.check_grid_arrays(format, grid, arrays)
         zero_points = cast("Uint8Array | None", arrays.get("zero_points"))
         return cls(shape, grid, num_values, mask, codes, cast(Uint16Array, arrays["scales"]), zero_points)
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return row_lookup.row_starts(self.mask)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, cast, final
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from rarefy.core.errors import LayoutError
 from rarefy.core.grids import Float32Array, Uint8Array, Uint16Array, from_bf16_bits
 from rarefy.core.patterns import Blocks
-from rarefy.layouts import base
+from rarefy.layouts import base, row_lookup
 from rarefy.layouts.base import Array, ArraySpec, Meta, MetaValue
 from rarefy.layouts.bitmask_float import BitmaskFloat
 from rarefy.layouts.block_order import block_mask_spec, check_block_mask, entry_mask, from_stream, read_blocks
@@ -75,6 +76,14 @@ class BlockFloat:
         mask_OI = self.mask_OI()
         return BitmaskFloat(self.shape, base.pack_mask(mask_OI), base.take_kept(self._bits_OI(), mask_OI))
 
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
+        index_N, shape = row_lookup.flat(indices)
+        mask_NI, place_S = row_lookup.block_row_places(
+            index_N, self.mask_RC(), self._starts, self._blocks(), self.shape
+        )
+        return row_lookup.float_rows(mask_NI, self.values[place_S]).reshape(*shape, self.shape[1])
+
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""
         return {"mask": self.mask, "values": self.values}
@@ -107,3 +116,7 @@ class BlockFloat:
 
     def _bits_OI(self) -> Uint16Array:  # noqa: N802 (shape suffix)
         return from_stream(self.values, self.mask_RC(), self._blocks(), np.zeros(self.shape, dtype=np.uint16))
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return row_lookup.stripe_starts(self.mask_RC(), self._blocks(), self.shape)

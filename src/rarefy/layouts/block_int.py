@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self, cast, final
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from rarefy.core.errors import LayoutError
 from rarefy.core.grids import FittedGrid, Float32Array, IntGrid, Uint8Array, Uint16Array, dequantize, expand_groups
 from rarefy.core.patterns import Blocks
-from rarefy.layouts import base
+from rarefy.layouts import base, row_lookup
 from rarefy.layouts.base import Array, ArraySpec, Meta, MetaValue
 from rarefy.layouts.bitmask_int import BitmaskInt
 from rarefy.layouts.block_order import block_mask_spec, check_block_mask, entry_mask, from_stream, read_blocks
@@ -98,6 +99,16 @@ class BlockInt:
         mask = base.pack_mask(mask_OI)
         return BitmaskInt(self.shape, self.grid, len(codes), mask, codes, self.scales, self.zero_points)
 
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
+        index_N, shape = row_lookup.flat(indices)
+        mask_NI, place_S = row_lookup.block_row_places(
+            index_N, self.mask_RC(), self._starts, self._blocks(), self.shape
+        )
+        codes_S = self.codes[place_S]
+        fitted = row_lookup.fitted_rows(index_N, self.grid, self.scales, self.zero_points)
+        return row_lookup.int_rows(mask_NI, codes_S, fitted).reshape(*shape, self.shape[1])
+
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""
         arrays: dict[str, Array] = {"mask": self.mask, "codes": self.codes, "scales": self.scales}
@@ -146,3 +157,7 @@ class BlockInt:
 
     def _blocks(self) -> Blocks:
         return Blocks(self.block_shape, 0.0)
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return row_lookup.stripe_starts(self.mask_RC(), self._blocks(), self.shape)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self, final
 
 import numpy as np
+import numpy.typing as npt
 
 from rarefy.core.errors import LayoutError
 from rarefy.core.grids import Float32Array
@@ -84,6 +85,11 @@ class LowRank:
     def largest_value(self) -> float:
         """A bound on the magnitudes of W."""
         return self.rank * largest_value(self.left.arrays()) * largest_value(self.right.arrays())
+
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
+        left_NK = self.left.rows(indices).astype(np.float64)
+        return (left_NK @ self.right.to_dense().astype(np.float64)).astype(np.float32)
 
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""

@@ -29,11 +29,9 @@ from rarefy.layouts.scales import stored_grid
 from rarefy.layouts.sum import Sum
 from rarefy.layouts.ternary import Ternary
 
-# whose rows lie at known places, so that an embedding can look them up
-RowLayout = DenseFloat | DenseInt | Ternary | Binary | LookupTable
-AnyLayout = RowLayout | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt | LowRank | Sum
 # what the matrix of a solution becomes
 MatrixLayout = DenseFloat | DenseInt | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt
+AnyLayout = MatrixLayout | Ternary | Binary | LookupTable | LowRank | Sum
 
 # the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
 FORMATS: dict[str, type[AnyLayout]] = {

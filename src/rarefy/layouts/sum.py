@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self, final
 
+import numpy.typing as npt
+
 from rarefy.core.errors import LayoutError
 from rarefy.core.grids import Float32Array
 from rarefy.layouts import base
@@ -118,6 +120,10 @@ class Sum:
     def to_dense(self) -> Float32Array:
         """The matrix as float32 (O, I)."""
         return self.first.to_dense() + self.second.to_dense()
+
+    def rows(self, indices: npt.ArrayLike) -> Float32Array:
+        """Rows of the matrix (an embedding look-up): integer indices of shape S give float32 (*S, I)."""
+        return self.first.rows(indices) + self.second.rows(indices)
 
     def arrays(self) -> dict[str, Array]:
         """The arrays to store, by name."""

@@ -3,6 +3,7 @@
 from rarefy.methods.base import LayerMethod
 from rarefy.methods.lowrank.asvd import ASVD
 from rarefy.methods.lowrank.drone import DRONE
+from rarefy.methods.lowrank.frequency_svd import FrequencySVD
 from rarefy.methods.lowrank.oats import OATS
 from rarefy.methods.lowrank.robust_pca import RobustPCA
 from rarefy.methods.lowrank.svd import SVD
@@ -39,6 +40,7 @@ METHODS: dict[str, type[LayerMethod]] = {
     "asvd": ASVD,
     "svd-llm": SVDLLM,
     "drone": DRONE,
+    "frequency-svd": FrequencySVD,
     "oats": OATS,
     "robust-pca": RobustPCA,
     "rtn": RTN,
@@ -59,6 +61,7 @@ __all__ = [
     "SVT",
     "APoZ",
     "DSnoT",
+    "FrequencySVD",
     "Lasso",
     "LayerMethod",
     "Magnitude",

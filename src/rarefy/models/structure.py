@@ -70,6 +70,20 @@ class LayerRef:
 
 @final
 @dataclass(frozen=True)
+class Readers:
+    """Which layers read a weight: an embedding that is tied to a head is both.
+
+    Args:
+        lookup: the embedding that looks its rows up, or None.
+        product: the layer that multiplies inputs with it, or None.
+    """
+
+    lookup: str | None = None
+    product: str | None = None
+
+
+@final
+@dataclass(frozen=True)
 class Structure:
     """The blocks and layers of a model, in the order of its module tree."""
 
@@ -82,6 +96,18 @@ class Structure:
             if layer.name == name:
                 return layer
         raise KeyError(name)
+
+    def readers(self) -> dict[str, Readers]:
+        """For every layer that owns a weight, the first of those that look it up and of those that multiply with it."""
+        found: dict[str, Readers] = {}
+        for layer in self.layers:
+            owner = layer.tied_to or layer.name
+            before = found.get(owner, Readers())
+            if layer.kind == "embedding":
+                found[owner] = Readers(before.lookup or layer.name, before.product)
+            elif layer.kind in _MULTIPLIED:
+                found[owner] = Readers(before.lookup, before.product or layer.name)
+        return found
 
 
 def discover(

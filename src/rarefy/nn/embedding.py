@@ -1,18 +1,17 @@
-"""An embedding table whose weight is a packed layout with rows at known places.
+"""An embedding table whose weight is a packed layout, of which the rows that are asked for are decoded.
 
 Legend of shape suffixes: N indices (all axes together), O vocabulary entries, I embedding width.
 """
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from typing import Any, Self, final, get_args
+from typing import Any, Self, final
 
 import torch
 from torch import Tensor, nn
 
-from rarefy.core.errors import LayoutError, UnsupportedModelError
-from rarefy.layouts import FORMATS, Layout, RowLayout
+from rarefy.layouts import Layout
 from rarefy.nn.holder import LayoutHolder
-from rarefy.nn.matrices import LayerKind, Matrix, Packed, missing_parameter
+from rarefy.nn.matrices import LayerKind, Matrix, Packed, first_input, missing_parameter
 
 
 @final
@@ -20,14 +19,11 @@ class CompressedEmbedding(LayoutHolder):
     """Rows of a packed table, widened to the compute dtype only where they are looked up.
 
     Args:
-        format_name: a dense format or one of codes and tables (a lookup needs rows at known offsets).
+        format_name: a key of `rarefy.layouts.FORMATS`.
         meta: the layout's metadata; its shape is (O, I).
         scale: factor on the looked-up rows (Gemma multiplies by the square root of the width), or None.
         source: the module whose arrays this table shares.
         device: where to allocate the buffers.
-
-    Raises:
-        LayoutError: the format has no rows at known offsets.
     """
 
     def __init__(
@@ -40,13 +36,6 @@ class CompressedEmbedding(LayoutHolder):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(format_name, meta, source=source, device=device)
-        if FORMATS[format_name] not in get_args(RowLayout):
-            raise LayoutError(
-                "embedding",
-                f"format {format_name!r}",
-                allowed="a format that stores whole rows, such as dense-int8-v1",
-                hint="a lookup needs whole rows",
-            )
         self.num_embeddings, self.embedding_dim = self.shape
         self.scale = scale
 
@@ -73,9 +62,7 @@ class CompressedEmbedding(LayoutHolder):
         low, high = (int(index_N.min()), int(index_N.max())) if index_N.numel() else (0, 0)
         if index_N.numel() and not 0 <= low <= high < self.num_embeddings:
             raise IndexError(f"embedding: indices in {low}..{high}; allowed: 0..{self.num_embeddings - 1}")
-        layout = self.layout
-        assert isinstance(layout, RowLayout)
-        rows = torch.from_numpy(layout.rows(index_N.numpy())).reshape(*x.shape, self.embedding_dim)
+        rows = torch.from_numpy(self.layout.rows(index_N.numpy())).reshape(*x.shape, self.embedding_dim)
         rows = rows.to(self._compute_dtype)
         if self.scale is None:
             return rows
@@ -116,9 +103,10 @@ class EmbeddingKind:
     def rows(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], names: Collection[str]
     ) -> Iterator[tuple[str, int, Tensor]]:
-        """An embedding multiplies with nothing: methods that need inputs are refused before a run."""
-        del args, kwargs, names
-        raise UnsupportedModelError(type(module).__name__, "has no inputs to take statistics of")
+        """The indices, int64 (T, 1): an embedding multiplies with nothing, but how often each row is read is known."""
+        del module
+        for name in names:
+            yield name, 0, first_input(args, kwargs).detach().reshape(-1, 1).to("cpu", torch.int64)
 
     def pack(
         self, module: nn.Module, packed: Mapping[str, Packed], device: torch.device | str

@@ -99,7 +99,8 @@ class Kind(Protocol):
         """The rows that each of the named matrices meets in a call, in pieces of bounded size.
 
         Yields:
-            Name of the matrix, number of the row group, and rows x_TI in the dtype of the call's input.
+            Name of the matrix, number of the row group, and rows x_TI in the dtype of the call's input; of an embedding
+            the indices (T, 1), which only statistics of indices take.
         """
         ...
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, final
 
+from rarefy.calibrate.row_counts import RowCounts
 from rarefy.core.errors import PatternError, RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Lines
@@ -15,7 +16,7 @@ from rarefy.recipe.schema import did_you_mean
 
 _SHOWN = 12
 # What a step without targets is for. Embeddings and depthwise convolutions have to be asked for: of the one a method
-# sees no inputs, and of the other every weight counts and all together are few.
+# sees no inputs unless a head shares it, and of the other every weight counts and all together are few.
 _BY_DEFAULT = ("linear", "conv", "recurrent")
 
 
@@ -202,21 +203,22 @@ def _listed(names: Sequence[str]) -> str:
 
 def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Sequence[Step]) -> None:
     tied = [other for other in structure.layers if layer.name in (other.name, other.tied_to)]
-    pattern, values, rank = (getattr(step.method, name, None) for name in ("pattern", "values", "rank"))
-    if any(other.kind == "embedding" for other in tied):
-        if pattern is not None or rank is not None:
-            problem = "which stores every row whole: no zero pattern, no factors"
-        elif step.method.needs():
-            problem = "which has no inputs to take statistics of"
-        else:
-            problem = ""
-        if problem:
-            raise RecipeError(
-                step.where,
-                f"{step.name} targets the embedding {layer.name}, {problem}",
-                allowed="rtn",
-                hint=f'exclude: ["{layer.name}"], and a step with method rtn for it',
-            )
+    pattern, values = (getattr(step.method, name, None) for name in ("pattern", "values"))
+    is_looked_up = any(other.kind == "embedding" for other in tied)
+    if is_looked_up and all(other.kind == "embedding" for other in tied) and set(step.method.needs()) - {RowCounts()}:
+        raise RecipeError(
+            step.where,
+            f"{step.name} targets the embedding {layer.name}, which has no inputs to take statistics of",
+            allowed="methods that need no data, such as magnitude, svd and rtn; frequency-svd",
+            hint=f'exclude: ["{layer.name}"], and a step with another method for it',
+        )
+    if not is_looked_up and RowCounts() in step.method.needs():
+        raise RecipeError(
+            step.where,
+            f"{step.name} targets {layer.name}, which looks no rows up",
+            allowed="embeddings",
+            hint="svd-llm",
+        )
     if isinstance(pattern, NM) and layer.matrix is not None and layer.matrix[1] < pattern.group:
         raise RecipeError(
             step.where,

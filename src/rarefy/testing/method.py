@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rarefy.calibrate.row_counts import RowCounts
 from rarefy.calibrate.statistics import Statistic
 from rarefy.core.errors import NonFiniteError, PatternError, RarefyError
 from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
@@ -45,7 +46,7 @@ def check_method(method: LayerMethod, *, seed: int = 0) -> None:
 def make_problem(
     rows: int, width: int, needs: tuple[Statistic, ...], *, num_tokens: int = 512, seed: int = 0
 ) -> tuple["np.ndarray[tuple[int, int], np.dtype[np.float32]]", dict[Statistic, Tensor]]:
-    """Make a random layer with correlated inputs of very different sizes, one of them dead.
+    """Make a random layer with correlated inputs of very different sizes, one of them dead, and uneven lookups.
 
     Returns:
         weight_OI float32, and the finished statistics.
@@ -56,9 +57,12 @@ def make_problem(
     size_I = torch.exp(torch.randn(width, generator=generator))
     size_I[width // 3] = 0
     x_TI = torch.randn(num_tokens, width, generator=generator) @ mix_II * size_I
-    stats = {
-        statistic: statistic.finish(statistic.update(statistic.init(width), x_TI)) for statistic in dict.fromkeys(needs)
-    }
+    # early rows are looked up more often, the last third never
+    lookups_T1 = (torch.rand(num_tokens, 1, generator=generator) ** 3 * rows * 2 / 3).long()
+    stats = {}
+    for statistic in dict.fromkeys(needs):
+        inputs = lookups_T1 if isinstance(statistic, RowCounts) else x_TI
+        stats[statistic] = statistic.finish(statistic.update(statistic.init(width), inputs))
     return weight_OI.numpy(), stats
 
 
@@ -169,7 +173,7 @@ def _check_refusals(method: LayerMethod, seed: int) -> None:
         )
     for statistic, value in stats.items():
         broken = value.clone()
-        broken.view(-1)[3] = float("nan")
+        broken.view(-1)[min(3, broken.numel() - 1)] = float("nan")
         _require(
             _raises_naming_layer(method, Solution.dense(weight_OI), {**stats, statistic: broken}, NonFiniteError),
             f"{statistic} with NaN raises no NonFiniteError that names the layer",
