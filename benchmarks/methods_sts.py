@@ -23,6 +23,7 @@ from rarefy.models import load_model
 HALF = {"sparsity": 0.5}
 LOW = {"ratio": 0.5}
 INT4 = {"num_bits": 4, "group_size": 64}
+COLUMNS, MLP_OUT = {"axis": "columns", "sparsity": 0.25}, "encoder.layer.?.output.dense"
 # rank and zeros that take 8.00 bits a weight together, as the factors of half of the parameters do
 BESIDE, REST = {"ratio": 0.125}, {"sparsity": 0.6875}
 
@@ -34,6 +35,10 @@ def _one(method: str, **fields: Any) -> list[dict[str, Any]]:
 RECIPES: dict[str, list[dict[str, Any]]] = {
     **{f"{name}-50": _one(name, pattern=HALF) for name in ("random", "magnitude", "wanda", "ria", "dsnot", "lasso")},
     **{f"{name}-50": _one(name, pattern=HALF) for name in ("sparsegpt", "alps")},
+    # the inputs of the second product of each MLP, which are outputs of a GELU
+    "apoz-columns-25": _one("apoz", pattern=COLUMNS, threshold=0.1, targets=MLP_OUT),
+    "magnitude-columns-25": _one("magnitude", pattern=COLUMNS, targets=MLP_OUT),
+    "random-columns-25": _one("random", pattern=COLUMNS, targets=MLP_OUT),
     "wanda-50 + rescale": _one("wanda", pattern=HALF) + _one("rescale"),
     "wanda-50 + refit": _one("wanda", pattern=HALF) + _one("refit"),
     **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone")},

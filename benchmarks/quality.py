@@ -74,6 +74,16 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "gptq-int2-g32-asym": _step("gptq", values=_low_bits(2, 32)),
     "rtn-int3-g64-asym": _step("rtn", values=_low_bits(3, 64), search="error"),
     "rtn-int2-g32-asym": _step("rtn", values=_low_bits(2, 32), search="error"),
+    "embedding-rtn-int8": _step("rtn", targets="lm_head", values={"num_bits": 8, "symmetric": True}),
+    **{
+        f"embedding-{method}-{ratio}": _step(method, targets="lm_head", rank={"ratio": ratio})
+        for method in ("svd", "svd-llm", "frequency-svd")
+        for ratio in (0.25, 0.5, 0.75)
+    },
+    **{
+        f"embedding-{method}-50": _step(method, targets="lm_head", pattern={"sparsity": 0.5})
+        for method in ("magnitude", "wanda", "sparsegpt")
+    },
     "rtn-int8": _step("rtn", values={"num_bits": 8, "group_size": None, "symmetric": True}),
 }
 

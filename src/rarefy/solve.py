@@ -338,7 +338,7 @@ class _Pass:
         place = find_weight(self.model, task.layer)
         num_groups = place.matrix.num_row_groups if task.needs() else 1
         parts = [
-            _apply(task, part_OI, part_stats)
+            _apply(task, Solution.dense(part_OI, place.matrix.taps), part_stats)
             for part_OI, part_stats in zip(np.split(weight_OI, num_groups), _split(stats, num_groups), strict=True)
         ]
         solution = stack(parts)
@@ -386,8 +386,7 @@ def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> 
     return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
 
 
-def _apply(task: Task, weight_OI: Float32Array, stats: Mapping[Statistic, Tensor]) -> Solution:
-    solution = Solution.dense(weight_OI)
+def _apply(task: Task, solution: Solution, stats: Mapping[Statistic, Tensor]) -> Solution:
     for _, method in task.steps:
         solution = method.compress(solution, stats, layer=task.layer)
     return solution

@@ -6,6 +6,7 @@ layouts/FORMAT.json: metadata, the bytes of each array as hex, and the matrix th
 artifact-v1/: a whole artifact with one layer of each of the first ten formats, a tied alias and three plain tensors.
 artifact-v1-codes/: the same with codes of 3 and 2 bits, ternary, binary and the lookup tables.
 artifact-v1-blocks/: the same with the block, low-rank and sum formats.
+artifact-v1-taps/: the same with factors of taps.
 layers-v1/: a layer of each kind, every weight telling its place in the module's parameter.
 """
 
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rarefy.artifact import write_artifact
-from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
+from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize, to_bf16_bits
 from rarefy.core.patterns import NM, Blocks, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import (
@@ -30,6 +31,7 @@ from rarefy.layouts import (
     LookupTable,
     LowRank,
     Sum,
+    Tapwise,
     Ternary,
     pack,
 )
@@ -54,6 +56,7 @@ ARTIFACTS = {
         "lowrank-int8-v1",
         "sum-v1",
     ],
+    "artifact-v1-taps": ["dense-bf16-v1", "tapwise-bf16-v1"],
 }
 
 
@@ -66,6 +69,12 @@ def example(format: str) -> AnyLayout:
         return Sum(first, second)
     if format.startswith("lowrank-"):
         return low_rank_example(format.split("-")[1])
+    if format == "tapwise-bf16-v1":
+        left, core, right = (
+            DenseFloat(to_bf16_bits(((7 * k + 3 * j) % 9 - 4).astype(np.float32)))
+            for k, j in map(np.indices, ((ROWS, 2), (2, 6 * 3), (3, 2)))
+        )
+        return Tapwise(LowRank(left, core), right, 6)
     o, i = np.indices((ROWS, WIDTH))
     weight = (((17 * o + 29 * i + o * i) % 41 - 20) / 16).astype(np.float32)
     scale = ((3 + np.arange(6).reshape(ROWS, 2)) / 8).astype(np.float32)

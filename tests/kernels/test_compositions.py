@@ -6,7 +6,7 @@ import pytest
 from rarefy import kernels
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, LowRank, Sum, pack
+from rarefy.layouts import FORMATS, LowRank, Sum, Tapwise, pack
 
 PARTS = sorted(set(FORMATS) - {"sum-v1"})
 
@@ -23,6 +23,11 @@ def low_rank(rows: int, width: int, rank: int, num_bits: int | None = None) -> L
     return LowRank(factor((rows, rank), num_bits, 1), factor((rank, width), num_bits, 2))
 
 
+def tapwise(rows: int, width: int, runs: int, inner: int, outer: int | None) -> Tapwise:
+    left = factor((rows, runs * inner), None, 3) if outer is None else low_rank(rows, runs * inner, outer)
+    return Tapwise(left, factor((inner, width // runs), None, 4), runs)
+
+
 @pytest.fixture
 def make(weight):
     """A layout of the format with so many rows and columns."""
@@ -30,6 +35,8 @@ def make(weight):
     def build(name: str, rows: int, width: int):
         if name == "sum-v1":
             return Sum(build("lowrank-int8-v1", rows, width), build("bitmask-int4-v1", rows, width))
+        if name.startswith("tapwise"):
+            return tapwise(rows, width, 5 if width % 5 == 0 else 1, 3, 4)
         if name.startswith("lowrank"):
             return low_rank(rows, width, 7, 8 if "int8" in name else None)
         return weight(name, rows, width).layout
@@ -81,8 +88,33 @@ def test_a_sum_adds_its_parts_in_order(make, isa, name) -> None:
                 np.testing.assert_array_equal(prepared.matmul(x), first.matmul(x) + second.matmul(x))
 
 
+@pytest.mark.parametrize("outer", [None, 6])
+def test_tapwise_factors_are_a_product_for_each_run_and_one_of_all(isa, outer) -> None:
+    rng = np.random.default_rng(10)
+    for rows, width, runs, inner in (
+        (1, 1, 1, 1),
+        (17, 72, 9, 3),
+        (40, 96, 3, 20),
+        (8, 6, 2, 0),
+        (5, 0, 3, 2),
+        (0, 8, 2, 3),
+    ):
+        layout = tapwise(rows, width, runs, inner, outer)
+        prepared = kernels.prepare(layout, isa=isa)
+        right, left = kernels.prepare(layout.right, isa=isa), kernels.prepare(layout.left, isa=isa)
+        assert prepared.nbytes == right.nbytes + left.nbytes
+        assert prepared.tap_factors is not None
+        for num_rows in (0, 1, 3, 40):
+            x = rng.standard_normal((num_rows, width)).astype(np.float32)
+            y, exact = prepared.matmul(x), x.astype(np.float64) @ layout.to_dense().astype(np.float64).T
+            assert y.shape == exact.shape
+            assert np.all(np.abs(y - exact) <= 1e-5 * (np.abs(exact).max(initial=0) + 1))
+            inside = np.stack([right.matmul(np.ascontiguousarray(run)) for run in np.split(x, runs, axis=1)], axis=1)
+            np.testing.assert_array_equal(y, left.matmul(inside.reshape(num_rows, runs * inner)))
+
+
 def test_several_weights_of_every_kind_in_one_call(make, isa) -> None:
-    names = ("sum-v1", "dense-int4-v1", "lowrank-bf16-v1", "sum-v1", "lowrank-int8-v1")
+    names = ("sum-v1", "dense-int4-v1", "lowrank-bf16-v1", "tapwise-bf16-v1", "sum-v1", "lowrank-int8-v1")
     prepared = [kernels.prepare(make(name, 20 + i, 100), isa=isa) for i, name in enumerate(names)]
     x = np.random.default_rng(7).standard_normal((3, 100)).astype(np.float32)
     for w, y in zip(prepared, kernels.matmul_many(x, prepared), strict=True):
@@ -93,7 +125,7 @@ def test_same_bits_for_every_number_of_threads_and_instruction_set(make, num_thr
     if not kernels.compiled_kernels():
         pytest.skip("the extension is not built")
     isas = [name for name in kernels.runnable_isas(kernels.detect_cpu()) if name != "numpy"]
-    for name in ("sum-v1", "lowrank-bf16-v1", "lowrank-int8-v1"):
+    for name in ("sum-v1", "lowrank-bf16-v1", "lowrank-int8-v1", "tapwise-bf16-v1"):
         layout = make(name, 130, 333)
         x = np.random.default_rng(8).standard_normal((60, 333)).astype(np.float32)
         results = []
@@ -115,7 +147,7 @@ def test_empty_shapes_and_rank_zero(make, isa) -> None:
 
 
 def test_a_non_finite_activation_spoils_its_row_only(make, isa) -> None:
-    for name in ("sum-v1", "lowrank-bf16-v1", "lowrank-int8-v1"):
+    for name in ("sum-v1", "lowrank-bf16-v1", "lowrank-int8-v1", "tapwise-bf16-v1"):
         prepared = kernels.prepare(make(name, 20, 130), isa=isa)
         x = np.random.default_rng(9).standard_normal((3, 130)).astype(np.float32)
         clean = prepared.matmul(x)

@@ -25,6 +25,8 @@ def _read(format: str, meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Mat
     packing, values = kind.split("-")
     if packing == "lowrank":
         return _read_low_rank(values, meta, raw)
+    if packing == "tapwise":
+        return _read_tapwise(meta, raw)
     if packing == "block":
         return _read_blocks(values, meta, raw)
     rows, width = meta["shape"]
@@ -114,6 +116,27 @@ def _read_low_rank(values: str, meta: Mapping[str, Any], raw: Mapping[str, bytes
     left, right = factors
     return [
         [sum((left[o][k] * right[k][i] for k in range(rank)), Fraction(0)) for i in range(width)] for o in range(rows)
+    ]
+
+
+def _read_tapwise(meta: Mapping[str, Any], raw: Mapping[str, bytes]) -> Matrix:
+    (rows, width), runs = meta["shape"], meta["num_runs"]
+    inner, outer = meta["inner_rank"], meta["outer_rank"]
+
+    def read(name: str, shape: list[int]) -> Matrix:
+        return _read("dense-bf16-v1", {"shape": shape}, {"values": raw[f"{name}_values"]})
+
+    left, right = read("left", [rows, runs * inner if outer is None else outer]), read("right", [inner, width // runs])
+    if outer is not None:
+        core = read("core", [outer, runs * inner])
+        left = [
+            [sum((left[o][a] * core[a][m] for a in range(outer)), Fraction(0)) for m in range(runs * inner)]
+            for o in range(rows)
+        ]
+    columns = [divmod(i, width // runs) for i in range(width)]
+    return [
+        [sum((left[o][g * inner + r] * right[r][c] for r in range(inner)), Fraction(0)) for g, c in columns]
+        for o in range(rows)
     ]
 
 

@@ -24,6 +24,10 @@ def example(format):
         arrays = {f"0_{name}": array for name, array in first.items()}
         return {"shape": [2, 5], "parts": parts}, arrays | {f"1_{name}": array for name, array in second.items()}
     packing, values, _ = format.split("-")
+    if packing == "tapwise":
+        shapes = {"left": (2, 2), "core": (2, 5), "right": (1, 1)}
+        meta = {"shape": [2, 5], "num_runs": 5, "inner_rank": 1, "outer_rank": 2}
+        return meta, {f"{name}_values": np.resize(VALUES, shape) for name, shape in shapes.items()}
     if packing == "lowrank":
         meta, arrays = {"shape": [2, 5], "rank": 3}, {}
         for side, shape in (("left", (2, 3)), ("right", (3, 5))):

@@ -23,7 +23,7 @@ json_values = st.recursive(
         st.sampled_from(
             [
                 *("shape", "num_values", "keep", "group", "group_size", "symmetric", "scaled"),
-                *("block_shape", "rank", "parts", "x"),
+                *("block_shape", "rank", "parts", "num_runs", "inner_rank", "outer_rank", "x"),
             ]
         ),
         json_values,

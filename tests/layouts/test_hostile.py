@@ -163,6 +163,32 @@ def test_rank(rank):
     refuse("lowrank-bf16-v1", {**meta, "rank": rank}, arrays)
 
 
+@pytest.mark.parametrize("key", ["num_runs", "inner_rank", "outer_rank"])
+@pytest.mark.parametrize("value", [0, 3, 4, -1, 2**31, 2.0, True, "1", [1]])
+def test_runs_and_ranks(key, value):
+    meta, arrays = example("tapwise-bf16-v1")
+    refuse("tapwise-bf16-v1", {**meta, key: value}, arrays)
+
+
+def test_a_core_that_is_not_declared_or_not_there():
+    meta, arrays = example("tapwise-bf16-v1")
+    refuse("tapwise-bf16-v1", {**meta, "outer_rank": None}, arrays)
+    del arrays["core_values"]
+    refuse("tapwise-bf16-v1", meta, arrays)
+    arrays["left_values"] = np.resize(VALUES, (2, 5))
+    refuse("tapwise-bf16-v1", meta, arrays)
+    layout = FORMATS["tapwise-bf16-v1"].from_arrays("tapwise-bf16-v1", {**meta, "outer_rank": None}, arrays)
+    assert layout.shape == (2, 5)
+
+
+@pytest.mark.parametrize("pair", [("left", "core"), ("left", "right"), ("core", "right")])
+def test_a_product_of_tapwise_factors_that_could_overflow(pair):
+    meta, arrays = example("tapwise-bf16-v1")
+    for name in pair:
+        arrays[f"{name}_values"] = changed(arrays[f"{name}_values"], (0, 0), 0x5F80)  # 2**64
+    refuse("tapwise-bf16-v1", meta, arrays, "magnitudes up to")
+
+
 def test_a_product_that_could_overflow():
     meta, arrays = example("lowrank-bf16-v1")
     for side in ("left", "right"):

@@ -17,6 +17,7 @@ from rarefy.layouts import (
     LookupTable,
     LowRank,
     Sum,
+    Tapwise,
     Ternary,
     choose_format,
     pack,
@@ -144,6 +145,41 @@ def test_conformance_of_low_rank_pairs(read_by_the_specification, grid):
         assert np.array_equal(unpack(layout).value_OI, layout.to_dense())
 
 
+def tapwise(rows, width, runs, inner, outer, seed=0) -> Tapwise:
+    factor = lambda *shape: pack(make_solution(*shape, None, None, seed))  # noqa: E731
+    left = factor(rows, runs * inner) if outer is None else low_rank(rows, runs * inner, outer, None)
+    return Tapwise(left, factor(inner, width // runs), runs)
+
+
+@pytest.mark.parametrize("outer", [None, 0, 1, 3])
+def test_conformance_of_tapwise_factors(read_by_the_specification, outer):
+    for rows, width, runs, inner in (
+        (3, 54, 9, 2),
+        (4, 64, 2, 5),
+        (1, 1, 1, 1),
+        (5, 6, 3, 0),
+        (0, 6, 2, 2),
+        (5, 0, 4, 2),
+    ):
+        layout = tapwise(rows, width, runs, inner, outer)
+        assert (layout.format, layout.shape) == ("tapwise-bf16-v1", (rows, width))
+        assert layout.nbytes == packed_nbytes(layout.format, layout.meta())
+        check_layout(layout)
+        raw = {name: array.tobytes() for name, array in layout.arrays().items()}
+        exact = read_by_the_specification(layout.format, layout.meta(), raw)
+        assert np.allclose(layout.to_dense(), exact, rtol=1e-6, atol=1e-12)
+        assert np.array_equal(unpack(layout).value_OI, layout.to_dense())
+
+
+def test_tapwise_factors_that_do_not_fit():
+    ones = lambda *shape: pack(Solution.dense(np.ones(shape, np.float32)))  # noqa: E731
+    for left, right, runs in ((ones(3, 4), ones(2, 5), 3), (ones(3, 4), ones(2, 5), 0), (ones(3, 4), ones(4, 5), 2)):
+        with pytest.raises(LayoutError, match=r"\(O, G R\) and \(R, I / G\)"):
+            Tapwise(left, right, runs)
+    with pytest.raises(LayoutError, match="allowed: dense-bf16-v1 or lowrank-bf16-v1"):
+        Tapwise(low_rank(3, 4, 2, IntGrid(8, None, True)), ones(2, 5), 2)
+
+
 def test_factors_that_do_not_fit():
     left, right = (pack(Solution.dense(np.ones(shape, np.float32))) for shape in ((3, 2), (2, 5)))
     with pytest.raises(LayoutError, match=r"\(O, K\) and \(K, I\)"):
@@ -180,6 +216,8 @@ def part(format, rows, width):
     grid = None if num_bits is None else IntGrid(num_bits, 32, num_bits == 4)
     if packing == "lowrank":
         return low_rank(rows, width, 4, grid)
+    if packing == "tapwise":
+        return tapwise(rows, width, 5 if width % 5 == 0 else 1, 2, 3)
     solution = make_solution(rows, width, PATTERN_OF[packing], grid, seed=5)
     return pack(solution, float_format="f32" if values == "f32" else "bf16")
 

@@ -14,7 +14,7 @@ from rarefy.artifact import write_artifact
 from rarefy.core.grids import IntGrid, dequantize, fit_minmax, quantize, to_bf16_bits
 from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, LowRank, Sum, Ternary, pack
+from rarefy.layouts import FORMATS, NF4, AnyLayout, Binary, LookupTable, LowRank, Sum, Tapwise, Ternary, pack
 
 torch.set_num_threads(2)
 
@@ -58,6 +58,13 @@ def make_layout(format_name: str, weight_OI: np.ndarray, *, symmetric: bool = Fa
     if format_name == "sum-v1":
         rest = weight_OI - make_layout("lowrank-bf16-v1", weight_OI).to_dense()
         return Sum(make_layout("lowrank-bf16-v1", weight_OI), make_layout("bitmask-bf16-v1", rest))
+    if format_name.startswith("tapwise"):
+        rows, width = weight_OI.shape
+        runs = max(runs for runs in (1, 2, 3, 4) if width % runs == 0)
+        run_width = width // runs
+        right = np.linalg.svd(weight_OI.reshape(-1, run_width), full_matrices=False)[2][: max(1, run_width // 2)]
+        left = (weight_OI.reshape(rows, runs, run_width) @ right.T).reshape(rows, -1)
+        return Tapwise(make_layout("dense-bf16-v1", left), make_layout("dense-bf16-v1", right), runs)
     if format_name.startswith("lowrank"):
         u, s, vt = np.linalg.svd(weight_OI.astype(np.float64), full_matrices=False)
         factor_format = format_name.replace("lowrank", "dense")

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from math import prod
 
 import pytest
 
@@ -23,7 +24,7 @@ class Layer:
 
     @property
     def matrix(self) -> tuple[int, int] | None:
-        return (self.shape[0], self.shape[1]) if len(self.shape) == 2 else None
+        return (self.shape[0], prod(self.shape[1:])) if len(self.shape) >= 2 else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from rarefy.core.errors import RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Unstructured
 from rarefy.core.ranks import Rank
-from rarefy.methods import GPTQ, RTN, SVD, SVDLLM, FrequencySVD, LayerMethod, Magnitude, SparseGPT
+from rarefy.methods import GPTQ, RTN, SVD, SVDLLM, FrequencySVD, LayerMethod, Magnitude, SparseGPT, Spatial, Tucker
 from rarefy.recipe import Recipe, Step, load_recipe, notes, resolve, shipped_names
 
 HALF = Magnitude(Unstructured(0.5))
@@ -93,6 +93,44 @@ def test_an_embedding_without_a_head_takes_methods_that_need_no_inputs(method: L
 def test_an_embedding_without_a_head_has_no_inputs(method: LayerMethod, glob: str) -> None:
     with pytest.raises(RecipeError, match=r"m\.yaml:3: \S+ targets the embedding model\.embed_tokens.*allowed: .*svd"):
         resolve(Recipe((Step(method, (glob,), where="m.yaml:3"),)), decoder(tied=False))
+
+
+CONVOLUTIONS = Model(
+    (),
+    (
+        Layer("conv", "conv", (8, 64, 3, 3)),
+        Layer("signal", "conv", (8, 64, 5)),
+        Layer("pointwise", "conv", (8, 64, 1, 1)),
+        Layer("depthwise", "depthwise", (64, 1, 3, 3)),
+        Layer("head", "linear", (10, 64)),
+    ),
+)
+
+
+def test_factors_of_kernels_are_for_layers_that_have_one() -> None:
+    """Without targets they take what fits; where a layer is named, the reason why it does not fit is said."""
+    half = Rank(ratio=0.5)
+    assert list(planned(Recipe((Step(Tucker(half)),)), CONVOLUTIONS)) == ["conv", "signal"]
+    assert list(planned(Recipe((Step(Spatial(half)),)), CONVOLUTIONS)) == ["conv"]
+    for method, name, reason in (
+        (Tucker(half), "pointwise", "its kernel has one tap"),
+        (Tucker(half), "depthwise", "a depthwise convolution has one channel for each kernel"),
+        (Tucker(half), "head", "it is no convolution"),
+        (Spatial(half), "signal", "its taps lie along one axis at most"),
+    ):
+        with pytest.raises(RecipeError, match=rf"m\.yaml:3: \w+ does not fit layer {name}: {reason}"):
+            resolve(Recipe((Step(method, (name,), where="m.yaml:3"),)), CONVOLUTIONS)
+    linear = Model((), CONVOLUTIONS.layers[-1:])
+    with pytest.raises(RecipeError, match="tucker does not fit layer head: it is no convolution"):
+        resolve(Recipe((Step(Tucker(half)),)), linear)
+
+
+def test_factors_of_kernels_are_not_rounded() -> None:
+    steps = (Step(Tucker(Rank(ratio=0.5)), ("conv",)), Step(INT8, ("conv",)))
+    with pytest.raises(RecipeError, match="factors of taps, which are stored in bfloat16"):
+        resolve(Recipe(steps), CONVOLUTIONS)
+    kept = Step(Tucker(Rank(ratio=0.5), remainder="keep"), ("conv",))
+    assert planned(Recipe((kept, steps[1])), CONVOLUTIONS) == {"conv": ["tucker", "rtn"]}
 
 
 def test_counts_of_rows_are_for_embeddings(model: Model) -> None:

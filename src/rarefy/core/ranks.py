@@ -70,5 +70,21 @@ class Rank:
         return min(max(1, int(np.searchsorted(held_K, self.energy * (1 - 1e-12))) + 1), most)
 
 
+@final
+@dataclass(frozen=True)
+class TapRanks:
+    """How large the factors of a convolution's weight are; see core.tap_factors.
+
+    Args:
+        num_runs: runs of columns that meet the same right factor, G.
+        inner_rank: rows of that factor, R.
+        outer_rank: columns of the left factor where there is a core, A.
+    """
+
+    num_runs: int
+    inner_rank: int
+    outer_rank: int | None
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

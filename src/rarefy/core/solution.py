@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rarefy.core.errors import LayoutError, NonFiniteError
 from rarefy.core.grids import FittedGrid, Float32Array, IntGrid, chunks, dequantize, quantize
 from rarefy.core.patterns import NM, Pattern, Unstructured
+from rarefy.core.tap_factors import TapFactors
 
 
 @final
@@ -49,6 +50,11 @@ class Factors:
             _check_scales(weight, fitted)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.left_OK.shape[0], self.right_KI.shape[1]
+
+    @property
     def rank(self) -> int:
         """K."""
         return int(self.left_OK.shape[1])
@@ -84,6 +90,7 @@ class Solution:
         grid: the grid that every kept weight lies on; None: any float.
         factors: the part of V that has low rank; None: there is none.
         original_OI: float32 (O, I), W as the first step found it; None where nobody knows it any more.
+        taps: of a convolution the size of its kernel along each axis: I is prod(taps) runs of one column a channel.
 
     Raises:
         LayoutError: dtypes or shapes disagree.
@@ -93,8 +100,9 @@ class Solution:
     mask_OI: npt.NDArray[np.bool_] | None
     pattern: Pattern | None
     grid: FittedGrid | None
-    factors: Factors | None = None
+    factors: Factors | TapFactors | None = None
     original_OI: Float32Array | None = None
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         weight, mask = self.weight_OI, self.mask_OI
@@ -105,10 +113,8 @@ class Solution:
         if mask is not None and (mask.dtype != np.bool_ or mask.shape != weight.shape):
             raise LayoutError("solution", f"mask {mask.dtype} {mask.shape}", allowed=f"bool {weight.shape}")
         _check_scales(weight, self.grid)
-        if self.factors is not None:
-            shape = (self.factors.left_OK.shape[0], self.factors.right_KI.shape[1])
-            if shape != weight.shape:
-                raise LayoutError("solution", f"factors of a matrix {shape}", allowed=str(weight.shape))
+        if self.factors is not None and self.factors.shape != weight.shape:
+            raise LayoutError("solution", f"factors of a matrix {self.factors.shape}", allowed=str(weight.shape))
         original = self.original_OI
         if original is not None and (original.shape != weight.shape or original.dtype != np.float32):
             raise LayoutError(
@@ -116,16 +122,15 @@ class Solution:
             )
 
     @classmethod
-    def dense(cls, weight_OI: Float32Array) -> Self:
+    def dense(cls, weight_OI: Float32Array, taps: tuple[int, ...] = ()) -> Self:
         """The uncompressed start: every entry kept, any float."""
-        return cls(weight_OI, None, None, None, original_OI=weight_OI)
+        return cls(weight_OI, None, None, None, original_OI=weight_OI, taps=taps)
 
     @classmethod
-    def low_rank(cls, factors: Factors, original_OI: Float32Array | None = None) -> Self:
+    def low_rank(cls, factors: Factors | TapFactors, original_OI: Float32Array | None = None) -> Self:
         """Factors and nothing else."""
-        shape = (factors.left_OK.shape[0], factors.right_KI.shape[1])
-        nothing = np.zeros(shape, dtype=np.bool_)
-        return cls(np.zeros(shape, dtype=np.float32), nothing, Unstructured(1.0), None, factors, original_OI)
+        nothing = np.zeros(factors.shape, dtype=np.bool_)
+        return cls(np.zeros(factors.shape, dtype=np.float32), nothing, Unstructured(1.0), None, factors, original_OI)
 
     def with_matrix(
         self,

@@ -27,6 +27,7 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
 _RUNS_AS: Final[dict[str, tuple[str, ...]]] = {
     "lowrank-bf16-v1": ("dense-bf16-v1",),
     "lowrank-int8-v1": ("dense-int8-v1",),
+    "tapwise-bf16-v1": ("dense-bf16-v1",),
     "sum-v1": tuple(PARTS),
 }
 

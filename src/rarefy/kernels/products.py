@@ -15,7 +15,7 @@ from rarefy.core.errors import UsageError
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import ISAS, detect_cpu, isa_cap, native
 from rarefy.kernels.reference import ReferenceWeights
-from rarefy.layouts import BlockFloat, BlockInt, Layout, LowRank, Meta, Sum
+from rarefy.layouts import BlockFloat, BlockInt, Layout, LowRank, Meta, Sum, Tapwise
 
 if TYPE_CHECKING:
     from rarefy._native import Weights
@@ -27,6 +27,15 @@ Float32Array = NDArray[np.float32]
 @dataclass(frozen=True, slots=True)
 class _Chain:
     """x meets `inner`, and what comes out meets `outer`: a low-rank pair."""
+
+    inner: "Prepared"
+    outer: "Prepared"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Tapwise:
+    """Each run of x meets `inner`, and what comes out of all runs meets `outer`."""
 
     inner: "Prepared"
     outer: "Prepared"
@@ -59,10 +68,13 @@ class Prepared:
         self.format = layout.format
         self.isa = kernel.isa
         self.nbytes: int
-        self.weights: Weights | ReferenceWeights | _Chain | _Sum
+        self.weights: Weights | ReferenceWeights | _Chain | _Tapwise | _Sum
         match layout:
             case LowRank():
                 self.weights = _Chain(*(_prepare_as(part, kernel) for part in (layout.right, layout.left)))
+                self.nbytes = self.weights.inner.nbytes + self.weights.outer.nbytes
+            case Tapwise():
+                self.weights = _Tapwise(*(_prepare_as(part, kernel) for part in (layout.right, layout.left)))
                 self.nbytes = self.weights.inner.nbytes + self.weights.outer.nbytes
             case Sum():
                 self.weights = _Sum(*(_prepare_as(part, kernel) for part in layout.parts))
@@ -73,6 +85,11 @@ class Prepared:
 
     def __repr__(self) -> str:
         return f"Prepared({self.format}, shape={self.shape}, isa={self.isa}, nbytes={self.nbytes})"
+
+    @property
+    def tap_factors(self) -> "tuple[Prepared, Prepared] | None":
+        """The right and the left factor of a tapwise weight, which a convolution meets one after the other."""
+        return (self.weights.inner, self.weights.outer) if isinstance(self.weights, _Tapwise) else None
 
     def matmul(self, x_TI: ArrayLike) -> Float32Array:
         """x @ W^T in float32; see `matmul`."""
@@ -142,7 +159,8 @@ def matmul(x_TI: ArrayLike, w: Layout | Prepared) -> Float32Array:
     """y = x @ W^T.
 
     Float layouts: float32 sums of exact products' roundings. Int layouts: each row of x is quantized in blocks of 64
-    columns to 8 bits first. Low-rank pairs: x with the right factor, and what comes out with the left one. Sums: the
+    columns to 8 bits first. Low-rank pairs: x with the right factor, and what comes out with the left one; with
+    tapwise ones each run of x meets the right factor. Sums: the
     products with both parts, added in float32. docs/format.md states the arithmetic.
 
     Args:
@@ -182,7 +200,7 @@ def matmul_many(x_TI: ArrayLike, weights: Sequence[Prepared]) -> list[Float32Arr
     leading = x.shape[:-1]
     rows_TI = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(prod(leading), x.shape[-1]))
     results = iter(_products(rows_TI, [part for w in weights for part in _first_parts(w)]))
-    outputs = [_finish(w, results) for w in weights]
+    outputs = [_finish(w, rows_TI, results) for w in weights]
     return outputs if x.ndim == 2 else [y_TO.reshape(*leading, y_TO.shape[1]) for y_TO in outputs]
 
 
@@ -191,21 +209,28 @@ def _first_parts(w: Prepared) -> list[Prepared]:
     match w.weights:
         case _Chain(inner, _):
             return [inner]
+        case _Tapwise():
+            return []
         case _Sum(first, second):
             return _first_parts(first) + _first_parts(second)
         case _:
             return [w]
 
 
-def _finish(w: Prepared, results: Iterator[Float32Array]) -> Float32Array:
+def _finish(w: Prepared, x_TI: Float32Array, results: Iterator[Float32Array]) -> Float32Array:
     """Make the product out of those with its first parts, which come in their order."""
     match w.weights:
         case _Chain(_, outer):
             return _products(next(results), [outer])[0]
+        case _Tapwise(inner, outer):
+            if not x_TI.size:
+                return np.zeros((x_TI.shape[0], w.shape[0]), np.float32)
+            runs = inner.matmul(x_TI.reshape(-1, inner.shape[1]))
+            return outer.matmul(runs.reshape(x_TI.shape[0], outer.shape[1]))
         case _Sum(first, second):
-            y_TO = _finish(first, results)
+            y_TO = _finish(first, x_TI, results)
             with np.errstate(over="ignore", invalid="ignore"):
-                return np.add(y_TO, _finish(second, results), out=y_TO)
+                return np.add(y_TO, _finish(second, x_TI, results), out=y_TO)
         case _:
             return next(results)
 

@@ -26,6 +26,7 @@ from rarefy.layouts.packing import (
     unpack,
 )
 from rarefy.layouts.sum import Sum
+from rarefy.layouts.tapwise import Tapwise
 from rarefy.layouts.ternary import Ternary
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "NMFloat",
     "NMInt",
     "Sum",
+    "Tapwise",
     "Ternary",
     "choose_format",
     "pack",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from rarefy.core.errors import NonFiniteError
 from rarefy.core.grids import Float32Array, IntGrid, Uint16Array, quantize, to_bf16_bits
 from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
+from rarefy.core.ranks import TapRanks
 from rarefy.core.solution import Solution
 from rarefy.layouts import base
 from rarefy.layouts.base import Meta
@@ -27,11 +28,12 @@ from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.scales import stored_grid
 from rarefy.layouts.sum import Sum
+from rarefy.layouts.tapwise import Tapwise
 from rarefy.layouts.ternary import Ternary
 
 # what the matrix of a solution becomes
 MatrixLayout = DenseFloat | DenseInt | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt
-AnyLayout = MatrixLayout | Ternary | Binary | LookupTable | LowRank | Sum
+AnyLayout = MatrixLayout | Ternary | Binary | LookupTable | LowRank | Tapwise | Sum
 
 # the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
 FORMATS: dict[str, type[AnyLayout]] = {
@@ -59,6 +61,7 @@ FORMATS: dict[str, type[AnyLayout]] = {
     "block-int8-v1": BlockInt,
     "lowrank-bf16-v1": LowRank,
     "lowrank-int8-v1": LowRank,
+    "tapwise-bf16-v1": Tapwise,
     "sum-v1": Sum,
 }
 
@@ -74,7 +77,7 @@ def choose_format(
     pattern: Pattern | None,
     grid: IntGrid | None,
     *,
-    rank: int | None = None,
+    rank: int | TapRanks | None = None,
     factor_grid: IntGrid | None = None,
     num_values: int | None = None,
     num_block_values: int | None = None,
@@ -144,8 +147,8 @@ def pack(solution: Solution, *, float_format: FloatFormat = "bf16") -> AnyLayout
         nm-* for an N:M pattern, bitmask-* for an unstructured one, block-* for blocks (bitmask-* where those take fewer
         bytes, and for codes of fewer than 8 bits), dense-* without a mask or where the sparse one would be larger. An
         N:M group that keeps fewer entries than its pattern, and a block of which some are kept, is filled up with
-        stored zeros. Factors become lowrank-*, and together with a matrix beside them sum-v1, unless the dense matrix
-        takes fewer bytes.
+        stored zeros. Factors become lowrank-* or tapwise-*, and together with a matrix beside them sum-v1, unless the
+        dense matrix takes fewer bytes.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite, or too large for bfloat16.
@@ -192,9 +195,9 @@ def unpack(layout: AnyLayout) -> Solution:
     the solution is the matrix itself.
     """
     match layout:
-        case LowRank():
+        case LowRank() | Tapwise():
             return Solution.low_rank(unpack_factors(layout))
-        case Sum(first=LowRank() as pair, second=second) if not isinstance(second, LowRank):
+        case Sum(first=LowRank() | Tapwise() as pair, second=second) if not isinstance(second, LowRank | Tapwise):
             return dataclasses.replace(unpack(second), factors=unpack_factors(pair), original_OI=None)
         case DenseFloat() | Ternary() | Binary() | LookupTable() | Sum():
             return Solution.dense(layout.to_dense())

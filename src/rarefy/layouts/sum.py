@@ -22,6 +22,7 @@ from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.magnitude import largest_value, require_finite
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
+from rarefy.layouts.tapwise import Tapwise
 from rarefy.layouts.ternary import Ternary
 
 FORMAT = "sum-v1"
@@ -39,6 +40,7 @@ Part = (
     | Binary
     | LookupTable
     | LowRank
+    | Tapwise
 )
 
 # what may be a part; a sum may not
@@ -67,6 +69,7 @@ PARTS: dict[str, type[Part]] = {
     "lut8-v1": LookupTable,
     "lowrank-bf16-v1": LowRank,
     "lowrank-int8-v1": LowRank,
+    "tapwise-bf16-v1": Tapwise,
 }
 
 
@@ -177,4 +180,4 @@ def _without_shape(meta: Mapping[str, MetaValue]) -> dict[str, MetaValue]:
 
 
 def _largest_value(part: Part) -> float:
-    return part.largest_value() if isinstance(part, LowRank) else largest_value(part.arrays())
+    return part.largest_value() if isinstance(part, LowRank | Tapwise) else largest_value(part.arrays())

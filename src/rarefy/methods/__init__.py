@@ -6,9 +6,11 @@ from rarefy.methods.lowrank.drone import DRONE
 from rarefy.methods.lowrank.frequency_svd import FrequencySVD
 from rarefy.methods.lowrank.oats import OATS
 from rarefy.methods.lowrank.robust_pca import RobustPCA
+from rarefy.methods.lowrank.spatial import Spatial
 from rarefy.methods.lowrank.svd import SVD
 from rarefy.methods.lowrank.svd_llm import SVDLLM
 from rarefy.methods.lowrank.svt import SVT
+from rarefy.methods.lowrank.tucker import Tucker
 from rarefy.methods.pruning.alps import ALPS
 from rarefy.methods.pruning.apoz import APoZ
 from rarefy.methods.pruning.dsnot import DSnoT
@@ -41,6 +43,8 @@ METHODS: dict[str, type[LayerMethod]] = {
     "svd-llm": SVDLLM,
     "drone": DRONE,
     "frequency-svd": FrequencySVD,
+    "tucker": Tucker,
+    "spatial": Spatial,
     "oats": OATS,
     "robust-pca": RobustPCA,
     "rtn": RTN,
@@ -70,5 +74,7 @@ __all__ = [
     "Rescale",
     "RobustPCA",
     "SparseGPT",
+    "Spatial",
+    "Tucker",
     "Wanda",
 ]

@@ -10,6 +10,7 @@ from rarefy.calibrate.statistics import Gram, Statistic
 from rarefy.core.errors import NonFiniteError, PatternError
 from rarefy.core.grids import IntGrid
 from rarefy.core.solution import Factors, Solution
+from rarefy.core.tap_factors import TapFactors
 from rarefy.methods.base import LayerMethod
 from rarefy.methods.grid_search import same_grid
 
@@ -30,9 +31,15 @@ def quantize_factors(
 
     Raises:
         NonFiniteError: a factor is NaN or infinite.
-        PatternError: an earlier step put the factors on another grid, or no layout stores factors on this one.
+        PatternError: an earlier step put the factors on another grid, or no layout stores these factors on this one.
     """
     factors = solution.factors
+    if isinstance(factors, TapFactors):
+        raise PatternError(
+            f"layer {layer}",
+            "factors of a convolution's taps, which are stored in bfloat16",
+            hint="exclude it in one of the two steps",
+        )
     assert factors is not None
     check_finite_factors(factors, layer)
     if values.num_bits != 8:

@@ -1,10 +1,13 @@
 """Convolutions whose weight is a packed layout: products of patches with it, a bounded piece of the patches at a time.
 
+One whose weight is factors of its taps is two convolutions, one after the other.
+
 Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, T rows of patches, O outputs,
 I inputs (taps times channels, the channel changing first).
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, final
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from rarefy.artifact import LayoutSpec
 from rarefy.core.errors import UnsupportedModelError, UsageError
+from rarefy.kernels import Prepared
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.matrices import LayerKind, Matrix, Packed, first_input, missing_parameter
@@ -73,15 +77,16 @@ class PackedConv(ProductHolder):
         Raises:
             UsageError: x has another number of axes or channels, is not floating, not on the CPU, or too small.
         """
-        return _forward(
-            x,
-            self.in_channels,
-            self.geometry,
-            (self.product,),
-            self.out_channels,
-            self.dequantized_parameter,
-            self.bias,
-        )
+        return _forward(x, self.in_channels, self.geometry, self._stages(), self.dequantized_parameter, self.bias)
+
+    def _stages(self) -> "tuple[_Stage, ...]":
+        factors = self.prepared.tap_factors
+        parts = None if factors is None else self.geometry.split(int(self.meta["num_runs"]))
+        if factors is None or parts is None:
+            return (_Stage(self.geometry, (self.product,), self.out_channels),)
+        inner_rank = factors[0].shape[0]
+        first = _Stage(parts[0], (_product_of(factors[0]),), inner_rank)
+        return first, _Stage(parts[1], (_product_of(factors[1]),), self.out_channels)
 
     def extra_repr(self) -> str:
         """Shape, format and kernel."""
@@ -139,9 +144,8 @@ class PackedGroupedConv(nn.Module):
         if self.out_channels < _PANEL * self.groups:
             return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
         products = tuple(holder.product for holder in self._holders())
-        return _forward(
-            x, self.in_channels, self.geometry, products, self.out_channels, self.dequantized_parameter, self.bias
-        )
+        stages = (_Stage(self.geometry, products, self.out_channels),)
+        return _forward(x, self.in_channels, self.geometry, stages, self.dequantized_parameter, self.bias)
 
     def _holders(self) -> list[CompressedLinear]:
         holders = [self.get_submodule(_group_name(group)) for group in range(self.geometry.groups)]
@@ -191,31 +195,52 @@ def _decoded(x: Tensor, num_channels: int, geometry: Geometry, weight: Tensor, b
 Product = Callable[[Tensor], Tensor]
 
 
+@final
+@dataclass(frozen=True)
+class _Stage:
+    """One of the convolutions that follow each other: where its taps fall, the product of each group, its outputs."""
+
+    geometry: Geometry
+    products: Sequence[Product]
+    num_outputs: int
+
+
+def _product_of(weight: Prepared) -> Product:
+    return lambda x_TI: torch.from_numpy(weight.matmul(x_TI.numpy()))
+
+
 def _forward(
     x: Tensor,
     num_channels: int,
     geometry: Geometry,
-    products: Sequence[Product],
-    num_outputs: int,
+    stages: Sequence[_Stage],
     dense: Callable[[], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
     batch = _as_batch(x, num_channels, geometry)
     if torch.is_grad_enabled() and (batch.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _StraightThrough.apply(batch, geometry, products, num_outputs, dense)  # type: ignore[no-untyped-call]
+        y: Tensor = _StraightThrough.apply(batch, geometry, stages, dense)  # type: ignore[no-untyped-call]
         if bias is not None:
             y = y + bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.kernel))
     else:
-        y = _multiply(batch, geometry, products, num_outputs, bias)
+        y = _multiply(batch, stages, bias)
     return y if batch is x else y[0]
 
 
-def _multiply(
-    x: Tensor, geometry: Geometry, products: Sequence[Product], num_outputs: int, bias: Tensor | None = None
-) -> Tensor:
+def _multiply(x: Tensor, stages: Sequence[_Stage], bias: Tensor | None = None) -> Tensor:
     """The convolution of x (B, C, *S), in the memory format of x."""
     require_cpu("convolution input", x)
-    padded = geometry.padded(x.detach(), torch.float32)
+    y = x.detach()
+    for stage in stages:
+        y = _convolve(y, stage, bias if stage is stages[-1] else None)
+    outputs = y.to(x.dtype)
+    return outputs if _is_channels_last(x) else outputs.contiguous()
+
+
+def _convolve(x: Tensor, stage: _Stage, bias: Tensor | None) -> Tensor:
+    """One stage of x (B, C, *S) in float32, with its channels last in memory."""
+    geometry, num_outputs = stage.geometry, stage.num_outputs
+    padded = geometry.padded(x, torch.float32)
     size = geometry.output_size(padded)
     if min(size) < 1:
         raise UsageError(
@@ -225,15 +250,14 @@ def _multiply(
     y_TO = torch.empty(x.shape[0] * prod(size), num_outputs)
     # In numpy, because torch would start threads of its own between two products.
     y, bias_O = y_TO.numpy(), np.zeros(num_outputs, np.float32) if bias is None else bias.detach().float().numpy()
-    for group, product in enumerate(products):
+    for group, product in enumerate(stage.products):
         own = slice(group * rows_per_group, (group + 1) * rows_per_group)
         done = 0
         for rows_TI in geometry.pieces(padded, group):
             piece = slice(done, done + len(rows_TI))
             np.add(product(rows_TI).numpy(), bias_O[own], out=y[piece, own])
             done += len(rows_TI)
-    outputs = y_TO.reshape(x.shape[0], *size, num_outputs).movedim(-1, 1).to(x.dtype)
-    return outputs if _is_channels_last(x) else outputs.contiguous()
+    return y_TO.reshape(x.shape[0], *size, num_outputs).movedim(-1, 1)
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -267,25 +291,20 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        geometry: Geometry,
-        products: Sequence[Product],
-        num_outputs: int,
-        dense: Callable[[], Tensor],
+        ctx: Any, x: Tensor, geometry: Geometry, stages: Sequence[_Stage], dense: Callable[[], Tensor]
     ) -> Tensor:
         ctx.geometry, ctx.dense, ctx.shape = geometry, dense, x.shape
-        return _multiply(x, geometry, products, num_outputs)
+        return _multiply(x, stages)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, None, None, None]:
         # A convolution is linear: its gradient does not depend on where it is taken.
         with torch.enable_grad():
             x = torch.zeros(ctx.shape, requires_grad=True)
             y = ctx.geometry.convolve(x, ctx.dense())
         (grad_x,) = torch.autograd.grad(y, x, grad_y.to(torch.float32))
-        return grad_x.to(grad_y.dtype), None, None, None, None
+        return grad_x.to(grad_y.dtype), None, None, None
 
 
 @final
@@ -316,10 +335,10 @@ class ConvKind:
         if _is_depthwise(module):
             return (Matrix("", "weight", (rows, width), num_row_groups=module.groups),)
         if module.groups == 1:
-            return (Matrix("", "weight", (rows, width)),)
+            return (Matrix("", "weight", (rows, width), taps=tuple(shape[2:])),)
         rows //= module.groups
         return tuple(
-            Matrix(_group_name(group), "weight", (rows, width), first_row=group * rows)
+            Matrix(_group_name(group), "weight", (rows, width), first_row=group * rows, taps=tuple(shape[2:]))
             for group in range(module.groups)
         )
 

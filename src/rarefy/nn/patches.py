@@ -61,6 +61,28 @@ class Geometry:
                 padding.append((module.padding[axis], module.padding[axis]))
         return cls(kernel, tuple(module.stride), dilation, tuple(padding), module.padding_mode, module.groups)
 
+    def split(self, num_runs: int) -> "tuple[Geometry, Geometry] | None":
+        """Two convolutions that do what this one does with factors of its taps; None if its axes do not divide so.
+
+        Args:
+            num_runs: taps of the leading axes, which the second convolution has; the first has those of the others.
+        """
+        axes = len(self.kernel)
+        for cut in range(1, axes + 1):
+            if prod(self.kernel[:cut]) == num_runs:
+                return self._only(range(cut, axes)), self._only(range(cut))
+        return None
+
+    def _only(self, axes: range) -> "Geometry":
+        """The part of it along some axes."""
+        chosen = [axis in axes for axis in range(len(self.kernel))]
+        kernel, stride, dilation = (
+            tuple(size if mine else 1 for size, mine in zip(sizes, chosen, strict=True))
+            for sizes in (self.kernel, self.stride, self.dilation)
+        )
+        padding = tuple(pair if mine else (0, 0) for pair, mine in zip(self.padding, chosen, strict=True))
+        return Geometry(kernel, stride, dilation, padding, self.padding_mode, self.groups)
+
     def padded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """x (B, C, *S) with its channels last and its padding around it: (B, *S', C), contiguous.
 

@@ -21,6 +21,8 @@ from rarefy.methods import (
     Refit,
     RobustPCA,
     SparseGPT,
+    Spatial,
+    Tucker,
 )
 from rarefy.recipe import LayerPlan
 
@@ -100,7 +102,7 @@ def _method_seconds(method: LayerMethod, rows: int, width: int, rates: Rates) ->
             return (method.num_steps + method.refit_steps) * (product + 8 * rows * width * _SECONDS_PER_PASS)
         case Refit():
             return method.num_steps * product
-        case SVD() | SVT() | ASVD() | SVDLLM() | DRONE() | FrequencySVD():
+        case SVD() | SVT() | ASVD() | SVDLLM() | DRONE() | FrequencySVD() | Spatial() | Tucker():
             return _decomposition_seconds(rows, width, rates) + 2 * product
         case OATS():
             step = 4 * rows * width * (method.rank.most((rows, width)) / rates.float32_flops + 2 * _SECONDS_PER_PASS)

@@ -6,7 +6,7 @@ from typing import Protocol
 from rarefy.calibrate.statistics import Gram
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Lines, Pattern, Unstructured
-from rarefy.core.ranks import Rank
+from rarefy.core.ranks import Rank, TapRanks
 from rarefy.layouts import FloatFormat, choose_format
 from rarefy.methods.masks import sparser
 from rarefy.plan.cost import Rates, gram_seconds, measure_rates, solve_seconds
@@ -95,13 +95,15 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
     pattern: Pattern | None = None
     grid: IntGrid | None = None
     num_patterns = 0
-    rank: int | None = None
+    rank: int | TapRanks | None = None
     factor_grid: IntGrid | None = None
     by_energy = False
     for _, method in layer.steps:
         wanted_rank = getattr(method, "rank", None)
         if isinstance(wanted_rank, Rank):
-            rank, by_energy = wanted_rank.most(layer.shape), wanted_rank.energy is not None
+            most_ranks = getattr(method, "most_ranks", None)
+            rank = wanted_rank.most(layer.shape) if most_ranks is None else most_ranks(ref.shape)
+            by_energy = wanted_rank.energy is not None
             if pattern is None and grid is None and getattr(method, "remainder", "keep") == "drop":
                 pattern = Unstructured(1.0)
         wanted = getattr(method, "pattern", None)

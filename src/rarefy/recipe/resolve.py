@@ -142,7 +142,8 @@ def _targets(step: Step, structure: Structure) -> list[LayerRef]:
     excluded = {owners[layer.name] for layer in structure.layers if any(_matches(layer, g) for g in step.exclude)}
     if step.targets is None:
         kind_fits = [layer for layer in structure.layers if layer.kind in _BY_DEFAULT and layer.tied_to is None]
-        chosen = {layer.name for layer in kind_fits if layer.block is not None or not structure.blocks}
+        fits = [layer for layer in kind_fits if layer.compressible and _misfit(step, layer) is None]
+        chosen = {layer.name for layer in fits or kind_fits if layer.block is not None or not structure.blocks}
     else:
         chosen = set()
         for glob in step.targets:
@@ -231,6 +232,10 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
         except PatternError as error:
             found = f"{error.where}: {error.found}"
             raise RecipeError(step.where, found, allowed=error.allowed, hint=error.hint) from None
+    if (misfit := _misfit(step, layer)) is not None:
+        raise RecipeError(
+            step.where, f"{step.name} does not fit layer {layer.name}: {misfit}", hint=f'exclude: ["{layer.name}"]'
+        )
     _check_factors(step, layer, earlier)
     grids = [grid for other in earlier if isinstance(grid := getattr(other.method, "values", None), IntGrid)]
     if isinstance(values, IntGrid) and grids and grids[-1] != values:
@@ -259,9 +264,20 @@ def _check_factors(step: Step, layer: LayerRef, earlier: Sequence[Step]) -> None
     hint = "let the earlier step keep what its factors do not hold (remainder: keep), or exclude the layer"
     if only_factors and pattern is not None:
         raise RecipeError(step.where, f"nothing is left of layer {layer.name} but factors, stored whole", hint=hint)
+    has_taps = any(hasattr(other.method, "most_ranks") for other in earlier)
+    if only_factors and isinstance(values, IntGrid) and has_taps:
+        found = f"nothing is left of layer {layer.name} but factors of taps, which are stored in bfloat16"
+        raise RecipeError(step.where, found, hint=hint)
     if only_factors and isinstance(values, IntGrid) and values.num_bits != 8:
         found = f"nothing is left of layer {layer.name} but factors; this step asks for {describe(values)}"
         raise RecipeError(step.where, found, allowed="8 bits", hint=hint)
+
+
+def _misfit(step: Step, layer: LayerRef) -> str | None:
+    """Why a method for one kind of layer does not fit this one; None if it does, or is for all kinds."""
+    misfit = getattr(step.method, "misfit", None)
+    reason: str | None = None if misfit is None else misfit(layer.kind, layer.shape)
+    return reason
 
 
 def _values(step: Step) -> object:

@@ -14,14 +14,17 @@ from rarefy.core.errors import NonFiniteError, PatternError, RarefyError
 from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
 from rarefy.core.patterns import NM, Pattern, Unstructured
 from rarefy.core.solution import Factors, Solution
+from rarefy.core.tap_factors import TapFactors
 from rarefy.layouts import pack
 from rarefy.methods import LayerMethod
 
 # a width that no group divides, one row, and a width of one group
 _SHAPES = ((24, 200), (1, 64), (5, 64))
+# the taps that the columns of such a width are, for methods of convolutions
+_TAPS = {200: (5, 5), 64: (2, 2)}
 _STARTS = (
     "dense", "pruned", "2 of 4", "on a grid", "pruned and on a grid", "factors", "factors beside a matrix",
-    "factors beside a matrix that is pruned and on a grid", "factors on a grid",
+    "factors beside a matrix that is pruned and on a grid", "factors on a grid", "factors of taps",
 )  # fmt: skip
 
 
@@ -94,6 +97,8 @@ def _start(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]", start
         grouped = np.abs(weight_OI).reshape(weight_OI.shape[0], -1, 4)
         mask_OI = (np.argsort(np.argsort(grouped, axis=2), axis=2) >= 2).reshape(weight_OI.shape)
         pattern = NM(2, 4)
+    if start == "factors of taps":
+        return Solution.low_rank(_tap_factors(weight_OI), weight_OI)
     values = getattr(method, "values", None)
     wanted = values if isinstance(values, IntGrid) else IntGrid(4, 32, False)
     if start in ("factors", "factors on a grid"):
@@ -107,7 +112,13 @@ def _start(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]", start
     if "grid" in start:
         grid = fit_minmax(value_OI, wanted)
         value_OI = dequantize(quantize(value_OI, grid), grid)
-    return Solution(value_OI, mask_OI, pattern, grid, pair, weight_OI)
+    return Solution(value_OI, mask_OI, pattern, grid, pair, weight_OI, _TAPS[weight_OI.shape[1]])
+
+
+def _tap_factors(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]") -> TapFactors:
+    """The columns of a weight as factors: two outputs of the core, one channel of each tap."""
+    left, width = np.ascontiguousarray(weight_OI[:, :2]), weight_OI.shape[1]
+    return TapFactors(left, np.resize(weight_OI, (2, 4)), np.resize(weight_OI, (1, width // 4)), 4)
 
 
 def _factors(weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]", grid: IntGrid | None) -> Factors:
@@ -168,18 +179,20 @@ def _check_refusals(method: LayerMethod, seed: int) -> None:
         broken_OI = weight_OI.copy()
         broken_OI[1, 2] = bad
         _require(
-            _raises_naming_layer(method, Solution.dense(broken_OI), stats, NonFiniteError),
+            _raises_naming_layer(method, Solution.dense(broken_OI, _TAPS[64]), stats, NonFiniteError),
             f"a weight that is {bad} raises no NonFiniteError that names the layer",
         )
     for statistic, value in stats.items():
         broken = value.clone()
         broken.view(-1)[min(3, broken.numel() - 1)] = float("nan")
         _require(
-            _raises_naming_layer(method, Solution.dense(weight_OI), {**stats, statistic: broken}, NonFiniteError),
+            _raises_naming_layer(
+                method, Solution.dense(weight_OI, _TAPS[64]), {**stats, statistic: broken}, NonFiniteError
+            ),
             f"{statistic} with NaN raises no NonFiniteError that names the layer",
         )
         _require(
-            _raises_naming_layer(method, Solution.dense(weight_OI), {}, RarefyError),
+            _raises_naming_layer(method, Solution.dense(weight_OI, _TAPS[64]), {}, RarefyError),
             f"a missing {statistic} raises no RarefyError that names the layer",
         )
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from rarefy.core.errors import PatternError
 from rarefy.core.ranks import Rank
 from rarefy.core.solution import Factors, Solution
+from rarefy.core.tap_factors import TapFactors
 from rarefy.methods.base import check_finite_weight
 
 Remainder = Literal["drop", "keep"]
@@ -102,7 +103,7 @@ def is_dense(solution: Solution) -> bool:
     return solution.mask_OI is None and solution.grid is None
 
 
-def with_factors(solution: Solution, factors: Factors, remainder: Remainder) -> Solution:
+def with_factors(solution: Solution, factors: Factors | TapFactors, remainder: Remainder) -> Solution:
     """Put factors into a solution.
 
     Where the matrix has zeros or a grid, the factors stand beside it. A dense one is replaced by them; with
