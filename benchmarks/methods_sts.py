@@ -41,7 +41,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "random-columns-25": _one("random", pattern=COLUMNS, targets=MLP_OUT),
     "wanda-50 + rescale": _one("wanda", pattern=HALF) + _one("rescale"),
     "wanda-50 + refit": _one("wanda", pattern=HALF) + _one("refit"),
-    **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone")},
+    **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone", "scaled-gd")},
     "svd-llm + sparsegpt": _one("svd-llm", rank=BESIDE, remainder="keep") + _one("sparsegpt", pattern=REST),
     "svd-llm + alps": _one("svd-llm", rank=BESIDE, remainder="keep") + _one("alps", pattern=REST),
     "sparsegpt + svd-llm": _one("sparsegpt", pattern=REST) + _one("svd-llm", rank=BESIDE),

@@ -136,12 +136,6 @@ def test_what_no_layout_stores_is_refused_before_any_work(second: LayerMethod, w
         run([keeps, second])
 
 
-def test_factors_in_an_embedding_are_refused() -> None:
-    model = Model((), (Layer("emb", "embedding", (48, 96)),))
-    with pytest.raises(RecipeError, match="stores every row whole"):
-        resolve(Recipe((Step(SVD(Rank(count=2)), targets=("emb",)),)), model)
-
-
 def test_factors_that_are_damaged_are_named() -> None:
     left, right = np.ones((4, 2), np.float32), np.full((2, 6), np.nan, np.float32)
     with pytest.raises(NonFiniteError, match="layer x: a factor"):

@@ -3,6 +3,8 @@
 Shape suffixes: O out, I in, K rank.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from rarefy.calibrate.statistics import AbsMean, Gram
 from rarefy.core.errors import PatternError
 from rarefy.core.ranks import Rank
 from rarefy.core.solution import Solution
-from rarefy.methods import ASVD, DRONE, SVD, SVDLLM, SVT, LayerMethod
+from rarefy.methods import ASVD, DRONE, SVD, SVDLLM, SVT, LayerMethod, ScaledGD
 
 
 def value(method: LayerMethod, weight_OI: np.ndarray, given: dict[object, torch.Tensor]) -> Array:
@@ -121,3 +123,31 @@ def test_nothing_known_of_the_inputs_is_plain_svd() -> None:
         value(SVD(Rank(count=2)), weight_OI, {}),
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_gradient_descent_falls_at_every_step_to_the_closed_form(shape: tuple[int, int], rank: int) -> None:
+    weight_OI, gram_II = problem(*shape, seed=5)
+
+    def lost(method: LayerMethod) -> float:
+        return float(row_losses(weight_OI, value(method, weight_OI, stats(gram_II)), gram_II).sum())
+
+    least = lost(SVDLLM(Rank(count=rank), percent_damp=0))
+    start = lost(SVD(Rank(count=rank)))
+    losses = [start, *(lost(ScaledGD(Rank(count=rank), num_steps=steps)) for steps in (1, 2, 4, 8, 16))]
+    assert all(later <= before * (1 + 1e-4) for before, later in pairwise(losses))
+    assert least * (1 - 1e-4) <= lost(ScaledGD(Rank(count=rank), num_steps=300)) <= 1.02 * least < start
+
+
+def test_gradient_descent_never_ends_worse_than_its_start() -> None:
+    """Where the SVD is the optimum, in the identity metric, with dead inputs, and where no input is ever there."""
+    weight_OI, _ = problem(9, 24, seed=6)
+    weight_OI[3] = weight_OI[4]
+    for diagonal in (np.ones(24), np.arange(24.0) // 6, np.zeros(24)):
+        gram_II = np.diag(diagonal)
+        given = stats(gram_II)
+        for rank in (1, 5, 9):
+            start = row_losses(weight_OI, value(SVD(Rank(count=rank)), weight_OI, {}), gram_II).sum()
+            end = row_losses(weight_OI, value(ScaledGD(Rank(count=rank)), weight_OI, given), gram_II).sum()
+            assert end <= start * (1 + 1e-5) + 1e-9

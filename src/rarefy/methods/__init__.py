@@ -6,6 +6,7 @@ from rarefy.methods.lowrank.drone import DRONE
 from rarefy.methods.lowrank.frequency_svd import FrequencySVD
 from rarefy.methods.lowrank.oats import OATS
 from rarefy.methods.lowrank.robust_pca import RobustPCA
+from rarefy.methods.lowrank.scaled_gd import ScaledGD
 from rarefy.methods.lowrank.spatial import Spatial
 from rarefy.methods.lowrank.svd import SVD
 from rarefy.methods.lowrank.svd_llm import SVDLLM
@@ -43,6 +44,7 @@ METHODS: dict[str, type[LayerMethod]] = {
     "svd-llm": SVDLLM,
     "drone": DRONE,
     "frequency-svd": FrequencySVD,
+    "scaled-gd": ScaledGD,
     "tucker": Tucker,
     "spatial": Spatial,
     "oats": OATS,
@@ -73,6 +75,7 @@ __all__ = [
     "Refit",
     "Rescale",
     "RobustPCA",
+    "ScaledGD",
     "SparseGPT",
     "Spatial",
     "Tucker",

@@ -20,6 +20,7 @@ from rarefy.methods import (
     LayerMethod,
     Refit,
     RobustPCA,
+    ScaledGD,
     SparseGPT,
     Spatial,
     Tucker,
@@ -104,6 +105,10 @@ def _method_seconds(method: LayerMethod, rows: int, width: int, rates: Rates) ->
             return method.num_steps * product
         case SVD() | SVT() | ASVD() | SVDLLM() | DRONE() | FrequencySVD() | Spatial() | Tucker():
             return _decomposition_seconds(rows, width, rates) + 2 * product
+        case ScaledGD():
+            rank = method.rank.most((rows, width))
+            step = 2 * rank * width * (width + 2 * rows) / rates.float32_flops
+            return _decomposition_seconds(rows, width, rates) + 2 * product + method.num_steps * step
         case OATS():
             step = 4 * rows * width * (method.rank.most((rows, width)) / rates.float32_flops + 2 * _SECONDS_PER_PASS)
             return method.num_steps * step + 2 * _decomposition_seconds(rows, width, rates)
