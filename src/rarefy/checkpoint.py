@@ -31,6 +31,8 @@ from rarefy.recipe import Recipe
 
 _RUN = "run.json"
 _RESULTS = "results.json"
+# of tensors that are no part of a layout
+_SOLUTION, _CORRECTED = ".solution", ".corrected"
 _KIND = {"kind": "rarefy partial run", "version": 1}
 
 
@@ -44,12 +46,14 @@ class Finished:
         results: what the report says about them.
         skipped: layers that were left alone, with the reason.
         weights: those weights that their layouts do not give back exactly, (O, I).
+        biases: those that were corrected, by full name.
     """
 
     layouts: Mapping[str, AnyLayout]
     results: Mapping[str, LayerResult]
     skipped: Mapping[str, str] = field(default_factory=dict)
     weights: Mapping[str, Float32Array] = field(default_factory=dict)
+    biases: Mapping[str, Float32Array] = field(default_factory=dict)
 
     def weight(self, layer: str) -> Float32Array:
         """The weight that the layers after this one were solved with, (O, I)."""
@@ -88,13 +92,15 @@ class Checkpoint:
             results = {each["name"]: LayerResult.from_json(each) for each in record["results"]}
             skipped = dict(record["skipped"])
             layouts = {name: artifact.layer(name) for name in artifact.specs}
-            suffix = ".solution"
-            weights = {name.removesuffix(suffix): artifact.tensor(name) for name in artifact.names()}
+            weights, biases = (
+                {name.removesuffix(suffix): artifact.tensor(name) for name in artifact.names() if name.endswith(suffix)}
+                for suffix in (_SOLUTION, _CORRECTED)
+            )
         except (RarefyError, OSError, ValueError, KeyError, TypeError):
             return None
         if layouts.keys() != results.keys() or {*layouts, *skipped} != set(layers):
             return None
-        return Finished(layouts, results, skipped, weights)
+        return Finished(layouts, results, skipped, weights, biases)
 
     def save(self, unit: str, finished: Finished) -> None:
         """Write a finished block: whole, or not at all.
@@ -110,7 +116,8 @@ class Checkpoint:
             config={},
             layers=finished.layouts,
             tied={},
-            tensors={f"{name}.solution": weight for name, weight in finished.weights.items()},
+            tensors={f"{name}{_SOLUTION}": weight for name, weight in finished.weights.items()}
+            | {f"{name}{_CORRECTED}": bias for name, bias in finished.biases.items()},
             extra_files={_RESULTS: record.encode()},
             force=True,
         )

@@ -42,6 +42,7 @@ from rarefy.models.load import load_model
 from rarefy.models.loaded import LoadedModel
 from rarefy.models.structure import LayerRef, Structure
 from rarefy.nn import find_weight, replace_linear
+from rarefy.nn.biases import set_biases
 from rarefy.plan import Plan, make_plan
 from rarefy.recipe import Recipe, load_recipe, notes, resolve
 from rarefy.report import render_html, render_model_card
@@ -66,6 +67,7 @@ class RunResult:
     tied: dict[str, str]
     path: Path | None
     _loaded: LoadedModel
+    _biases: Mapping[str, torch.Tensor]
 
     def model(self) -> nn.Module:
         """The compressed model in torch, ready to be called; computed with rarefy's kernels. A new one at each call."""
@@ -73,6 +75,7 @@ class RunResult:
         model = copy.deepcopy(self._loaded.model).eval()
         self._loaded.release("")
         replace_linear(model, self.layers, self.tied)
+        set_biases(model, self._biases)
         return model
 
 
@@ -169,6 +172,7 @@ def compress(
         )
     tied = {layer.name: layer.tied_to for layer in structure.layers if layer.tied_to in solved.layouts}
     tensors = _rest(loaded, solved.layouts, structure, half=parsed.rest_dtype == "bfloat16")
+    tensors |= {name: bias_O.numpy() for name, bias_O in solved.biases.items()}
     facts = _Facts(loaded, structure, parsed, seed, data, dtype, solved)
 
     def write(path: Path, extra: Mapping[str, bytes]) -> None:
@@ -188,7 +192,13 @@ def compress(
         with clock.phase("measure after"), _scratch(out) as scratch:
             write(scratch / "artifact", {})
             metrics, warnings = judge(
-                loaded, baseline, scratch / "artifact", solved.layouts, tied, tick=clock.detail("measure after")
+                loaded,
+                baseline,
+                scratch / "artifact",
+                solved.layouts,
+                tied,
+                solved.biases,
+                tick=clock.detail("measure after"),
             )
     report = facts.report(metrics, warnings, clock.seconds)
     path: Path | None = None
@@ -198,7 +208,7 @@ def compress(
             write(path, _documents(report, parsed))
         if checkpoint is not None:
             checkpoint.remove()
-    return RunResult(report, solved.layouts, tied, path, loaded)
+    return RunResult(report, solved.layouts, tied, path, loaded, solved.biases)
 
 
 def _load(source: str | os.PathLike[str] | nn.Module | LoadedModel) -> LoadedModel:
@@ -279,6 +289,7 @@ class _Facts:
                 f"an interrupted run had finished {self.solved.num_resumed} of the blocks; the time of compression is "
                 "that of the others"
             )
+        own += self._uncorrected()
         own += [f"{name} was left alone: {why}" for name, why in self.solved.skipped.items()]
         return RunReport(
             model=_shown_name(self.loaded),
@@ -297,6 +308,12 @@ class _Facts:
             seconds=dict(seconds),
             peak_memory_bytes=peak_memory_bytes(),
         )
+
+    def _uncorrected(self) -> Iterator[str]:
+        for plan in resolve(self.recipe, self.structure):
+            done = self.solved.results[plan.layer].steps if plan.layer in self.solved.results else None
+            if done is not None and len(done) < len(plan.steps):
+                yield f"bias-correction left {plan.layer} as it was: it has no bias, and can be given none"
 
     def _untouched(self) -> Iterator[UntouchedLayer]:
         for layer in self.structure.layers:

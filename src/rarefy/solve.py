@@ -25,11 +25,13 @@ from rarefy.core.results import LayerResult
 from rarefy.core.solution import Solution, stack
 from rarefy.layouts import AnyLayout, FloatFormat, pack
 from rarefy.methods.base import LayerMethod
+from rarefy.methods.bias_correction import BiasCorrection
 from rarefy.methods.closeness import relative_error
 from rarefy.models.loaded import LoadedModel, check_finite
 from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Readers, Structure
 from rarefy.nn import Weight, find_weight
+from rarefy.nn.biases import Corrections
 
 # Stands for the layers outside of the blocks among the names of blocks, none of which is empty where there are several.
 _OUTSIDE = ""
@@ -74,12 +76,14 @@ class Solved:
         results: what was done to it, and how well.
         skipped: layers of the plan that could not be solved, each with the reason.
         num_resumed: blocks that an interrupted run had solved.
+        biases: corrected ones, of layers that had one and of layers that had none, by full name.
     """
 
     layouts: dict[str, AnyLayout] = field(default_factory=dict)
     results: dict[str, LayerResult] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     num_resumed: int = 0
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
 def solve_model(
@@ -142,6 +146,8 @@ class _Pass:
         self.float_format = float_format
         self.solved = Solved()
         self._readers = structure.readers()
+        self._corrections = Corrections(loaded.model, loaded.read)
+        self.solved.biases = self._corrections.values
         self._progress = progress
         self._checkpoint = checkpoint
         self._units: dict[str, str] = {}
@@ -236,6 +242,7 @@ class _Pass:
         self.solved.layouts.update(found.layouts)
         self.solved.results.update(found.results)
         self.solved.skipped.update(found.skipped)
+        self.solved.biases.update({key: torch.tensor(bias_O) for key, bias_O in found.biases.items()})
         return []
 
     def _keep(self, name: str, tasks: Sequence[Task], solutions: Mapping[str, Solution | None]) -> None:
@@ -250,7 +257,8 @@ class _Pass:
             for layer, solution in solutions.items()
             if solution is not None and not self._gives_back(layouts[layer], solution)
         }
-        self._checkpoint.save(self._units[name], Finished(layouts, results, skipped, weights))
+        biases = {key: bias_O.numpy() for key, bias_O in self._corrections.of(layouts).items()}
+        self._checkpoint.save(self._units[name], Finished(layouts, results, skipped, weights, biases))
 
     def _gives_back(self, layout: AnyLayout, solution: Solution) -> bool:
         """Whether a layout has the very weights that the forward passes used."""
@@ -278,14 +286,18 @@ class _Pass:
             if name in self._finished:
                 for layer in self._finished[name].layouts:
                     self._set(layer, self._finished[name].weight(layer))
+            corrected = [*solutions, *(self._finished[name].layouts if name in self._finished else ())]
+            self._corrections.apply(corrected)
             if not last:
                 for call in calls:
                     outputs.append(block(*call.args, **call.kwargs))
                     self._tick(name)
+            self._corrections.withdraw(corrected)
         if not self.loaded.streams:
             for layer, solution in solutions.items():
                 if solution is not None:
                     self._set(layer, solution.value_OI)
+            self._corrections.apply(corrected)
         self.loaded.release(name)
         release_freed_memory()
         return outputs
@@ -296,6 +308,7 @@ class _Pass:
         for task in tasks:
             weight = find_weight(self.model, task.layer)
             masters[task.layer] = weight.read().to(torch.float32)
+            self._corrections.hold(task.layer)
             check_finite(weight.parameter_name, masters[task.layer])
         return masters
 
@@ -352,7 +365,7 @@ class _Pass:
             name=task.layer,
             shape=solution.shape,
             format=layout.format,
-            steps=tuple(name for name, _ in task.steps),
+            steps=self._steps_done(task, solution),
             sparsity=solution.sparsity,
             num_bits=None if grid is None else grid.num_bits,
             group_size=None if grid is None else grid.group_size,
@@ -365,8 +378,15 @@ class _Pass:
         )
         if not in_block and not self.loaded.streams:
             self._set(task.layer, solution.value_OI)
+            self._corrections.apply([task.layer])
         self._tick(task.layer)
         return solution
+
+    def _steps_done(self, task: Task, solution: Solution) -> tuple[str, ...]:
+        """The names of the steps, without a correction of a bias that the layer cannot have."""
+        if solution.bias_O is None or self._corrections.shift(task.layer, torch.from_numpy(solution.bias_O)):
+            return tuple(name for name, _ in task.steps)
+        return tuple(name for name, method in task.steps if not isinstance(method, BiasCorrection))
 
     def _ticker(self, detail: str) -> Callable[[], None]:
         return lambda: self._tick(detail)

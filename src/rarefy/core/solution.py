@@ -50,6 +50,11 @@ class Factors:
             _check_scales(weight, fitted)
 
     @property
+    def parts(self) -> tuple[Float32Array, ...]:
+        """The factors from left to right."""
+        return self.left_OK, self.right_KI
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(O, I)."""
         return self.left_OK.shape[0], self.right_KI.shape[1]
@@ -90,6 +95,7 @@ class Solution:
         grid: the grid that every kept weight lies on; None: any float.
         factors: the part of V that has low rank; None: there is none.
         original_OI: float32 (O, I), W as the first step found it; None where nobody knows it any more.
+        bias_O: float32 (O,), what is to be added to the outputs of V; None: nothing.
         taps: of a convolution the size of its kernel along each axis: I is prod(taps) runs of one column a channel.
 
     Raises:
@@ -103,6 +109,7 @@ class Solution:
     factors: Factors | TapFactors | None = None
     original_OI: Float32Array | None = None
     taps: tuple[int, ...] = ()
+    bias_O: Float32Array | None = None
 
     def __post_init__(self) -> None:
         weight, mask = self.weight_OI, self.mask_OI
@@ -115,6 +122,9 @@ class Solution:
         _check_scales(weight, self.grid)
         if self.factors is not None and self.factors.shape != weight.shape:
             raise LayoutError("solution", f"factors of a matrix {self.factors.shape}", allowed=str(weight.shape))
+        if self.bias_O is not None and (self.bias_O.shape != weight.shape[:1] or self.bias_O.dtype != np.float32):
+            found = f"bias {self.bias_O.dtype} {self.bias_O.shape}"
+            raise LayoutError("solution", found, allowed=f"float32 {weight.shape[:1]}")
         original = self.original_OI
         if original is not None and (original.shape != weight.shape or original.dtype != np.float32):
             raise LayoutError(
@@ -227,11 +237,13 @@ def stack(parts: Sequence[Solution]) -> Solution:
     if first.grid is not None:
         scale_OG = np.concatenate([each.scale_OG for each in grids])
         grid = FittedGrid(first.grid.grid, scale_OG, np.concatenate([each.zero_point_OG for each in grids]))
+    biases = [part.bias_O for part in parts if part.bias_O is not None]
     return Solution(
         np.concatenate([part.weight_OI for part in parts]),
         np.concatenate(masks) if masks else None,
         first.pattern,
         grid,
+        bias_O=np.concatenate(biases) if biases else None,
     )
 
 

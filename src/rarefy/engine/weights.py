@@ -101,13 +101,18 @@ class Weights:
         Args:
             layers: name and number of outputs of each.
             num_inputs: I.
-            bias: whether they have biases.
+            bias: whether they must have biases.
 
         Raises:
             DamagedFileError: a weight is missing, damaged or of another shape.
         """
         weights = [prepare(self._layout(name, (size, num_inputs))) for name, size in layers]
-        biases = [self.vector(f"{name}.bias", size) if bias else None for name, size in layers]
+        # compression may have given a layer a bias
+        given = [bias or f"{self._prefix}{name}.bias" in self._artifact.files for name, _ in layers]
+        biases = [
+            self.vector(f"{name}.bias", size) if there else None
+            for (name, size), there in zip(layers, given, strict=True)
+        ]
         self.nbytes += sum(weight.nbytes for weight in weights)
         return Linears(self.ops, weights, biases)
 

@@ -1,6 +1,7 @@
 """Compression methods: one file each, and the one dictionary that recipes, documentation and tests go through."""
 
 from rarefy.methods.base import LayerMethod
+from rarefy.methods.bias_correction import BiasCorrection
 from rarefy.methods.lowrank.asvd import ASVD
 from rarefy.methods.lowrank.drone import DRONE
 from rarefy.methods.lowrank.frequency_svd import FrequencySVD
@@ -38,6 +39,7 @@ METHODS: dict[str, type[LayerMethod]] = {
     "lasso": Lasso,
     "refit": Refit,
     "rescale": Rescale,
+    "bias-correction": BiasCorrection,
     "svd": SVD,
     "svt": SVT,
     "asvd": ASVD,
@@ -66,6 +68,7 @@ __all__ = [
     "SVDLLM",
     "SVT",
     "APoZ",
+    "BiasCorrection",
     "DSnoT",
     "FrequencySVD",
     "Lasso",

@@ -63,12 +63,12 @@ def quantize_factors(
     return dataclasses.replace(solution, factors=rounded)
 
 
-def check_finite_factors(factors: Factors, layer: str) -> None:
+def check_finite_factors(factors: Factors | TapFactors, layer: str) -> None:
     """Refuse factors with NaN or infinity.
 
     Raises:
         NonFiniteError: naming the layer.
     """
-    for factor in (factors.left_OK, factors.right_KI):
+    for factor in factors.parts:
         if not bool(torch.from_numpy(factor).isfinite().all()):
             raise NonFiniteError(f"layer {layer}", "a factor is NaN or infinite", hint="the input model is damaged")

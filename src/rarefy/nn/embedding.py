@@ -94,7 +94,7 @@ class EmbeddingKind:
     def matrices(self, module: nn.Module) -> tuple[Matrix, ...]:
         """See Kind."""
         rows, columns = module.get_parameter("weight").shape
-        return (Matrix("", "weight", (rows, columns)),)
+        return (Matrix("", "weight", (rows, columns), bias=None),)
 
     def rows_key(self, _: nn.Module) -> Hashable:
         """See Kind."""

@@ -7,6 +7,7 @@ from torch import nn
 
 from rarefy.artifact import Artifact, read_artifact
 from rarefy.core.errors import DamagedFileError
+from rarefy.nn.biases import added_biases, set_biases
 from rarefy.nn.replace import find_weight, replace_linear
 
 
@@ -44,11 +45,14 @@ def load_into(module: nn.Module, path: str | os.PathLike[str]) -> None:
         if not present:
             raise DamagedFileError(f"{path}", f"tensor {sorted(names)[0]!r} of the module is missing")
         source[present[0]] = present[0]
-    superfluous = sorted(stored - wanted)
+    added = added_biases(module, artifact.specs, stored)
+    superfluous = sorted(stored - wanted - added.keys())
     if superfluous:
         raise DamagedFileError(f"{path}", f"tensor {superfluous[0]!r} is not in the {type(module).__name__}")
     values = {name: _checked(artifact, name, targets[name]) for name in source}
+    biases = {name: _checked(artifact, name, torch.empty(size)) for name, size in added.items()}
     replace_linear(module, layers, artifact.tied)
+    set_biases(module, biases)
     with torch.no_grad():
         for name, value in values.items():
             targets[name].copy_(value)

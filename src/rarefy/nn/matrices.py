@@ -33,6 +33,7 @@ class Matrix:
         first_row: which row of the parameter is the first of the matrix.
         transposed: the parameter is (I, O).
         num_row_groups: so many parts of its rows, of equal size, meet inputs of their own.
+        bias: name of the vector that is added to the outputs, there or not; None: there can be none.
         taps: of a convolution the size of its kernel along each axis; () where the columns are no taps of channels.
     """
 
@@ -43,6 +44,7 @@ class Matrix:
     transposed: bool = False
     num_row_groups: int = 1
     taps: tuple[int, ...] = ()
+    bias: str | None = "bias"
 
     def of(self, parameter: Tensor) -> Tensor:
         """The matrix, which shares the parameter's memory where it can."""

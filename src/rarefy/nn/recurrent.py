@@ -337,7 +337,7 @@ class RecurrentKind:
         found = []
         for name in _weight_names(module):
             rows, width = module.get_parameter(name).shape
-            found.append(Matrix(name, name, (rows, width)))
+            found.append(Matrix(name, name, (rows, width), bias=name.replace("weight", "bias", 1)))
         return tuple(found)
 
     def rows_key(self, _: nn.Module) -> Hashable:

@@ -29,6 +29,7 @@ from rarefy.artifact import (
     read_artifact,
 )
 from rarefy.core.errors import DamagedFileError, LayoutError, UnsupportedModelError, UsageError
+from rarefy.nn.biases import added_biases, set_biases
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.replace import all_weights, replace_with_empty
 from rarefy.nn.runtime_ops import use_engine_ops
@@ -140,15 +141,20 @@ class RarefyQuantizer(HfQuantizer):
         absent = sorted({*config.specs, *config.tied} - names.keys())
         if absent and is_own_class:
             raise DamagedFileError("quantization_config", f"layer {absent[0]!r} is not in the {type(model).__name__}")
+        artifact = read_artifact(Path(checkpoint_files[0]).parent) if checkpoint_files else None
+        own_names = {own: name for name, own in names.items() if name in config.specs}
+        biases: dict[str, int] = {}
         try:
+            if artifact is not None:
+                stored = [own + ".bias" for own, name in own_names.items() if f"{name}.bias" in artifact.files]
+                biases = added_biases(model, specs, stored)
             holders = replace_with_empty(model, specs, tied, device="meta")
         except UsageError as error:
             if isinstance(error, UnsupportedModelError):
                 raise
             raise DamagedFileError("quantization_config", str(error)) from error
-        if checkpoint_files:
-            # Opening the artifact compares every packed array that config.json declares with the files' headers.
-            artifact = read_artifact(Path(checkpoint_files[0]).parent)
+        set_biases(model, {name: torch.empty(size, device="meta") for name, size in biases.items()})
+        if artifact is not None:
             _check_complete(model, holders, artifact, check_all=is_own_class)
         # Names from here on are this model's, so that save_pretrained writes a config that matches its tensors. The
         # configuration that was passed in stays as it is: it may serve to load a model of another class.

@@ -9,7 +9,7 @@ from rarefy.calibrate.row_counts import RowCounts
 from rarefy.core.errors import PatternError, RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Lines
-from rarefy.methods import LayerMethod
+from rarefy.methods import BiasCorrection, LayerMethod
 from rarefy.methods.grid_search import describe
 from rarefy.recipe.model import Recipe, Step
 from rarefy.recipe.schema import did_you_mean
@@ -235,6 +235,12 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
     if (misfit := _misfit(step, layer)) is not None:
         raise RecipeError(
             step.where, f"{step.name} does not fit layer {layer.name}: {misfit}", hint=f'exclude: ["{layer.name}"]'
+        )
+    if any(isinstance(other.method, BiasCorrection) for other in earlier):
+        raise RecipeError(
+            step.where,
+            f"{step.name} comes after bias-correction on layer {layer.name}",
+            hint="what a later step takes from the outputs is not made up for: put bias-correction last",
         )
     _check_factors(step, layer, earlier)
     grids = [grid for other in earlier if isinstance(grid := getattr(other.method, "values", None), IntGrid)]

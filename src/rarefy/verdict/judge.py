@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from rarefy.core.errors import UnsupportedModelError
@@ -18,6 +19,7 @@ from rarefy.measure.size import disk_bytes
 from rarefy.measure.worker import Worker
 from rarefy.models.loaded import LoadedModel
 from rarefy.nn import replace_linear
+from rarefy.nn.biases import set_biases
 from rarefy.verdict.quality import ENGINE, Baseline, quality
 from rarefy.verdict.speed import original, speed
 
@@ -28,6 +30,7 @@ def judge(
     artifact: Path,
     layouts: Mapping[str, AnyLayout],
     tied: Mapping[str, str],
+    biases: Mapping[str, torch.Tensor],
     *,
     tick: Callable[[str], None],
 ) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
@@ -39,13 +42,14 @@ def judge(
         artifact: the directory with the compressed model.
         layouts: its packed layers.
         tied: alias -> layer that shares its layout.
+        biases: that were corrected, by name.
         tick: told what is measured next.
 
     Returns:
         The metrics, and warnings about what could not be measured.
     """
     with original(loaded, baseline) as before:
-        return _judge(loaded, baseline, before, artifact, layouts, tied, tick)
+        return _judge(loaded, baseline, before, artifact, layouts, tied, biases, tick)
 
 
 def _judge(
@@ -55,6 +59,7 @@ def _judge(
     artifact: Path,
     layouts: Mapping[str, AnyLayout],
     tied: Mapping[str, str],
+    biases: Mapping[str, torch.Tensor],
     tick: Callable[[str], None],
 ) -> tuple[tuple[Metric, ...], tuple[str, ...]]:
     warnings: list[str] = []
@@ -66,7 +71,7 @@ def _judge(
             # The report is published; where the artifact lay while it was measured is nobody's business.
             why = str(error).replace(f"{artifact}{os.sep}", "")
             warnings.append(f"rarefy's engine does not run this model ({why}); measured with torch instead")
-    packed = None if engine is not None else _packed_model(loaded, layouts, tied)
+    packed = None if engine is not None else _packed_model(loaded, layouts, tied, biases)
     metrics = [_size(loaded, artifact), _weight_bytes(loaded, engine, packed, layouts)]
     # First, while the original is being loaded: company does not change its result.
     tick("quality")
@@ -80,12 +85,18 @@ def _judge(
     return tuple(metrics), tuple(warnings)
 
 
-def _packed_model(loaded: LoadedModel, layouts: Mapping[str, AnyLayout], tied: Mapping[str, str]) -> nn.Module:
+def _packed_model(
+    loaded: LoadedModel,
+    layouts: Mapping[str, AnyLayout],
+    tied: Mapping[str, str],
+    biases: Mapping[str, torch.Tensor],
+) -> nn.Module:
     """A copy of the model that computes with the packed layers."""
     loaded.materialize("")
     packed = copy.deepcopy(loaded.model).eval()
     loaded.release("")
     replace_linear(packed, layouts, tied)
+    set_biases(packed, biases)
     return packed
 
 
