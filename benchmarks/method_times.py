@@ -3,8 +3,8 @@
 Whatever is in the dictionary of methods runs, with the fields it needs and its defaults else: half of the weights zero,
 half of the parameters in factors, four bits in groups of 64. A method that goes on from another's zeros comes after
 Wanda, whose time is then in the figure. One JSON line for each: seconds of the phases that compress (passes over the
-calibration text and solving; not loading), their ratio to SparseGPT's, and the same of the time of all threads together,
-which company on the machine moves less.
+calibration text and solving; not loading), their ratio to SparseGPT's, and the same of the time of all threads
+together, which company on the machine moves less.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FIELDS: dict[str, Any] = {
     "rank": {"ratio": 0.5},
     "values": {"num_bits": 4, "group_size": 64},
 }
+OWN: dict[str, dict[str, Any]] = {"apoz": {"pattern": {"axis": "columns", "sparsity": 0.5}}}  # it takes no other
 FIRST = {"method": "wanda", "pattern": {"sparsity": 0.5}}
 NOT_COMPRESSING = ("load", "calibration data")
 
@@ -86,6 +87,7 @@ def main() -> None:
 def _steps(name: str) -> list[dict[str, Any]]:
     known = {field.name: field for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
     step = {"method": name} | {key: FIELDS[key] for key, field in known.items() if _needs_value(key, field)}
+    step |= OWN.get(name, {})
     goes_on = not any(key in known for key in FIELDS)
     return [FIRST, step] if goes_on else [step]
 
