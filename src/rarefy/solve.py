@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
 from rarefy.calibrate.inputs import cast_inputs, without_cache
-from rarefy.calibrate.precision import cast_parameters
+from rarefy.calibrate.precision import cast_parameters, modules_outside
 from rarefy.calibrate.row_counts import RowCounts
 from rarefy.calibrate.statistics import Statistic, bfloat16_products
 from rarefy.checkpoint import Checkpoint, Finished
@@ -190,15 +190,9 @@ class _Pass:
             self._tick(layer)
         self.loaded.materialize("", without=frozenset(blocks), dtype=self.dtype)
         masters = {} if self.loaded.streams else self._masters(outside)
-        in_blocks = {id(parameter) for name in blocks for parameter in self.model.get_submodule(name).parameters()}
-        others = [
-            module
-            for module in self.model.modules()
-            if any(id(p) not in in_blocks for p in module.parameters(recurse=False))
-        ]
         keep = not self.loaded.streams
         with (
-            cast_parameters(others, self.dtype, restore=keep, recurse=False),
+            cast_parameters(modules_outside(self.model, blocks), self.dtype, restore=keep, recurse=False),
             BlockWalk(self.model, blocks, calls) as walk,
         ):
             waiting = {name for name, own in inside.items() if own}
