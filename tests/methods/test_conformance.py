@@ -132,14 +132,49 @@ class _Careless:
         return solution
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ranks:
+    """Prunes by magnitude, and gives weights an importance in the way that `fault` says."""
+
+    paper: ClassVar[str] = "none"
+    fault: str = ""
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return ()
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        return Magnitude(Unstructured(0.5)).compress(solution, stats, layer=layer)
+
+    def saliency(self, weight_OI: np.ndarray, stats: Mapping[Statistic, Tensor], *, layer: str) -> np.ndarray:
+        if self.fault == "writes":
+            weight_OI[0, 0] += 1
+        score_OI = np.abs(weight_OI)
+        if self.fault == "NaN":
+            score_OI[0, 0] = np.nan
+        if self.fault == "unsteady":
+            score_OI[0, 0] += np.random.default_rng().random()
+        if self.fault == "transposed":
+            score_OI = score_OI.T
+        return score_OI.astype(np.float64) if self.fault == "wide" else score_OI
+
+
+def test_the_suite_takes_a_saliency_that_is_in_order() -> None:
+    check_method(_Ranks())
+
+
 @pytest.mark.parametrize(
     ("method", "message"),
     [
         (_Forgetful(), "the mask is gone"),
         (_Unsteady(), "changed its input"),
         (_Careless(), "raises no NonFiniteError"),
+        (_Ranks("writes"), "saliency.. changed its input"),
+        (_Ranks("NaN"), "saliency is NaN"),
+        (_Ranks("unsteady"), "two saliencies of the same layer differ"),
+        (_Ranks("transposed"), "another shape"),
+        (_Ranks("wide"), "no float32"),
     ],
-    ids=["forgetful", "unsteady", "careless"],
+    ids=repr,
 )
 def test_the_suite_fails_methods_that_break_a_promise(method: LayerMethod, message: str) -> None:
     with pytest.raises(AssertionError, match=message):

@@ -66,3 +66,16 @@ def test_refit_is_least_squares_on_the_mask_for_the_weights_as_they_were() -> No
         assert found.sum() < 0.9 * row_losses(weight_OI, before.weight_OI, gram_II).sum()
     dense = Solution.dense(weight_OI)
     assert Refit().compress(dense, stats(gram_II), layer="x") is dense
+
+
+def test_sparsegpts_saliency_is_the_error_of_dropping_one_weight_and_fitting_the_others_of_its_row() -> None:
+    weight_OI, gram_II = problem(3, 9, 4)
+    method = SparseGPT(Unstructured(0.5), percent_damp=0)
+    score_OI = method.saliency(weight_OI, stats(gram_II), layer="x")
+    for o in range(3):
+        for i in range(9):
+            kept_OI = np.ones((1, 9), dtype=bool)
+            kept_OI[0, i] = False
+            best_OI = least_squares(weight_OI[o : o + 1], kept_OI, gram_II)
+            loss = row_losses(weight_OI[o : o + 1], best_OI, gram_II)[0]
+            assert np.isclose(score_OI[o, i], loss, rtol=1e-3)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,29 @@ class LayerMethod(Protocol):
         Raises:
             NonFiniteError: a weight or statistic is NaN or infinite.
             PatternError: the pattern or grid does not fit the layer.
+        """
+        ...
+
+
+@runtime_checkable
+class HasSaliency(LayerMethod, Protocol):
+    """A method that can say what each weight matters, so that weights of several layers can compete."""
+
+    def saliency(
+        self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
+    ) -> npt.NDArray[np.float32]:
+        """The importance of every weight, comparable between layers.
+
+        Args:
+            weight_OI: float32, the finite weights of the dense model.
+            stats: for every entry of `needs()` its finished tensor.
+            layer: the name that error messages carry.
+
+        Returns:
+            float32 (O, I), finite: what pruning the entry costs; the lowest go first. Of a block the sum counts.
+
+        Raises:
+            NonFiniteError: a statistic is NaN or infinite.
         """
         ...
 

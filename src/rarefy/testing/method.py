@@ -15,6 +15,7 @@ from rarefy.core.patterns import NM, Pattern, Unstructured
 from rarefy.core.solution import Factors, Solution
 from rarefy.layouts import pack
 from rarefy.methods import LayerMethod
+from rarefy.methods.base import HasSaliency
 
 # a width that no group divides, one row, and a width of one group
 _SHAPES = ((24, 200), (1, 64), (5, 64))
@@ -39,6 +40,8 @@ def check_method(method: LayerMethod, *, seed: int = 0) -> None:
         weight_OI, stats = make_problem(rows, width, method.needs(), seed=seed)
         solution = _start(weight_OI, start, method)
         _check_result(method, solution, stats, f"{rows} x {width}, {start}")
+        if isinstance(method, HasSaliency) and start == "dense":
+            _check_saliency(method, weight_OI, stats, f"{rows} x {width}")
     _check_refusals(method, seed)
 
 
@@ -156,6 +159,25 @@ def _check_result(method: LayerMethod, solution: Solution, stats: Mapping[Statis
             and np.array_equal(result.grid.zero_point_OG, solution.grid.zero_point_OG),
             f"{where}: the grid of an earlier step changed",
         )
+
+
+def _check_saliency(
+    method: HasSaliency,
+    weight_OI: "np.ndarray[tuple[int, int], np.dtype[np.float32]]",
+    stats: Mapping[Statistic, Tensor],
+    where: str,
+) -> None:
+    before_OI = weight_OI.copy()
+    stats_before = {statistic: value.clone() for statistic, value in stats.items()}
+    score_OI = method.saliency(weight_OI, stats, layer="conformance")
+    _require(score_OI.shape == weight_OI.shape, f"{where}: the saliency has another shape than the weights")
+    _require(score_OI.dtype == np.float32, f"{where}: the saliency is no float32")
+    _require(np.isfinite(score_OI).all(), f"{where}: the saliency is NaN or infinite")
+    _require(np.array_equal(before_OI, weight_OI), f"{where}: saliency() changed its input")
+    for statistic, value in stats.items():
+        _require(torch.equal(value, stats_before[statistic]), f"{where}: saliency() changed a statistic")
+    again_OI = method.saliency(weight_OI, stats, layer="conformance")
+    _require(np.array_equal(score_OI, again_OI), f"{where}: two saliencies of the same layer differ")
 
 
 def _check_refusals(method: LayerMethod, seed: int) -> None:

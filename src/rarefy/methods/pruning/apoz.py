@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, final
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Activity, Statistic
@@ -42,11 +43,18 @@ class APoZ:
         """How often each input is active."""
         return (Activity(self.threshold),)
 
+    def saliency(
+        self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
+    ) -> npt.NDArray[np.float32]:
+        """How often the input is active, 1 - APoZ of equation 1; see `HasSaliency.saliency`."""
+        active_I = finite_statistic(stats, Activity(self.threshold), (weight_OI.shape[1],), layer).numpy()
+        return np.broadcast_to(active_I, weight_OI.shape)
+
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""
         weight_OI = prunable_weight(solution, layer)
         width = weight_OI.shape[1]
-        active_I = finite_statistic(stats, Activity(self.threshold), (width,), layer).numpy()  # 1 - APoZ, equation 1
+        active_I = self.saliency(weight_OI[:1], stats, layer=layer)[0]
         size_I = np.square(weight_OI, dtype=np.float64).sum(axis=0)
         place_I = np.empty(width, dtype=np.float32)
         place_I[np.lexsort((size_I, active_I))] = np.arange(width)

@@ -47,6 +47,13 @@ class DSnoT:
         """Mean and mean square of each input."""
         return (Mean(), SquaredNorm())
 
+    def saliency(self, weight_OI: FloatArray, stats: Mapping[Statistic, Tensor], *, layer: str) -> FloatArray:
+        """What the mask that is refined goes by: |w_oi| ||x_i||, or |w|; see `HasSaliency.saliency`."""
+        square_I = finite_statistic(stats, SquaredNorm(), (weight_OI.shape[1],), layer)
+        norm_I = square_I.clamp(min=0).sqrt().numpy() if self.start == "wanda" else np.float32(1)
+        score_OI: FloatArray = np.abs(weight_OI) * norm_I
+        return score_OI
+
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""
         weight_OI = prunable_weight(solution, layer)
@@ -54,7 +61,7 @@ class DSnoT:
         mean_I = finite_statistic(stats, Mean(), (width,), layer).numpy()
         square_I = finite_statistic(stats, SquaredNorm(), (width,), layer).clamp(min=0).numpy()
         norm_I = np.sqrt(square_I)
-        score_OI = np.abs(weight_OI) * (norm_I if self.start == "wanda" else np.float32(1))
+        score_OI = self.saliency(weight_OI, stats, layer=layer)
         kept_OI = select(score_OI, self.pattern, solution.mask_OI, layer, per_row=self.start == "wanda").copy()
         present_OI = np.ones_like(kept_OI) if solution.mask_OI is None else solution.mask_OI
         self._refine(weight_OI, kept_OI, present_OI, mean_I, np.abs(weight_OI) * norm_I, square_I)

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, final
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
@@ -38,9 +39,15 @@ class Magnitude:
         """Nothing: the weights say it all."""
         return ()
 
+    def saliency(
+        self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
+    ) -> npt.NDArray[np.float32]:
+        """|w|; see `HasSaliency.saliency`."""
+        del stats, layer  # none is needed
+        return np.abs(weight_OI)
+
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""
-        del stats  # none is needed
-        weight_OI = prunable_weight(solution, layer)
-        kept_OI = select(np.abs(weight_OI), self.pattern, solution.mask_OI, layer)
+        score_OI = self.saliency(prunable_weight(solution, layer), stats, layer=layer)
+        kept_OI = select(score_OI, self.pattern, solution.mask_OI, layer)
         return pruned(solution, kept_OI, self.pattern)

@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, final
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Statistic
@@ -38,10 +39,15 @@ class Random:
         """Nothing."""
         return ()
 
+    def saliency(
+        self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
+    ) -> npt.NDArray[np.float32]:
+        """A number in [0, 1) for each weight, drawn; see `HasSaliency.saliency`."""
+        del stats  # none is needed
+        rng = np.random.default_rng((self.seed, zlib.crc32(layer.encode())))
+        return rng.random(weight_OI.shape, dtype=np.float32)
+
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""
-        del stats  # none is needed
-        weight_OI = prunable_weight(solution, layer)
-        rng = np.random.default_rng((self.seed, zlib.crc32(layer.encode())))
-        score_OI = rng.random(weight_OI.shape, dtype=np.float32)
+        score_OI = self.saliency(prunable_weight(solution, layer), stats, layer=layer)
         return pruned(solution, select(score_OI, self.pattern, solution.mask_OI, layer), self.pattern)

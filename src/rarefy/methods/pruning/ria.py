@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, final
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
@@ -39,14 +40,20 @@ class RIA:
         """The mean square of each input."""
         return (SquaredNorm(),)
 
-    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
-        """Prune one layer; see `LayerMethod.compress`."""
-        weight_OI = prunable_weight(solution, layer)
+    def saliency(
+        self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
+    ) -> npt.NDArray[np.float32]:
+        """Relative importance times a power of the input's size, equation 4; see `HasSaliency.saliency`."""
         square_I = finite_statistic(stats, SquaredNorm(), (weight_OI.shape[1],), layer)
         size_OI = np.abs(weight_OI.astype(np.float64))
         tiny = np.finfo(np.float64).tiny
         # equation 3: |W_oi| / sum_o |W_oi| + |W_oi| / sum_i |W_oi|
         relative_OI = size_OI / (size_OI.sum(axis=0) + tiny) + size_OI / (size_OI.sum(axis=1, keepdims=True) + tiny)
         norm_I = square_I.clamp(min=0).double().sqrt().pow(self.power).numpy()
-        score_OI = (relative_OI * norm_I).astype(np.float32)  # equation 4
+        score_OI: npt.NDArray[np.float32] = (relative_OI * norm_I).astype(np.float32)  # equation 4
+        return score_OI
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        """Prune one layer; see `LayerMethod.compress`."""
+        score_OI = self.saliency(prunable_weight(solution, layer), stats, layer=layer)
         return pruned(solution, select(score_OI, self.pattern, solution.mask_OI, layer), self.pattern)

@@ -64,6 +64,17 @@ class SparseGPT:
         """The second moments of the inputs, H."""
         return (Gram(),)
 
+    def saliency(self, weight_OI: FloatArray, stats: Mapping[Statistic, Tensor], *, layer: str) -> FloatArray:
+        """What the layer's error grows by if only this weight is dropped, and all others of its row make up for it.
+
+        w_oi^2 / [H^-1]_ii    (equation 3 with all columns free); see `HasSaliency.saliency`.
+        """
+        width = weight_OI.shape[1]
+        gram_II = finite_statistic(stats, Gram(), (width, width), layer)
+        upper_II = factorize(gram_II, self.percent_damp, "given", 1, layer).upper_II  # H^-1 = U^T U
+        score_OI: FloatArray = weight_OI**2 / upper_II.square().sum(dim=0).numpy()
+        return score_OI
+
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune, and maybe quantize, one layer; see `LayerMethod.compress`."""
         weight_OI = prunable_weight(solution, layer)

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass
 from typing import ClassVar, final
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from rarefy.calibrate.statistics import SquaredNorm, Statistic
@@ -39,11 +40,17 @@ class Wanda:
         """The mean square of each input."""
         return (SquaredNorm(),)
 
-    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
-        """Prune one layer; see `LayerMethod.compress`."""
-        weight_OI = prunable_weight(solution, layer)
+    def saliency(
+        self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
+    ) -> npt.NDArray[np.float32]:
+        """|w_oi| ||x_i||, equation 1; see `HasSaliency.saliency`."""
         square_I = finite_statistic(stats, SquaredNorm(), (weight_OI.shape[1],), layer)
         norm_I = square_I.clamp(min=0).sqrt().cpu().numpy().astype(np.float32)
-        score_OI = np.abs(weight_OI) * norm_I  # equation 1
+        score_OI: npt.NDArray[np.float32] = np.abs(weight_OI) * norm_I
+        return score_OI
+
+    def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
+        """Prune one layer; see `LayerMethod.compress`."""
+        score_OI = self.saliency(prunable_weight(solution, layer), stats, layer=layer)
         kept_OI = select(score_OI, self.pattern, solution.mask_OI, layer, per_row=True)
         return pruned(solution, kept_OI, self.pattern)
