@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.calibrate.statistics import Statistic
+from rarefy.calibrate.statistics import GradientStatistic, Statistic
 from rarefy.core.errors import NonFiniteError, PatternError, RarefyError
 from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
 from rarefy.core.patterns import NM, Pattern, Unstructured
@@ -19,6 +19,7 @@ from rarefy.methods.base import HasSaliency
 
 # a width that no group divides, one row, and a width of one group
 _SHAPES = ((24, 200), (1, 64), (5, 64))
+_NUM_GRADIENTS = 48
 _STARTS = (
     "dense", "pruned", "2 of 4", "on a grid", "pruned and on a grid", "factors", "factors beside a matrix",
     "factors beside a matrix that is pruned and on a grid", "factors on a grid",
@@ -48,7 +49,7 @@ def check_method(method: LayerMethod, *, seed: int = 0) -> None:
 def make_problem(
     rows: int, width: int, needs: tuple[Statistic, ...], *, num_tokens: int = 512, seed: int = 0
 ) -> tuple["np.ndarray[tuple[int, int], np.dtype[np.float32]]", dict[Statistic, Tensor]]:
-    """Make a random layer with correlated inputs of very different sizes, one of them dead.
+    """Make a random layer with correlated inputs of very different sizes, one of them dead, and gradients to match.
 
     Returns:
         weight_OI float32, and the finished statistics.
@@ -59,9 +60,18 @@ def make_problem(
     size_I = torch.exp(torch.randn(width, generator=generator))
     size_I[width // 3] = 0
     x_TI = torch.randn(num_tokens, width, generator=generator) @ mix_II * size_I
-    stats = {
-        statistic: statistic.finish(statistic.update(statistic.init(width), x_TI)) for statistic in dict.fromkeys(needs)
-    }
+    # of samples that agree in part, and of which no loss reaches the dead input
+    gradient_NOI = torch.randn(_NUM_GRADIENTS, rows, width, generator=generator) + torch.randn(width, generator=generator)
+    gradient_NOI *= size_I
+    stats: dict[Statistic, Tensor] = {}
+    for statistic in needs:
+        if isinstance(statistic, GradientStatistic):
+            state = statistic.init((rows, width))
+            for gradient_OI in gradient_NOI:
+                state = statistic.add_gradient(state, gradient_OI)
+            stats[statistic] = statistic.finish(state)
+        else:
+            stats[statistic] = statistic.finish(statistic.update(statistic.init(width), x_TI))
     return weight_OI.numpy(), stats
 
 
