@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.gradients import Gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters
-from rarefy.calibrate.statistics import Gram, Statistic, bfloat16_products
+from rarefy.calibrate.statistics import GradientStatistic, Gram, InputStatistic, Statistic, bfloat16_products
 from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.errors import PatternError
 from rarefy.core.grids import Float32Array
@@ -54,6 +55,14 @@ class Task:
         """The statistics that any of the steps reads, each once."""
         return tuple(dict.fromkeys(statistic for _, method in self.steps for statistic in method.needs()))
 
+    def needs_inputs(self) -> tuple[InputStatistic, ...]:
+        """Those of them that are of the layer's inputs."""
+        return tuple(statistic for statistic in self.needs() if not isinstance(statistic, GradientStatistic))
+
+    def needs_gradients(self) -> tuple[GradientStatistic, ...]:
+        """Those of them that are of gradients."""
+        return tuple(statistic for statistic in self.needs() if isinstance(statistic, GradientStatistic))
+
 
 @final
 @dataclass
@@ -83,6 +92,7 @@ def solve_model(
     float_format: FloatFormat = "bf16",
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    gradients: Gradients | None = None,
 ) -> Solved:
     """Solve every task; where the weights are held in memory, the model's own weights become the solutions.
 
@@ -96,6 +106,7 @@ def solve_model(
         progress: told about every batch and layer.
         checkpoint: gives the blocks that an interrupted run has finished, and keeps those that this one finishes; for
             streaming models with repeated blocks.
+        gradients: of the dense model, where methods need any.
 
     Raises:
         NonFiniteError: a weight or an activation is NaN or infinite.
@@ -103,9 +114,9 @@ def solve_model(
     """
     by_name = {task.layer: task for task in tasks}
     ordered = [by_name[layer.name] for layer in structure.layers if layer.name in by_name]
-    run = _Pass(loaded, dtype, float_format, progress, checkpoint if loaded.streams else None)
+    run = _Pass(loaded, dtype, float_format, progress, checkpoint if loaded.streams else None, gradients)
     with calibration_mode(loaded.model), without_cache(loaded.model):
-        if not any(task.needs() for task in ordered):
+        if not any(task.needs_inputs() for task in ordered):
             run.without_data(ordered)
         elif len(structure.blocks) <= 1:
             run.whole_model(ordered, cast_inputs(calls, dtype))
@@ -125,6 +136,7 @@ class _Pass:
         float_format: FloatFormat,
         progress: Progress | None,
         checkpoint: Checkpoint | None,
+        gradients: Gradients | None,
     ) -> None:
         self.loaded = loaded
         self.model = loaded.model
@@ -133,16 +145,17 @@ class _Pass:
         self.solved = Solved()
         self._progress = progress
         self._checkpoint = checkpoint
+        self._gradients = gradients
         self._units: dict[str, str] = {}
         self._finished: dict[str, Finished] = {}
         self._done = 0
         self._total = 1
 
     def without_data(self, tasks: Sequence[Task]) -> None:
-        """Solve layers whose methods look at the weights alone."""
+        """Solve layers whose methods look at no inputs."""
         self._total = len(tasks)
         for task in tasks:
-            self._solve(task, self._read(task.layer), {})
+            self._solve_if_seen(task, self._read(task.layer), {})
 
     def whole_model(self, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
         """Collect for all layers in one pass: the model has no repeated blocks, or one that it uses repeatedly."""
@@ -167,7 +180,7 @@ class _Pass:
         self._units = {name: f"block-{number:04d}" for number, name in enumerate(blocks)} | {_OUTSIDE: "outside"}
         inside = {name: self._unfinished(name, own) for name, own in inside.items()}
         outside = self._unfinished(_OUTSIDE, outside)
-        rest_needs_data = any(task.needs() for task in outside)
+        rest_needs_data = any(task.needs_inputs() for task in outside)
         self._total = len(tasks) + len(calls) * _num_passes(inside, rest_needs_data)
         for layer in (*self.solved.layouts, *self.solved.skipped):
             self._tick(layer)
@@ -296,8 +309,8 @@ class _Pass:
     def _set(self, layer: str, weight_OI: Float32Array) -> None:
         find_weight(self.model, layer).write(torch.from_numpy(weight_OI))
 
-    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[Statistic, ...]], dict[str, Weight]]:
-        wanted = {task.layer: task.needs() for task in tasks if task.needs()}
+    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[InputStatistic, ...]], dict[str, Weight]]:
+        wanted = {task.layer: task.needs_inputs() for task in tasks if task.needs_inputs()}
         return wanted, {name: find_weight(self.model, name) for name in wanted}
 
     def _solve_if_seen(
@@ -308,11 +321,14 @@ class _Pass:
         *,
         in_block: bool = False,
     ) -> Solution | None:
-        if task.needs() and task.layer not in stats:
-            self.solved.skipped[task.layer] = "no calibration input reached it, and its method needs some"
+        own = stats.get(task.layer) if task.needs_inputs() else {}
+        gradients = self._gradients.of(task.layer) if self._gradients is not None else {}
+        if own is None or gradients is None:
+            kind = "calibration input" if own is None else "gradient"
+            self.solved.skipped[task.layer] = f"no {kind} reached it, and its method needs some"
             self._tick(task.layer)
             return None
-        return self._solve(task, weight, stats.get(task.layer, {}), in_block=in_block)
+        return self._solve(task, weight, {**own, **gradients}, in_block=in_block)
 
     def _solve(
         self, task: Task, weight: Tensor, stats: Mapping[Statistic, Tensor], *, in_block: bool = False
@@ -368,7 +384,7 @@ def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> 
     """How often the batches go through a block: to collect statistics, and to give the next block its inputs."""
     with_tasks = [number for number, tasks in enumerate(inside.values()) if tasks]
     num_visited = len(inside) if rest_needs_data else max(with_tasks, default=-1) + 1
-    num_collecting = sum(any(task.needs() for task in tasks) for tasks in inside.values())
+    num_collecting = sum(any(task.needs_inputs() for task in tasks) for tasks in inside.values())
     # Nothing follows the last block unless layers outside of the blocks need data, which is one more pass.
     return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
 

@@ -111,7 +111,8 @@ class FisherBlocks:
 
     def merge(self, a: Sum, b: Sum) -> Sum:
         """The sum over the gradients of both."""
-        assert isinstance(a, _BlockSum) and isinstance(b, _BlockSum)
+        assert isinstance(a, _BlockSum)
+        assert isinstance(b, _BlockSum)
         _add_waiting(a)
         _add_waiting(b)
         return _BlockSum(a.total + b.total, a.num_tokens + b.num_tokens)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibrate.collect import Call, calibration_mode
+from rarefy.calibrate.data import CalibrationData
 from rarefy.calibrate.gradient_statistics import FisherBlocks
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.losses import Loss, negative_log_likelihood
@@ -29,6 +30,7 @@ from rarefy.calibrate.statistics import GradientStatistic, Statistic, Sum
 from rarefy.core.errors import NonFiniteError, UsageError
 from rarefy.models.loaded import LoadedModel
 from rarefy.models.memory import release_freed_memory
+from rarefy.models.structure import Structure
 from rarefy.nn import Weight, find_weight
 
 _MOST_BYTES = 4 << 30
@@ -150,7 +152,7 @@ def _hooks(
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in layers_of)
             if id(parameter) in layers_of:
-                handles.append(parameter.register_post_accumulate_grad_hook(add))
+                handles.append(parameter.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
         yield
     finally:
         for handle in handles:
@@ -171,7 +173,7 @@ def _finished(layer: str, weight: Weight, states: Mapping[GradientStatistic, Sum
                 hint="the backward pass overflows on this calibration data; try compute_dtype float32, or other data",
             )
         num_groups = weight.matrix.num_row_groups
-        finished[statistic] = value if num_groups == 1 else value.unflatten(0, (num_groups, -1))
+        finished[statistic] = value if num_groups == 1 else value.view(num_groups, -1, *value.shape[1:])
     return finished
 
 
@@ -180,8 +182,8 @@ class Gradients:
     """The gradient statistics of a model's layers as it was given, collected when a layer's are asked for.
 
     Args:
-        loaded: the model; a copy of it is held, in `dtype`, until the statistics of all layers are there, or, where they
-            do not fit the budget at once, as long as this object is.
+        loaded: the model; a copy of it is held until the statistics of all layers are there or, where they do not fit
+            the budget at once, as long as this object is. One of a streaming model is in memory in passes only.
         calls: the model's arguments, one entry per batch.
         labels: of each batch, or None.
         wanted: for each layer the statistics, in the order in which they will be asked for.
@@ -256,6 +258,30 @@ class Gradients:
         if len(self._chunks) == 1:
             self._loaded = None
         release_freed_memory()
+
+
+def dense_gradients(
+    loaded: LoadedModel,
+    structure: Structure,
+    wanted: Mapping[str, Sequence[GradientStatistic]],
+    data: CalibrationData,
+    *,
+    dtype: torch.dtype,
+    loss: Loss | None,
+    seed: int,
+    progress: Callable[[str, int, int, str], None] | None,
+) -> Gradients | None:
+    """The gradients of a model as it is now, None if no layer wants any; in the order in which layers are solved."""
+    outside = {layer.name for layer in structure.layers if layer.block is None}
+    ordered = {layer: wanted[layer] for layer in sorted(wanted, key=lambda layer: layer in outside) if wanted[layer]}
+    if not ordered:
+        return None
+
+    def tick(done: int, total: int) -> None:
+        if progress is not None:
+            progress("gradients", done, total, "")
+
+    return Gradients(loaded, data.calls, data.labels, ordered, dtype=dtype, loss=loss, seed=seed, tick=tick)
 
 
 def most_bytes() -> int:

@@ -6,6 +6,7 @@ from typing import final
 
 import torch
 
+from rarefy.calibrate.statistics import GradientStatistic
 from rarefy.methods import (
     ALPS,
     ASVD,
@@ -116,8 +117,11 @@ def _decomposition_seconds(rows: int, width: int, rates: Rates) -> float:
 
 
 def _is_cheap(method: LayerMethod) -> bool:
-    """Whether a method needs one number per input at most, so that it cannot be solving anything."""
-    return all(statistic.finish(statistic.init(2)).ndim < 2 for statistic in method.needs())
+    """Whether a method needs one number per input at most, or gradients, so that it cannot be solving for H."""
+    return all(
+        isinstance(statistic, GradientStatistic) or statistic.finish(statistic.init(2)).ndim < 2
+        for statistic in method.needs()
+    )
 
 
 def gram_seconds(width: int, num_tokens: int, flops: float) -> float:

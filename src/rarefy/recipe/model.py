@@ -55,10 +55,12 @@ class Recipe:
     Args:
         steps: at least one.
         rest_dtype: of matrices that no step quantizes; vectors are always float32.
+        reestimate_batch_norm: estimate the means and variances of batch norms anew, behind the compressed layers.
     """
 
     steps: tuple[Step, ...]
     rest_dtype: RestDtype = "bfloat16"
+    reestimate_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -66,7 +68,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every hyperparameter, defaults too; `load_recipe` reads it back."""
-        return {"steps": [_step_dict(step) for step in self.steps], "rest_dtype": self.rest_dtype}
+        data = {"steps": [_step_dict(step) for step in self.steps], "rest_dtype": self.rest_dtype}
+        return data | ({"reestimate_batch_norm": True} if self.reestimate_batch_norm else {})
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML."""

@@ -61,7 +61,9 @@ def make_problem(
     size_I[width // 3] = 0
     x_TI = torch.randn(num_tokens, width, generator=generator) @ mix_II * size_I
     # of samples that agree in part, and of which no loss reaches the dead input
-    gradient_NOI = torch.randn(_NUM_GRADIENTS, rows, width, generator=generator) + torch.randn(width, generator=generator)
+    gradient_NOI = torch.randn(_NUM_GRADIENTS, rows, width, generator=generator) + torch.randn(
+        width, generator=generator
+    )
     gradient_NOI *= size_I
     stats: dict[Statistic, Tensor] = {}
     for statistic in needs:

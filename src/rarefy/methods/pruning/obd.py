@@ -22,10 +22,10 @@ class OBD:
     """Keep the weights with the largest w^2 F / 2, where F is the diagonal of the Fisher matrix; no weight is changed.
 
     References:
-        LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989, equation 5: the saliency h_kk u_k^2 / 2.
+        LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989, section 2.2, step 4: the saliency h_kk u_k^2 / 2.
 
     Notes:
-        Deviations: the paper computes the diagonal of the Hessian by a second backward pass (equation 8); here it is
+        Deviations: the paper computes the diagonal of the Hessian by a second backward pass; here it is
         that of the empirical Fisher matrix, the mean of squared gradients, which equals the Hessian in expectation
         where the model predicts the data well. The paper trains again and repeats. Of a block, row or column the sum of
         its saliencies counts, which is the same model for it as for single weights.
@@ -44,10 +44,12 @@ class OBD:
     def saliency(
         self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
     ) -> npt.NDArray[np.float32]:
-        """w^2 F / 2, equation 5; see `HasSaliency.saliency`."""
+        """w^2 F / 2; see `HasSaliency.saliency`."""
         fisher = finite_statistic(stats, FisherDiagonal(), weight_OI.shape, layer)
-        score_OI = np.square(weight_OI, dtype=np.float64) * fisher.numpy() / 2
-        return score_OI.astype(np.float32)
+        score_OI: npt.NDArray[np.float32] = (np.square(weight_OI, dtype=np.float64) * fisher.numpy() / 2).astype(
+            np.float32
+        )
+        return score_OI
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""

@@ -29,19 +29,19 @@ _NUMBERS_AT_ONCE = 1 << 18
 class OBERT:
     """Drop the weights that the loss misses least, to second order, and move those left in their block to make up.
 
-    With F the Fisher matrix of a run of columns of one row, dropping weight i costs w_i^2 / (2 [F^-1]_ii), and the others
-    then move by -w_i / [F^-1]_ii times column i of F^-1.
+    With F the Fisher matrix of a run of columns of one row, dropping weight i costs w_i^2 / (2 [F^-1]_ii), and the
+    others then move by -w_i / [F^-1]_ii times column i of F^-1.
 
     References:
         Kurtic et al., The Optimal BERT Surgeon: Scalable and Accurate Second-Order Pruning for Large Language Models,
-        arXiv:2203.07259, section 3.2, equations 4 to 7.
+        arXiv:2203.07259, section 3.
 
     Notes:
-        Deviations: the paper gets F^-1 by a rank-one update for each gradient (equation 8, after Woodbury); here the sum
-        of g g^T is kept and inverted once, which is the same matrix, reads and writes it an eighth as often, and
-        leaves the dampening to the end: `percent_damp` is relative to the mean of the layer's diagonal, where the paper
-        adds 1e-7. The weights dropped from a block are taken out of F one after the other, which gives the exact
-        minimum for all of them together. Of blocks, rows and columns the sum of the costs of single weights counts.
+        Deviations: the paper gets F^-1 by a rank-one update for each gradient (after Woodbury); here the sum of g g^T
+        is kept and inverted once, which is the same matrix, reads and writes it an eighth as often, and leaves the
+        dampening to the end: `percent_damp` is relative to the mean of the layer's diagonal, where the paper adds 1e-7.
+        The weights dropped from a block are taken out of F one after the other, which gives the exact minimum for all of
+        them together. Of blocks, rows and columns the sum of the costs of single weights counts.
         The paper trains between steps and computes the gradients again; `num_steps` here goes on with the same F, on
         the weights that the step before has moved. A layer that is on a grid stays on it: its weights do not move.
     """
@@ -50,7 +50,9 @@ class OBERT:
     pattern: WantedPattern = hyperparameter(MISSING, "which entries may be zero")
     block_size: int = hyperparameter(16, "columns of a block of F; memory and time grow with it", ge=1, le=512)
     percent_damp: float = hyperparameter(0.01, "added to the diagonal of F, as a fraction of its mean", gt=0, le=1)
-    num_steps: int = hyperparameter(1, "in which the zeros are chosen, each with the costs that the last one left", ge=1)
+    num_steps: int = hyperparameter(
+        1, "in which the zeros are chosen, each with the costs that the last one left", ge=1
+    )
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
@@ -62,7 +64,7 @@ class OBERT:
     def saliency(
         self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
     ) -> npt.NDArray[np.float32]:
-        """w_i^2 / (2 [F^-1]_ii), equation 4; see `HasSaliency.saliency`."""
+        """w_i^2 / (2 [F^-1]_ii); see `HasSaliency.saliency`."""
         blocks = _Inverse(self._fisher(stats, weight_OI.shape, layer), weight_OI.shape, self.percent_damp)
         return blocks.cost_OI(weight_OI)
 
@@ -119,7 +121,7 @@ class _Inverse:
         self._at_once = max(1, _NUMBERS_AT_ONCE // self._size**2)
         self._inverse = [  # of F / scale, each (B, B, N) so that one instruction works on many blocks
             _inverted(part_NBB.permute(1, 2, 0).double() / self._scale, percent_damp).float()
-            for part_NBB in fisher_NBB.split(self._at_once)
+            for part_NBB in torch.split(fisher_NBB, self._at_once)
         ]
         self._free_NB = torch.ones(fisher_NBB.shape[0], self._size, dtype=torch.bool)
 
@@ -135,7 +137,7 @@ class _Inverse:
         return self._rows(cost_NB)
 
     def dropped(self, weight_OI: FloatArray, drop_OI: BoolArray) -> FloatArray:
-        """The weights after some are dropped, each at equation 5's price; F^-1 is from now on that of the others."""
+        """The weights after some are dropped, those in their blocks moved; F^-1 is from now on that of the others."""
         weight_NB = self._blocks(torch.from_numpy(weight_OI))
         drop_NB = self._blocks(torch.from_numpy(drop_OI))
         for number, inverse_BBN in enumerate(self._inverse):
@@ -148,7 +150,7 @@ class _Inverse:
                     continue
                 price_N = torch.where(drop_N, wide_BBN[column, column].reciprocal(), 0)
                 column_BN = wide_BBN[:, column] * price_N
-                weight_BN = weight_BN - column_BN * weight_BN[column]  # equation 5
+                weight_BN = weight_BN - column_BN * weight_BN[column]
                 weight_BN[column].masked_fill_(drop_N, 0)
                 wide_BBN.addcmul_(column_BN[:, None], wide_BBN[column].clone()[None], value=-1)
             self._inverse[number] = wide_BBN.float()

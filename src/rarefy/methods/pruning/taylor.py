@@ -23,8 +23,8 @@ class Taylor:
 
     References:
         Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference, arXiv:1611.06440,
-        equations 6 to 8. Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv:1906.10771, equation
-        8 (weights instead of feature maps).
+        section 2.2. Molchanov et al., Importance Estimation for Neural Network Pruning, arXiv:1906.10771, section 3.1
+        (weights instead of feature maps).
 
     Notes:
         Deviations: the papers remove feature maps in many small steps with training between; here the criterion chooses
@@ -50,7 +50,7 @@ class Taylor:
     ) -> npt.NDArray[np.float32]:
         """|w g|; see `HasSaliency.saliency`."""
         gradient = finite_statistic(stats, self._statistic(), weight_OI.shape, layer)
-        score_OI: npt.NDArray[np.float32] = np.abs(weight_OI * gradient.numpy())  # 1611.06440, equation 6
+        score_OI: npt.NDArray[np.float32] = np.abs(weight_OI * gradient.numpy())
         return score_OI
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
