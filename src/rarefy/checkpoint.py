@@ -26,11 +26,13 @@ from rarefy.core.results import LayerResult
 from rarefy.layouts import AnyLayout
 from rarefy.measure.size import weight_files
 from rarefy.methods import METHODS
+from rarefy.methods.allocation import ALLOCATIONS
 from rarefy.models.loaded import LoadedModel
 from rarefy.recipe import Recipe
 
 _RUN = "run.json"
 _RESULTS = "results.json"
+_AMOUNTS = "amounts.json"
 _KIND = {"kind": "rarefy partial run", "version": 1}
 
 
@@ -69,10 +71,23 @@ class Checkpoint:
     def __init__(self, path: Path, identity: Mapping[str, str]) -> None:
         self.path = path
         self._identity = dict(identity)
+        self._amounts: dict[str, dict[str, float]] = {}
 
     def num_finished(self) -> int:
         """How many blocks have been finished, by this run or by the one that it continues."""
         return sum(1 for _ in self.path.glob(f"*/{_RESULTS}"))
+
+    def amounts(self) -> dict[str, dict[str, float]]:
+        """What `keep_amounts` was given by the run that this one continues; nothing where that is not known."""
+        try:
+            record = json.loads((self.path / _AMOUNTS).read_text(encoding="utf-8"))
+            return {step: {layer: float(share) for layer, share in own.items()} for step, own in record.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+    def keep_amounts(self, amounts: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep what the dense model said, once there is a first block to keep: for steps of the recipe, by layer."""
+        self._amounts = {step: dict(own) for step, own in amounts.items()}
 
     def load(self, unit: str, layers: Sequence[str]) -> Finished | None:
         """Read a finished block; None if there is none, or none that is whole.
@@ -127,6 +142,7 @@ class Checkpoint:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         (staging / _RUN).write_text(json.dumps({**_KIND, **self._identity}, indent=2) + "\n", encoding="utf-8")
+        (staging / _AMOUNTS).write_text(json.dumps(self._amounts) + "\n", encoding="utf-8")
         staging.rename(self.path)
 
 
@@ -217,8 +233,9 @@ def identity_of(
 
 
 def can_resume(loaded: LoadedModel, recipe: Recipe) -> bool:
-    """Whether a run can be told from others: its model lies in files, and its methods are rarefy's own."""
-    return loaded.streams and all(type(step.method) in METHODS.values() for step in recipe.steps)
+    """Whether a run can be told from others: its model lies in files, and its methods and rules are rarefy's own."""
+    own = {*METHODS.values(), *ALLOCATIONS.values()}
+    return loaded.streams and all({type(step.method), type(step.allocation)} <= own for step in recipe.steps)
 
 
 def _described(path: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ import transformers
 from torch import nn
 
 import rarefy
+from rarefy.allocate import allocate
 from rarefy.artifact import check_output, write_artifact
 from rarefy.calibrate.attention import fast_attention
 from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
@@ -42,12 +43,13 @@ from rarefy.core.results import Metric, RunReport, UntouchedLayer
 from rarefy.kernels import describe_cpu, detect_cpu
 from rarefy.layouts import AnyLayout
 from rarefy.measure.memory import peak_memory_bytes
+from rarefy.methods.allocation import ModelAllocation
 from rarefy.models.load import load_model
 from rarefy.models.loaded import LoadedModel
 from rarefy.models.structure import LayerRef, Structure
 from rarefy.nn import find_weight, replace_linear
 from rarefy.plan import Plan, make_plan
-from rarefy.recipe import Recipe, load_recipe, notes, resolve
+from rarefy.recipe import Recipe, amounts_in_words, load_recipe, notes, resolve
 from rarefy.report import render_html, render_model_card
 from rarefy.solve import Progress, Solved, Task, solve_model
 from rarefy.verdict import Baseline, judge, measure_before
@@ -151,14 +153,19 @@ def compress(
         loaded = _load(source)
         loaded.tokenizer = tokenizer or loaded.tokenizer
         structure = loaded.structure()
-        tasks = [Task(layer.layer, layer.steps) for layer in resolve(parsed, structure)]
+        layers = resolve(parsed, structure)
         if parsed.reestimate_batch_norm and not has_batch_norm(loaded.model):
             raise RecipeError("reestimate_batch_norm", f"{loaded.architecture} has no batch norm", allowed="false")
     dtype = _dtype_for(loaded, compute_dtype)
     if announce is not None:
         announce(_plan_of(loaded, structure, parsed, samples, sequence_length, dtype))
     with clock.phase("calibration data"):
-        needs_data = parsed.reestimate_batch_norm or any(task.needs() for task in tasks)
+        methods = [method for layer in layers for _, method in layer.steps]
+        needs_data = (
+            parsed.reestimate_batch_norm
+            or any(method.needs() for method in methods)
+            or any(step.looks_at() for step in parsed.steps)
+        )
         data = gather(loaded, calibration, evaluation, samples, sequence_length, seed, needs_data, measure, labels)
     checkpoint: Checkpoint | None = None
     if out is not None and can_resume(loaded, parsed) and loss is None:
@@ -169,11 +176,24 @@ def compress(
     if measure:
         with clock.phase("measure before"):
             baseline = measure_before(loaded, data.held_out, data.windows_NL, source=data.source, dtype=dtype)
+    steps_of = {layer.layer: [parsed.steps[place] for place in layer.places] for layer in layers}
+    wanted = {name: [each for step in steps for each in step.statistics()] for name, steps in steps_of.items()}
+    gradients = dense_gradients(loaded, structure, wanted, data, dtype=dtype, loss=loss, seed=seed, progress=progress)
+    if any(isinstance(step.allocation, ModelAllocation) for step in parsed.steps):
+        with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint):
+            layers = allocate(
+                loaded,
+                structure,
+                parsed,
+                layers,
+                data.calls,
+                dtype=dtype,
+                gradients=gradients,
+                checkpoint=checkpoint,
+                progress=progress,
+            )
+    tasks = [Task(layer.layer, layer.steps) for layer in layers]
     with clock.phase("compress"), fast_attention(), removed_if_hopeless(checkpoint):
-        wanted = {task.layer: task.needs_gradients() for task in tasks}
-        gradients = dense_gradients(
-            loaded, structure, wanted, data, dtype=dtype, loss=loss, seed=seed, progress=progress
-        )
         solved = solve_model(
             loaded,
             structure,
@@ -193,7 +213,8 @@ def compress(
         with clock.phase("batch norm"):
             batch_norm = reestimate_batch_norm(_packed_model(loaded, solved.layouts, tied), data.calls)
         tensors |= {name: value.numpy() for name, value in batch_norm.items()}
-    facts = _Facts(loaded, structure, parsed, seed, data, dtype, solved)
+    amounts = amounts_in_words(parsed, layers, final=True)
+    facts = _Facts(loaded, structure, parsed, seed, data, dtype, solved, amounts)
 
     def write(path: Path, extra: Mapping[str, bytes]) -> None:
         write_artifact(
@@ -303,10 +324,11 @@ class _Facts:
     data: CalibrationData
     dtype: torch.dtype
     solved: Solved
+    amounts: tuple[str, ...]
 
     def report(self, metrics: tuple[Metric, ...], warnings: tuple[str, ...], seconds: Mapping[str, float]) -> RunReport:
         """The report of the run."""
-        own = [*self.loaded.notes, *notes(self.recipe, self.structure)]
+        own = [*self.loaded.notes, *notes(self.recipe, self.structure), *self.amounts]
         if self.solved.num_resumed:
             own.append(
                 f"an interrupted run had finished {self.solved.num_resumed} of the blocks; the time of compression is "

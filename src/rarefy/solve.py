@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
 from rarefy.calibrate.gradients import Gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
-from rarefy.calibrate.precision import cast_parameters
+from rarefy.calibrate.precision import cast_parameters, modules_outside
 from rarefy.calibrate.statistics import GradientStatistic, Gram, InputStatistic, Statistic, bfloat16_products
 from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.errors import PatternError
@@ -58,10 +58,6 @@ class Task:
     def needs_inputs(self) -> tuple[InputStatistic, ...]:
         """Those of them that are of the layer's inputs."""
         return tuple(statistic for statistic in self.needs() if not isinstance(statistic, GradientStatistic))
-
-    def needs_gradients(self) -> tuple[GradientStatistic, ...]:
-        """Those of them that are of gradients."""
-        return tuple(statistic for statistic in self.needs() if isinstance(statistic, GradientStatistic))
 
 
 @final
@@ -186,15 +182,9 @@ class _Pass:
             self._tick(layer)
         self.loaded.materialize("", without=frozenset(blocks), dtype=self.dtype)
         masters = {} if self.loaded.streams else self._masters(outside)
-        in_blocks = {id(parameter) for name in blocks for parameter in self.model.get_submodule(name).parameters()}
-        others = [
-            module
-            for module in self.model.modules()
-            if any(id(p) not in in_blocks for p in module.parameters(recurse=False))
-        ]
         keep = not self.loaded.streams
         with (
-            cast_parameters(others, self.dtype, restore=keep, recurse=False),
+            cast_parameters(modules_outside(self.model, blocks), self.dtype, restore=keep, recurse=False),
             BlockWalk(self.model, blocks, calls) as walk,
         ):
             waiting = {name for name, own in inside.items() if own}

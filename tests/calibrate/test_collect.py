@@ -224,8 +224,10 @@ def test_sharing_ends_when_the_inputs_stop_being_one_tensor():
     x = torch.randn(4, 3)
     calls = [Call((x, True), {}), Call((x, False), {})]
     weights = {name: find_weight(model, name) for name in "ab"}
+    outputs: list[torch.Tensor] = []
     with torch.no_grad():
-        found = collect_statistics(model, calls, {n: (Gram(),) for n in weights}, weights=weights)
+        found = collect_statistics(model, calls, {n: (Gram(),) for n in weights}, weights=weights, outputs=outputs)
+        assert [output.tolist() for output in outputs] == [model(*call.args).tolist() for call in calls]
     gram = (x.T @ x / 4).numpy()
     np.testing.assert_allclose(found["a"][Gram()], gram, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found["b"][Gram()], (gram + 4 * gram) / 2, rtol=1e-5, atol=1e-6)

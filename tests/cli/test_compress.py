@@ -137,6 +137,22 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     assert len(data["plan"]["layers"]) == 14
 
 
+def test_a_dry_run_says_what_a_look_at_the_model_will_settle(
+    run: Callable, tiny_llama_dir: Path, in_temporary_directory: Path
+) -> None:
+    text = "steps:\n  - method: wanda\n    pattern: {sparsity: 0.7}\n    allocation: owl\n"
+    (in_temporary_directory / "owl.yaml").write_text(text, encoding="utf-8")
+    done = run("compress", tiny_llama_dir, "-o", "out", "--recipe", "owl.yaml", "--dry-run")
+    assert done.code == 0, done.err
+    assert "~ " in done.out
+    assert "a look at the dense model will say how many zeros each layer gives" in " ".join(done.err.split())
+    (in_temporary_directory / "owl.yaml").write_text(text.replace("owl", "owi"), encoding="utf-8")
+    done = run("compress", tiny_llama_dir, "-o", "out", "--recipe", "owl.yaml", "--dry-run", "--json")
+    assert done.code == 2
+    assert "owl.yaml:4: allocation is 'owi'" in done.err
+    assert json.loads(done.out)["error"]["exit_code"] == 2
+
+
 def test_an_existing_directory_needs_force(
     run: Callable, tiny_llama_dir: Path, copy_of_llama: Path, recipe: Path, text_file: Path
 ) -> None:

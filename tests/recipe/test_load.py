@@ -15,6 +15,7 @@ from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Unstructured
 from rarefy.methods import GPTQ, METHODS, RTN, SparseGPT, Wanda
 from rarefy.methods.__main__ import render
+from rarefy.methods.allocation import ALLOCATIONS
 from rarefy.recipe import Recipe, Step, load_recipe, shipped_names
 from rarefy.recipe.schema import STEP_MODELS, json_schema
 from rarefy.recipe.source import parse_yaml
@@ -69,6 +70,22 @@ def test_to_yaml_and_to_dict_are_read_back(tmp_path: Path) -> None:
     # every hyperparameter is said, defaults too
     assert recipe.to_dict()["steps"][0]["block_size"] == 128
     assert json.loads(json.dumps(recipe.to_dict())) == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    "allocation", ["uniform", "erk", "owl", "global", {"rule": "owl", "threshold": 7, "spread": 0.1}, {"rule": "erk"}]
+)
+def test_allocations_are_read_back(tmp_path: Path, allocation: object) -> None:
+    data = {"steps": [{"method": "wanda", "pattern": {"block": [2, 4], "sparsity": 0.5}, "allocation": allocation}]}
+    recipe = load_recipe(data)
+    rule = allocation if isinstance(allocation, str) else allocation["rule"]  # type: ignore[index]
+    assert type(recipe.steps[0].allocation) is ALLOCATIONS[rule]
+    assert getattr(recipe.steps[0].allocation, "threshold", 5) == (
+        7 if isinstance(allocation, dict) and rule == "owl" else 5
+    )
+    assert load_recipe(recipe.to_dict()) == recipe
+    assert load_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(data)
 
 
 def test_an_object_in_python_is_named_by_its_class() -> None:
@@ -156,6 +173,39 @@ WRONG = [
     ("steps:\n  - method: gptq\n    values: {num_bits: 4}\n    block_size: 2.5\n", 4, "block_size is 2.5", "integer"),
     ("steps:\n  - method: gptq\n    values: {num_bits: 4}\n    targets: 3\n", 4, "targets is 3", "a list of globs"),
     ("steps:\n  - method: gptq\n    values: {num_bits: 4}\n    targets: []\n", 2, "empty list of targets", "one glob"),
+    (
+        "steps:\n  - method: wanda\n    pattern: {sparsity: 0.5}\n    allocation: olw\n",
+        4,
+        "allocation is 'olw'; allowed: uniform, erk, owl, global, or {rule: NAME, ...}",
+        "did you mean 'owl'?",
+    ),
+    (
+        "steps:\n  - method: wanda\n    pattern: {sparsity: 0.5}\n    allocation: {rule: olw}\n",
+        4,
+        "allocation is {'rule': 'olw'}",
+        "did you mean 'owl'?",
+    ),
+    (
+        "steps:\n  - method: wanda\n    pattern: {sparsity: 0.5}\n    allocation:\n      rule: owl\n      treshold: 3",
+        6,
+        "unknown key 'treshold'; allowed: rule, threshold, spread",
+        "did you mean 'threshold'?",
+    ),
+    (
+        "steps:\n  - method: wanda\n    pattern: {sparsity: 0.5}\n    allocation: {rule: owl, spread: 2}\n",
+        4,
+        "spread is 2",
+        "a number >= 0 and <= 1",
+    ),
+    ("steps:\n  - method: wanda\n    pattern: {sparsity: 0.5}\n    allocation: []\n", 4, "allocation is []", "erk"),
+    ("steps:\n  - method: wanda\n    pattern: {sparsity: 0.5}\n    allocation: {}\n", 4, "allocation is {}", "erk"),
+    ("steps:\n  - method: rtn\n    values: {num_bits: 8}\n    allocation: erk\n", 4, "unknown key 'allocation'", ""),
+    (
+        "steps:\n  - method: alps\n    pattern: {sparsity: 0.5}\n    allocation: global\n",
+        2,
+        "allocation global for alps, which does not say what each weight matters",
+        "global for random, magnitude, wanda, ria",
+    ),
     ("steps: []\n", 1, "steps is []", "at least one step"),
     ("steps: 3\n", 1, "steps is 3", "a list"),
     ("\nsteps:\n  - rtn\n", 3, "is 'rtn'", "a mapping with method"),
@@ -237,18 +287,24 @@ def test_no_text_brings_the_reader_down(text: str) -> None:
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["rtn", "gptq", "", "*"]),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.sampled_from(["rtn", "gptq", "", "*", "owl", "name"]),
         lambda inner: (
             st.lists(inner, max_size=3)
             | st.dictionaries(
-                st.sampled_from(["steps", "method", "values", "pattern", "num_bits", "keep"]), inner, max_size=4
+                st.sampled_from(["steps", "method", "values", "pattern", "num_bits", "keep", "rule"]), inner, max_size=4
             )
         ),
         max_leaves=12,
     )
 )
 def test_no_data_brings_the_checks_down(data: object) -> None:
-    for candidate in ({"steps": data}, {"steps": [{"method": "sparsegpt", "pattern": data, "values": data}]}):
+    allocated = {"method": "wanda", "pattern": {"sparsity": 0.5}, "allocation": data}
+    step = {"method": "sparsegpt", "pattern": data, "values": data}
+    for candidate in ({"steps": data}, {"steps": [step]}, {"steps": [allocated]}):
         with suppress(UsageError):
             load_recipe(candidate)
 
@@ -272,6 +328,8 @@ def test_schema_and_reader_agree() -> None:
         # a schema knows neither of keep <= group nor of one key twice nor of lists that may not be empty
         if "keep: 5" in text or text.count("method") > 1 or "targets: []" in text or ".nan" in text:
             continue
+        if "allocation: global" in text:  # nor which methods rank weights
+            continue
         assert not validator.is_valid(data), text
 
 
@@ -287,6 +345,7 @@ def test_the_documents_tell_of_every_method_and_recipe() -> None:
     measured = json.loads((DOCS / "measured.json").read_text(encoding="utf-8"))
     assert (DOCS / "methods.md").read_text(encoding="utf-8") == render(measured)
     assert measured["effects"].keys() <= METHODS.keys()
+    assert measured["allocations"].keys() <= ALLOCATIONS.keys()
     text = (DOCS / "recipes.md").read_text(encoding="utf-8")
     for name in shipped_names():
         assert f"`{name}`" in text

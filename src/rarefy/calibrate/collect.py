@@ -213,6 +213,7 @@ def collect_statistics(
     wanted: Mapping[str, Sequence[InputStatistic]],
     *,
     weights: Mapping[str, Weight],
+    outputs: list[Any] | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> dict[str, dict[Statistic, Tensor]]:
     """Run a block over all batches and return the finished statistics of its layers.
@@ -224,6 +225,7 @@ def collect_statistics(
         calls: its arguments, one entry per batch.
         wanted: for each layer name the statistics to collect.
         weights: the matrix of each layer.
+        outputs: filled with what the block returns in each batch; None: it need not run to its end.
         tick: called after each batch.
 
     Returns:
@@ -234,9 +236,11 @@ def collect_statistics(
         NonFiniteError: a layer's input is NaN or infinite.
     """
     try:
-        return _collect(block, calls, wanted, weights, tick, share=True)
+        return _collect(block, calls, wanted, weights, outputs, tick, share=True)
     except _SharingEndedError:
-        return _collect(block, calls, wanted, weights, tick, share=False)
+        if outputs is not None:
+            outputs.clear()
+        return _collect(block, calls, wanted, weights, outputs, tick, share=False)
 
 
 def _collect(
@@ -244,6 +248,7 @@ def _collect(
     calls: Sequence[Call],
     wanted: Mapping[str, Sequence[InputStatistic]],
     weights: Mapping[str, Weight],
+    outputs: list[Any] | None,
     tick: Callable[[], None],
     *,
     share: bool,
@@ -294,10 +299,13 @@ def _collect(
                 watched.num_calls = 0
             order.clear()
             with suppress(_Finished):
-                block(*call.args, **call.kwargs)
+                output = block(*call.args, **call.kwargs)
+                if outputs is not None:
+                    outputs.append(output)
             if batch == 0:
                 # Once every layer has been called exactly once, what follows the last of them need not be computed.
-                may_stop = len(order) == len(modules) == len({id(watched) for watched in order})
+                called_once = len(order) == len(modules) == len({id(watched) for watched in order})
+                may_stop = called_once and outputs is None
                 _check_first_batch(modules.values())
             batch += 1
             tick()

@@ -263,7 +263,7 @@ class Gradients:
 def dense_gradients(
     loaded: LoadedModel,
     structure: Structure,
-    wanted: Mapping[str, Sequence[GradientStatistic]],
+    wanted: Mapping[str, Sequence[Statistic]],
     data: CalibrationData,
     *,
     dtype: torch.dtype,
@@ -271,17 +271,21 @@ def dense_gradients(
     seed: int,
     progress: Callable[[str, int, int, str], None] | None,
 ) -> Gradients | None:
-    """The gradients of a model as it is now, None if no layer wants any; in the order in which layers are solved."""
+    """The gradients of a model as it is now, in the order in which layers are solved; None if no layer wants any."""
     outside = {layer.name for layer in structure.layers if layer.block is None}
-    ordered = {layer: wanted[layer] for layer in sorted(wanted, key=lambda layer: layer in outside) if wanted[layer]}
-    if not ordered:
+    chosen: dict[str, list[GradientStatistic]] = {}
+    for layer in sorted(wanted, key=lambda layer: layer in outside):
+        own = [statistic for statistic in dict.fromkeys(wanted[layer]) if isinstance(statistic, GradientStatistic)]
+        if own:
+            chosen[layer] = own
+    if not chosen:
         return None
 
     def tick(done: int, total: int) -> None:
         if progress is not None:
             progress("gradients", done, total, "")
 
-    return Gradients(loaded, data.calls, data.labels, ordered, dtype=dtype, loss=loss, seed=seed, tick=tick)
+    return Gradients(loaded, data.calls, data.labels, chosen, dtype=dtype, loss=loss, seed=seed, tick=tick)
 
 
 def most_bytes() -> int:

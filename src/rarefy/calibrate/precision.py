@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -27,6 +27,16 @@ def choose_dtype(requested: ComputeDtype, *, is_transformer: bool, cpu: CpuFlags
         return torch.bfloat16 if requested == "bfloat16" else torch.float32
     fast = cpu.avx512_bf16 or cpu.amx_bf16
     return torch.bfloat16 if fast and is_transformer else torch.float32
+
+
+def modules_outside(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
+    """The modules that hold a parameter themselves which belongs to none of the blocks."""
+    inside = {id(parameter) for name in blocks for parameter in model.get_submodule(name).parameters()}
+    return [
+        module
+        for module in model.modules()
+        if any(id(parameter) not in inside for parameter in module.parameters(recurse=False))
+    ]
 
 
 @contextmanager

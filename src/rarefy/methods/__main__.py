@@ -11,6 +11,7 @@ from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import Lines, Unstructured
 from rarefy.core.ranks import Rank
 from rarefy.methods import METHODS, LayerMethod
+from rarefy.methods.allocation import ALLOCATIONS
 
 _HEAD = """# Methods
 
@@ -18,6 +19,10 @@ Printed by `python -m rarefy.methods docs/measured.json` from the methods' own f
 [recipes.md](recipes.md) says how a recipe names them. Every method is a file in `src/rarefy/methods/` that reads like
 its paper, with the deviations noted.
 """
+_ALLOCATIONS_HEAD = (
+    "How many of a step's zeros each layer gives ([recipes.md](recipes.md#how-much-each-layer-gives)). All of its "
+    "layers together give what the pattern says, whatever the rule. Each is a file in `src/rarefy/methods/allocation/`."
+)
 _EXAMPLES: dict[str, Any] = {
     "pattern": Unstructured(0.5),
     "APoZ.pattern": Lines("columns", 0.5),
@@ -43,7 +48,24 @@ def render(measured: Mapping[str, Any]) -> str:
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             default = "required" if field.default is dataclasses.MISSING else f"`{_plain(field.default)}`"
             lines.append(f"| `{name}` | `{field.name}` | {default} | {field.metadata['doc']} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_allocations(measured["allocations"])]) + "\n"
+
+
+def _allocations(effects: Mapping[str, str]) -> list[str]:
+    """The rules for the amounts of zeros in each layer."""
+    lines = ["", "## Allocations", "", _ALLOCATIONS_HEAD, ""]
+    lines += ["| allocation | paper | looks at | does | keys | measured |", "|---|---|---|---|---|---|"]
+    for name, cls in ALLOCATIONS.items():
+        looks_at = "the dense model" if hasattr(cls, "measured_amounts") else "shapes"
+        does = (cls.__doc__ or "").strip().split("\n", 1)[0].rstrip(".")
+        keys = [
+            f"`{field.name}` ({field.metadata['doc']}; {_plain(field.default)})"
+            for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        ]
+        row = (f"`{name}`", _paper(cls.paper), looks_at, does, ", ".join(keys), effects.get(name, "not measured"))
+        lines.append(f"| {' | '.join(row)} |")
+    ranking = ", ".join(f"`{name}`" for name, cls in METHODS.items() if hasattr(cls, "saliency"))
+    return [*lines, "", f"`global` is for the methods that say what each weight matters: {ranking}."]
 
 
 def _paper(paper: str) -> str:

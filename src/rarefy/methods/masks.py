@@ -151,9 +151,9 @@ def select_blocks(
     present_RC = None
     if present_OI is not None:
         score_OI = np.where(present_OI, score_OI, np.float32(0))
-        present_RC = _sum_blocks(present_OI, pattern) > 0
+        present_RC = sum_blocks(present_OI, pattern) > 0
     with np.errstate(over="ignore"):  # infinity compares as it should
-        score_RC = _sum_blocks(score_OI, pattern).astype(np.float32)
+        score_RC = sum_blocks(score_OI, pattern).astype(np.float32)
     shape = score_RC.shape if per_row else (1, score_RC.size)
     present = None if present_RC is None else present_RC.reshape(shape)
     kept_RC = select_unstructured(score_RC.reshape(shape), pattern.sparsity, present, offset).reshape(score_RC.shape)
@@ -163,7 +163,8 @@ def select_blocks(
     return np.ascontiguousarray(kept_OI) if present_OI is None else kept_OI & present_OI
 
 
-def _sum_blocks(value_OI: npt.NDArray[np.float32] | BoolArray, pattern: Blocks) -> npt.NDArray[np.float64]:
+def sum_blocks(value_OI: npt.NDArray[np.float32] | BoolArray, pattern: Blocks) -> npt.NDArray[np.float64]:
+    """The sum of the entries of each block, float64 (R, C)."""
     num_down, num_across = pattern.grid_shape((value_OI.shape[0], value_OI.shape[1]))
     if value_OI.size == 0:
         return np.zeros((num_down, num_across))

@@ -1,12 +1,13 @@
 """What work costs on this machine. Shape suffixes: O out, I in, T tokens."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 
-from rarefy.calibrate.statistics import GradientStatistic
+from rarefy.calibrate.statistics import GradientStatistic, Statistic
 from rarefy.methods import (
     ALPS,
     ASVD,
@@ -117,11 +118,20 @@ def _decomposition_seconds(rows: int, width: int, rates: Rates) -> float:
 
 
 def _is_cheap(method: LayerMethod) -> bool:
-    """Whether a method needs one number per input at most, or gradients, so that it cannot be solving for H."""
+    """Whether a method needs one number per input at most, or gradients, so that it solves no system of H."""
+    return _are_vectors(method.needs())
+
+
+def _are_vectors(statistics: Sequence[Statistic]) -> bool:
     return all(
         isinstance(statistic, GradientStatistic) or statistic.finish(statistic.init(2)).ndim < 2
-        for statistic in method.needs()
+        for statistic in statistics
     )
+
+
+def num_walks(statistics: Sequence[Statistic]) -> int:
+    """How often an allocation walks through the dense model for these; vectors are kept for a second look."""
+    return 0 if not statistics else 1 if _are_vectors(statistics) else 2
 
 
 def gram_seconds(width: int, num_tokens: int, flops: float) -> float:

@@ -8,10 +8,11 @@ from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Lines, Pattern, Unstructured
 from rarefy.core.ranks import Rank
 from rarefy.layouts import FloatFormat, choose_format
+from rarefy.methods.allocation import ModelAllocation
 from rarefy.methods.masks import sparser
-from rarefy.plan.cost import Rates, gram_seconds, measure_rates, solve_seconds
+from rarefy.plan.cost import Rates, gram_seconds, measure_rates, num_walks, solve_seconds
 from rarefy.plan.records import Plan, PlannedLayer, UntouchedRow
-from rarefy.recipe import LayerPlan, LayerRef, Recipe, Structure, notes, resolve
+from rarefy.recipe import LayerPlan, LayerRef, Recipe, Structure, amounts_in_words, notes, resolve
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # torch and transformers, imported
@@ -60,7 +61,11 @@ def make_plan(
     layers = resolve(recipe, structure)
     float_format: FloatFormat = "bf16" if recipe.rest_dtype == "bfloat16" else "f32"
     refs = {layer.name: layer for layer in structure.layers}
-    planned = tuple(_planned(layer, refs[layer.layer], float_format) for layer in layers)
+    looking = {place for place, step in enumerate(recipe.steps) if isinstance(step.allocation, ModelAllocation)}
+    planned = tuple(
+        _planned(layer, refs[layer.layer], float_format, is_mean=not looking.isdisjoint(layer.places))
+        for layer in layers
+    )
     targeted = {layer.layer for layer in layers}
     untouched = tuple(
         UntouchedRow(layer.name, layer.kind, _num_bytes(layer), layer.reason or "no step of the recipe targets it")
@@ -72,7 +77,7 @@ def make_plan(
     rates = rates or measure_rates()
     num_tokens = num_samples * sequence_length
     memory_parts = _memory(layers, structure, planned, rest_bytes, num_tokens, bfloat16)
-    seconds_parts = _seconds(layers, structure, num_tokens, rates, bfloat16)
+    seconds_parts = _seconds(recipe, layers, structure, num_tokens, rates, bfloat16)
     return Plan(
         layers=planned,
         untouched=untouched,
@@ -87,11 +92,11 @@ def make_plan(
             f"({rates.float32_flops / 1e9:.0f} GFLOP/s float32, {rates.bfloat16_flops / 1e9:.0f} bfloat16), "
             f"operations counted for {num_samples} windows of {sequence_length} tokens"
         ),
-        notes=notes(recipe, structure),
+        notes=(*notes(recipe, structure), *amounts_in_words(recipe, layers, final=False)),
     )
 
 
-def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> PlannedLayer:
+def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat, *, is_mean: bool) -> PlannedLayer:
     pattern: Pattern | None = None
     grid: IntGrid | None = None
     num_patterns = 0
@@ -126,7 +131,11 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat) -> Plan
         format=name,
         input_bytes=_weight_bytes(ref, rows * width),
         packed_bytes=num_bytes,
-        exact=num_patterns < 2 and not by_energy and (not isinstance(pattern, Blocks) or pattern.is_even(layer.shape)),
+        exact=num_patterns < 2
+        and not by_energy
+        and not is_mean
+        and (not isinstance(pattern, Blocks) or pattern.is_even(layer.shape)),
+        is_mean=is_mean,
     )
 
 
@@ -206,16 +215,23 @@ def _needs_gram(layer: LayerPlan) -> bool:
 
 
 def _seconds(
-    layers: tuple[LayerPlan, ...], structure: Structure, num_tokens: int, rates: Rates, bfloat16: bool
+    recipe: Recipe,
+    layers: tuple[LayerPlan, ...],
+    structure: Structure,
+    num_tokens: int,
+    rates: Rates,
+    bfloat16: bool,
 ) -> dict[str, float]:
     needs_data = any(method.needs() for layer in layers for _, method in layer.steps)
     in_blocks = sum(size for name, size in _block_weights(structure).items() if name)
     speed = rates.bfloat16_flops if bfloat16 else rates.float32_flops
-    # two passes over each block: one to collect statistics, one to pass on what the compressed block computes
-    forward = 2 * 2 * in_blocks * num_tokens / speed * _FORWARD_OVERHEAD
+    one_pass = 2 * in_blocks * num_tokens / speed * _FORWARD_OVERHEAD
+    num_walks_in_all = sum(num_walks(step.looks_at()) for step in recipe.steps)
     gram_widths = {(layer.layer.rpartition(".")[0], layer.shape[1]) for layer in layers if _needs_gram(layer)}
     return {
-        "forward passes": forward if needs_data else 0.0,
+        # over each block: one to collect statistics, one to pass on what the compressed block computes
+        "forward passes": 2 * one_pass if needs_data else 0.0,
+        "allocation": num_walks_in_all * one_pass,
         "statistics": sum(gram_seconds(width, num_tokens, speed) for _, width in gram_widths),
         "solving": sum(solve_seconds(layer, rates) for layer in layers),
     }

@@ -23,6 +23,7 @@ class PlannedLayer(Record):
         input_bytes: of the weight as the input model stores it.
         packed_bytes: of the weight's layout: exact, unless `exact` is False.
         exact: False where earlier zeros decide how many are left; `packed_bytes` is then the most that it can be.
+        is_mean: a look at the dense model will say how many zeros this layer gives; `packed_bytes` is that of the mean.
     """
 
     name: str
@@ -32,6 +33,7 @@ class PlannedLayer(Record):
     input_bytes: int
     packed_bytes: int
     exact: bool
+    is_mean: bool = False
 
     @property
     def bits_per_weight(self) -> float:
@@ -93,7 +95,7 @@ class Plan(Record):
                     " + ".join(first.steps),
                     first.format,
                     f"{first.bits_per_weight:.2f}",
-                    f"{packed}" if first.exact else f"<= {packed}",
+                    f"{packed}" if first.exact else f"~ {packed}" if first.is_mean else f"<= {packed}",
                 )
             )
         return rows
@@ -103,7 +105,7 @@ def _alike(layers: tuple[PlannedLayer, ...]) -> Iterator[tuple[str, list[Planned
     groups: dict[tuple[object, ...], list[PlannedLayer]] = {}
     for layer in layers:
         pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", layer.name)
-        key = (pattern, layer.shape, layer.steps, layer.format, layer.packed_bytes, layer.exact)
+        key = (pattern, layer.shape, layer.steps, layer.format, layer.packed_bytes, layer.exact, layer.is_mean)
         groups.setdefault(key, []).append(layer)
     for group, members in groups.items():
         yield (str(group[0]) if len(members) > 1 else members[0].name), members

@@ -2,6 +2,30 @@
 
 from rarefy.recipe.load import load_recipe, shipped_names
 from rarefy.recipe.model import Recipe, Step
-from rarefy.recipe.resolve import LayerPlan, LayerRef, Structure, notes, resolve
+from rarefy.recipe.resolve import (
+    LayerPlan,
+    LayerRef,
+    Structure,
+    amounts_in_words,
+    notes,
+    resolve,
+    shapes_of,
+    sparsity_of,
+    with_amounts,
+)
 
-__all__ = ["LayerPlan", "LayerRef", "Recipe", "Step", "Structure", "load_recipe", "notes", "resolve", "shipped_names"]
+__all__ = [
+    "LayerPlan",
+    "LayerRef",
+    "Recipe",
+    "Step",
+    "Structure",
+    "amounts_in_words",
+    "load_recipe",
+    "notes",
+    "resolve",
+    "shapes_of",
+    "shipped_names",
+    "sparsity_of",
+    "with_amounts",
+]

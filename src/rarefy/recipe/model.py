@@ -8,11 +8,14 @@ from typing import Any, Literal, final
 
 import yaml
 
+from rarefy.calibrate.statistics import Statistic
 from rarefy.core.errors import RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
 from rarefy.core.ranks import Rank
 from rarefy.methods import METHODS, LayerMethod
+from rarefy.methods.allocation import Allocation, ModelAllocation, Uniform
+from rarefy.recipe.allocations import check_allocation, to_file
 
 RestDtype = Literal["bfloat16", "float32"]
 
@@ -30,6 +33,10 @@ class Step:
         exclude: globs of layers to leave alone.
         optional: matching no layer is fine (a recipe for several kinds of model).
         where: what error messages call the step, such as ``mine.yaml:7``.
+        allocation: how many of the zeros each layer gives; one of ALLOCATIONS, or any object with the same functions.
+
+    Raises:
+        RecipeError: the method has no use for the allocation.
     """
 
     method: LayerMethod
@@ -37,6 +44,18 @@ class Step:
     exclude: tuple[str, ...] = ()
     optional: bool = False
     where: str = dataclasses.field(default="recipe", compare=False)
+    allocation: Allocation = dataclasses.field(default_factory=Uniform)
+
+    def __post_init__(self) -> None:
+        check_allocation(self.allocation, self.method, self.name, self.where)
+
+    def looks_at(self) -> tuple[Statistic, ...]:
+        """The statistics of the dense model that its allocation reads."""
+        return self.allocation.needs(self.method) if isinstance(self.allocation, ModelAllocation) else ()
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """All that its method or its allocation reads."""
+        return tuple(dict.fromkeys((*self.method.needs(), *self.looks_at())))
 
     @property
     def name(self) -> str:
@@ -88,6 +107,8 @@ def _step_dict(step: Step) -> dict[str, Any]:
     if dataclasses.is_dataclass(step.method):
         for field in dataclasses.fields(step.method):
             data[field.name] = _plain(getattr(step.method, field.name))
+    if not isinstance(step.allocation, Uniform):
+        data["allocation"] = to_file(step.allocation)
     return data
 
 

@@ -1,6 +1,7 @@
 """Which steps apply to which layers of a model; everything that can be wrong is found here, before any work."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, final
@@ -9,7 +10,9 @@ from rarefy.core.errors import PatternError, RecipeError
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Lines
 from rarefy.methods import LayerMethod
+from rarefy.methods.allocation import LayerShape, ModelAllocation, Uniform, patterns_of
 from rarefy.methods.grid_search import describe
+from rarefy.recipe.allocations import rule_of
 from rarefy.recipe.model import Recipe, Step
 from rarefy.recipe.schema import did_you_mean
 
@@ -91,11 +94,13 @@ class LayerPlan:
         layer: name of the layer; of a tied pair, the one that owns the weight.
         shape: (O, I).
         steps: the methods in order, each with its name.
+        places: for each of them the place of its step in the recipe.
     """
 
     layer: str
     shape: tuple[int, int]
     steps: tuple[tuple[str, LayerMethod], ...]
+    places: tuple[int, ...]
 
 
 def resolve(recipe: Recipe, structure: Structure) -> tuple[LayerPlan, ...]:
@@ -104,26 +109,70 @@ def resolve(recipe: Recipe, structure: Structure) -> tuple[LayerPlan, ...]:
     A tied pair is one layer: naming either of the two targets it once.
 
     Returns:
-        A plan for every layer that some step targets, in the order of the model.
+        A plan for every layer that some step targets, in the order of the model. Amounts that follow from shapes are
+        in it; those that take a look at the dense model are still the mean (see `with_amounts`).
 
     Raises:
         RecipeError: with the step's line: a glob that matches nothing, a layer that cannot be compressed, a method that
             does not fit an embedding, two different grids for one layer, or an N:M group wider than a layer.
     """
-    steps_of: dict[str, list[Step]] = {}
-    for step in recipe.steps:
+    places_of: dict[str, list[int]] = {}
+    for place, step in enumerate(recipe.steps):
         for layer in _targets(step, structure):
-            _check_fit(step, layer, structure, steps_of.get(layer.name, []))
-            steps_of.setdefault(layer.name, []).append(step)
-    plans = []
+            earlier = places_of.setdefault(layer.name, [])
+            _check_fit(step, layer, structure, [recipe.steps[other] for other in earlier])
+            earlier.append(place)
+    found = []
     for layer in structure.layers:
-        steps = steps_of.get(layer.name)
-        if steps:
+        places = tuple(places_of.get(layer.name, ()))
+        if places:
             assert layer.matrix is not None
-            plans.append(LayerPlan(layer.name, layer.matrix, tuple((step.name, step.method) for step in steps)))
-    if not plans:
+            steps = tuple((recipe.steps[place].name, recipe.steps[place].method) for place in places)
+            found.append(LayerPlan(layer.name, layer.matrix, steps, places))
+    if not found:
         raise RecipeError(recipe.steps[0].where, "every step is optional and none matches a layer of this model")
-    return tuple(plans)
+    plans = tuple(found)
+    for place, step in enumerate(recipe.steps):
+        if not isinstance(step.allocation, ModelAllocation | Uniform):
+            shapes = shapes_of(place, plans, structure)
+            amounts = step.allocation.amounts(sparsity_of(step), shapes)
+            plans = with_amounts(plans, place, step, shapes, amounts)
+    return plans
+
+
+def shapes_of(place: int, plans: Sequence[LayerPlan], structure: Structure) -> list[LayerShape]:
+    """The layers of the step at a place of the recipe."""
+    shapes = {layer.name: layer.shape for layer in structure.layers}
+    return [LayerShape(plan.layer, shapes[plan.layer], plan.shape) for plan in plans if place in plan.places]
+
+
+def sparsity_of(step: Step) -> float:
+    """The fraction of zeros that a step with a pattern is to give."""
+    sparsity: float = step.method.pattern.sparsity  # type: ignore[attr-defined]
+    return sparsity
+
+
+def with_amounts(
+    plans: Sequence[LayerPlan], place: int, step: Step, layers: Sequence[LayerShape], amounts: Mapping[str, float]
+) -> tuple[LayerPlan, ...]:
+    """The plans with an own pattern for every layer of a step.
+
+    Args:
+        plans: of all layers.
+        place: of the step in the recipe.
+        step: the step; its pattern says what all its layers are to give together.
+        layers: of the step.
+        amounts: from its allocation.
+    """
+    patterns = patterns_of(step.method.pattern, layers, amounts)  # type: ignore[attr-defined]
+    changed = []
+    for plan in plans:
+        steps = list(plan.steps)
+        if place in plan.places:
+            own: LayerMethod = dataclasses.replace(step.method, pattern=patterns[plan.layer])  # type: ignore[type-var]
+            steps[plan.places.index(place)] = (step.name, own)
+        changed.append(dataclasses.replace(plan, steps=tuple(steps)))
+    return tuple(changed)
 
 
 def notes(recipe: Recipe, structure: Structure) -> tuple[str, ...]:
@@ -133,6 +182,29 @@ def notes(recipe: Recipe, structure: Structure) -> tuple[str, ...]:
         for index, step in enumerate(recipe.steps, start=1)
         if step.optional and not _targets(step, structure)
     )
+
+
+def amounts_in_words(recipe: Recipe, plans: Sequence[LayerPlan], *, final: bool) -> tuple[str, ...]:
+    """What a plan or report should say of the steps whose layers give amounts of their own.
+
+    Args:
+        recipe: the recipe.
+        plans: of the layers.
+        final: the dense model has been looked at.
+    """
+    found = []
+    for place, step in enumerate(recipe.steps):
+        methods = [plan.steps[plan.places.index(place)][1] for plan in plans if place in plan.places]
+        if isinstance(step.allocation, Uniform) or not methods:
+            continue
+        words = f"step {place + 1} ({step.name}), allocation {rule_of(step.allocation)}: "
+        if isinstance(step.allocation, ModelAllocation) and not final:
+            words += "a look at the dense model will say how many zeros each layer gives; its bytes here are the mean's"
+        else:
+            shares = [method.pattern.sparsity for method in methods]  # type: ignore[attr-defined]
+            words += f"{min(shares):.1%} to {max(shares):.1%} zeros in a layer"
+        found.append(words)
+    return tuple(found)
 
 
 def _targets(step: Step, structure: Structure) -> list[LayerRef]:

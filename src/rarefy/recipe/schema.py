@@ -14,7 +14,10 @@ from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import MAX_BLOCK, MAX_GROUP, NM, Blocks, Lines, Unstructured, WantedPattern
 from rarefy.core.ranks import MAX_RANK, Rank
 from rarefy.methods import METHODS, LayerMethod
+from rarefy.methods.allocation import ALLOCATIONS
 from rarefy.methods.base import describe_bounds
+from rarefy.recipe.allocations import ALLOWED, AllocationSpec, rule_model
+from rarefy.recipe.allocations import from_file as allocation_from_file
 from rarefy.recipe.model import Recipe, RestDtype, Step
 from rarefy.recipe.source import Path, line_of
 
@@ -141,6 +144,9 @@ def _step_model(name: str, method: type[LayerMethod]) -> type[BaseModel]:
         required = field.default is dataclasses.MISSING
         default = ... if required else _to_file(field.default)
         fields[field.name] = (kind, Field(default=default, description=field.metadata.get("doc"), **bounds))
+    if WantedPattern in hints.values():
+        about = "how many of the zeros each layer gives: a rule, or a mapping with one and what it takes"
+        fields["allocation"] = (AllocationSpec, Field(default="uniform", description=about))
     step_name, doc = f"{method.__name__}Step", _first_line(method)
     model: type[BaseModel] = create_model(step_name, __base__=_Strict, __doc__=doc, **fields)
     return model
@@ -221,7 +227,8 @@ def _step(step: Any, where: str) -> Step:
     targets = None if step.targets is None else _globs(step.targets)
     if targets == ():
         raise RecipeError(where, "an empty list of targets", allowed="at least one glob, or no `targets` at all")
-    return Step(method, targets, _globs(step.exclude), step.optional, where)
+    allocation = allocation_from_file(getattr(step, "allocation", "uniform"))
+    return Step(method, targets, _globs(step.exclude), step.optional, where, allocation)
 
 
 def _globs(value: str | list[str]) -> tuple[str, ...]:
@@ -276,6 +283,10 @@ def _explain(detail: Any, data: object, name: str, lines: Mapping[Path, int]) ->
         case "missing":
             keys = list(model.model_fields) if model is not None else []
             return rank, RecipeError(where, f"the key {last!r} is missing", allowed=", ".join(keys))
+        case "union_tag_invalid" | "union_tag_not_found" | "literal_error" if "allocation" in detail["loc"]:
+            rule = here.get("rule") if isinstance(here, Mapping) else here
+            hint = did_you_mean(str(rule), ALLOCATIONS)
+            return rank, RecipeError(where, f"allocation is {here!r}", allowed=ALLOWED, hint=hint)
         case "union_tag_invalid":
             found = str(context.get("tag"))
             path = (*path, "method")
@@ -309,6 +320,8 @@ def _follow(loc: tuple[str | int, ...], data: Any) -> tuple[Path, Any, type[Base
             here = here[part]
         elif part in STEP_MODELS and len(path) == 2:
             model = STEP_MODELS[str(part)]
+        elif path[-1:] == ["allocation"] and isinstance(part, str) and rule_model(part) is not None:
+            model = rule_model(part)
         elif part == "nm":
             model = NMSpec
         elif part == "blocks":

@@ -40,10 +40,10 @@ class OBERT:
         Deviations: the paper gets F^-1 by a rank-one update for each gradient (after Woodbury); here the sum of g g^T
         is kept and inverted once, which is the same matrix, reads and writes it an eighth as often, and leaves the
         dampening to the end: `percent_damp` is relative to the mean of the layer's diagonal, where the paper adds 1e-7.
-        The weights dropped from a block are taken out of F one after the other, which gives the exact minimum for all of
-        them together. Of blocks, rows and columns the sum of the costs of single weights counts.
-        The paper trains between steps and computes the gradients again; `num_steps` here goes on with the same F, on
-        the weights that the step before has moved. A layer that is on a grid stays on it: its weights do not move.
+        The weights dropped from a block are taken out of F one after the other, which gives the exact minimum for all
+        of them together. Of blocks, rows and columns the sum of the costs of single weights counts. The paper trains
+        between steps and computes the gradients again; `num_steps` here goes on with the same F, on the weights that
+        the step before has moved. A layer that is on a grid stays on it: its weights do not move.
     """
 
     paper: ClassVar[str] = "arXiv:2203.07259"
