@@ -214,7 +214,9 @@ def test_blocks_that_do_not_fit_are_refused_with_a_size_that_does(net, data):
     loaded = load_model(net.float())
     call, labels = [Call((data[0].float(),), {})], [data[1]]
     budget = 4 * FisherBlocks(2).num_floats((3, 5))
-    with pytest.raises(UsageError, match=r"layer linear: its Fisher blocks of 5 columns take \d+ bytes.*block_size: 2 "):
+    with pytest.raises(
+        UsageError, match=r"layer linear: its Fisher blocks of 5 columns take \d+ bytes.*block_size: 2 "
+    ):
         Gradients(loaded, call, labels, {"linear": (FisherBlocks(5),)}, budget_bytes=budget)
     Gradients(loaded, call, labels, {"linear": (FisherBlocks(2),)}, budget_bytes=budget)
 
