@@ -40,7 +40,8 @@ test-arm: $(VENV)/.dev
 # The results of an interrupted run are kept; remove $(BENCH_RESULTS) to measure everything again.
 bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
 	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src \
-		RAREFY_BENCH_GGML_AVX2=$(abspath $(BENCH_VENV))/ggml/build-avx2/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
+		RAREFY_BENCH_GGML_AVX2=$(abspath $(BENCH_VENV))/ggml/build-avx2/src \
+		RAREFY_BENCH_GGML_AVX_VNNI=$(abspath $(BENCH_VENV))/ggml/build-avx-vnni/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
 		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS)
 
 fuzz:
@@ -90,6 +91,8 @@ $(BENCH_VENV)/.peers: $(BUILD_INPUTS) benchmarks/requirements.txt | $(BENCH_VENV
 	$(BENCH_PIP) install --quiet -c constraints.txt -r benchmarks/requirements.txt -e .
 	touch $@
 
+GGML_AVX2 := -DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON
+
 # $(1): directory, $(2): which instruction sets.
 define build_ggml
 $(BENCH_VENV)/bin/cmake -S $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml -B $(BENCH_VENV)/ggml/$(1) -DCMAKE_BUILD_TYPE=Release \
@@ -98,13 +101,14 @@ $(BENCH_VENV)/bin/cmake --build $(BENCH_VENV)/ggml/$(1) --target ggml --parallel
 	(tail -n 20 $(BENCH_VENV)/ggml/cmake.log >&2; false)
 endef
 
-# Of llama.cpp only ggml's kernels for the CPU are compiled, about two minutes; the whole would take ten.
+# Of llama.cpp only ggml's kernels for the CPU are compiled, about three minutes; the whole would take ten.
 $(BENCH_VENV)/.ggml: benchmarks/requirements.txt | $(BENCH_VENV)/.peers
 	$(BENCH_PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(BENCH_VENV)/ggml '$(GGML_SOURCE)'
 	tar -xzf $(BENCH_VENV)/ggml/llama_cpp_python-*.tar.gz -C $(BENCH_VENV)/ggml --strip-components=1
 	touch $(BENCH_VENV)/ggml/vendor/llama.cpp/ggml/ggml.pc.in
 	$(call build_ggml,build,-DGGML_NATIVE=ON)
-	$(call build_ggml,build-avx2,-DGGML_NATIVE=OFF -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON)
+	$(call build_ggml,build-avx2,$(GGML_AVX2))
+	$(call build_ggml,build-avx-vnni,$(GGML_AVX2) -DGGML_AVX_VNNI=ON)
 	touch $@
 
 clean:

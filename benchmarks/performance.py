@@ -27,11 +27,12 @@ from rarefy.measure.latency import interleave
 SHAPES = ((4096, 4096), (11008, 4096), (2048, 5632))
 SMALL_SHAPES = ((384, 384), (1536, 384))  # those of MiniLM
 PEERS = ("rarefy", "torch", "onnxruntime", "openvino", "ggml")
-NEVER_AVX2 = ("onnxruntime",)  # of the others, ggml has a build of its own
+ONLY_DEFAULT = ("onnxruntime",)  # of the others, ggml has a build of its own for each instruction set
 ROWS = (1, 4, 16, 128)  # of the first shape; the first and the last of the others
 GGML = "RAREFY_BENCH_GGML"
-# OpenVINO makes no products of integers below AVX2_VNNI.
-AVX2 = {"RAREFY_ISA": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"}
+# OpenVINO makes no products of integers below AVX2_VNNI, so that only the second compares like with like.
+_NO_AVX512 = {"ONEDNN_MAX_CPU_ISA": "AVX2_VNNI", "ATEN_CPU_CAPABILITY": "avx2"}
+ISAS = {"avx2": {"RAREFY_ISA": "avx2", **_NO_AVX512}, "avx_vnni": {"RAREFY_ISA": "avx_vnni", **_NO_AVX512}}
 PACKAGES = ("torch", "onnxruntime", "openvino", "numpy", "rarefy")
 
 
@@ -78,7 +79,7 @@ def measure(setting: dict[str, Any], rounds: int) -> dict[str, Any]:
     contestants: list[Contestant] = []
     left_out: dict[str, str] = {}
     for peer in PEERS:
-        if setting["isa"] == "avx2" and peer in NEVER_AVX2:
+        if setting["isa"] in ISAS and peer in ONLY_DEFAULT:
             left_out[peer] = "cannot be told to leave out AVX-512"
             continue
         try:
@@ -126,9 +127,12 @@ def settings() -> list[dict[str, Any]]:
         for count in threads
     ]
     every += [{"part": "layouts", "shape": shape, "isa": "default"} for shape in SHAPES]
-    if "avx512f" in describe_cpu()["flags"]:
+    flags = describe_cpu()["flags"]
+    if "avx512f" in flags:
         every += [
-            {"part": "peers", "shape": SHAPES[0], "rows": rows, "threads": count, "isa": "avx2"}
+            {"part": "peers", "shape": SHAPES[0], "rows": rows, "threads": count, "isa": isa}
+            for isa in ISAS
+            if isa in flags
             for rows in (1, 128)
             for count in threads
         ]
@@ -139,8 +143,9 @@ def settings() -> list[dict[str, Any]]:
 def run_setting(setting: dict[str, Any], rounds: int) -> Any:
     """Run one setting in a process of its own."""
     environment = dict(os.environ)
-    if setting["isa"] == "avx2":
-        environment |= {**AVX2, GGML: os.environ.get(f"{GGML}_AVX2", "")}
+    isa = setting["isa"]
+    if isa in ISAS:
+        environment |= {**ISAS[isa], GGML: os.environ.get(f"{GGML}_{isa.upper()}", "")}
     if setting["part"] == "layouts":
         shape = "{}x{}".format(*setting["shape"])
         command = ["-m", "rarefy", "bench", "--kernels", "--shape", shape, "--rounds", str(rounds), "--json"]

@@ -43,9 +43,9 @@ How it was measured:
 - Weights in 4 bits have a scale for every 64 columns (ggml: 32), int8 one for every row. Contestants marked
   weight-only multiply with bfloat16 activations, the other integer ones quantize the activations to 8 bits first. Of
   87.5 % zeros, 8 of every 64 columns are kept; other zeros lie anywhere.
-- **AVX2 only**: rarefy, oneDNN (OpenVINO, torch) and torch are told so by their environment variables, and ggml is
-  compiled for it. oneDNN may use AVX-VNNI too, for OpenVINO makes no products of integers with less, and what of
-  OpenVINO is not oneDNN may use AVX-512.
+- **AVX2 only**, **AVX2 and AVX-VNNI**: rarefy, oneDNN (OpenVINO, torch) and torch are told so by their environment
+  variables, and ggml is compiled for it. In both oneDNN may use AVX-VNNI, for OpenVINO makes no products of integers
+  with less, and what of OpenVINO is not oneDNN may use AVX-512: the second compares like with like.
 
 Repeat it with `make bench`, which makes an environment of its own; the layouts alone with `rarefy bench --kernels`.
 """
@@ -81,10 +81,13 @@ def _machine(machine: dict[str, Any]) -> str:
     )
 
 
+_ISAS = {"default": "", "avx2": ", AVX2 only", "avx_vnni": ", AVX2 and AVX-VNNI"}
+
+
 def _title(setting: dict[str, Any]) -> str:
     rows = "one row" if setting["rows"] == 1 else f"{setting['rows']} rows"
     threads = "one thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
-    isa = ", AVX2 only" if setting["isa"] == "avx2" else ""
+    isa = _ISAS[setting["isa"]]
     return f"{setting['shape'][0]} x {setting['shape'][1]}, {rows}, {threads}{isa}"
 
 

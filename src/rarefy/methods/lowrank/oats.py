@@ -30,6 +30,7 @@ class OATS:
         The paper gives one compression ratio and the share of it that goes to the factors; here `rank` and `pattern`
         say both parts. The singular vectors of the alternation follow it by one step of subspace iteration each time,
         instead of a fresh SVD: what moves from one alternation to the next is small; the last factors are exact.
+        The 80 alternations, each an SVD in the paper, are why this takes longer than SparseGPT.
         Zeros of an earlier step stay zeros of the sparse part, which stays on a grid that it is on.
     """
 

@@ -34,33 +34,49 @@ def penalized(
     Returns:
         V, the groups kept as a mask of entries, and lambda.
     """
-    rows, columns = blocks.block_shape
     grid = blocks.grid_shape((target_OI.shape[0], target_OI.shape[1]))
     present = None if present_OI is None else torch.from_numpy(present_OI)
     step_size = 1 / _largest_eigenvalue(gram_II)
     num_keep = grid[0] * grid[1] - round(blocks.sparsity * grid[0] * grid[1])
     root_RC = _sum(torch.ones_like(target_OI), blocks).sqrt()
-    value_OI = point_OI = target_OI if present is None else target_OI * present
+    value_OI = target_OI if present is None else target_OI * present
+    point_OI = value_OI.clone()
     momentum, threshold = 1.0, 0.0
-    kept_RC = torch.ones(grid, dtype=torch.bool)
+    norm_RC = root_RC
     for _ in range(num_steps):
-        moved_OI = point_OI.add((point_OI - target_OI) @ gram_II, alpha=-step_size)
+        moved_OI = torch.addmm(point_OI, point_OI - target_OI, gram_II, alpha=-step_size)
         if present is not None:
             moved_OI *= present
-        norm_RC = _sum(moved_OI.square(), blocks).sqrt_() / root_RC
-        kept = keep_highest(norm_RC.numpy().reshape(1, -1), num_keep).reshape(grid)
-        kept_RC = torch.from_numpy(kept)
-        pruned = norm_RC[~kept_RC]
-        threshold = float(pruned.max()) if pruned.numel() else 0.0
-        shrink_RC = torch.where(norm_RC > threshold, 1 - threshold / norm_RC.clamp(min=1e-38), 0)  # the proximal step
-        new_OI = moved_OI * _spread(shrink_RC, (rows, columns), target_OI.shape)
+        norm_RC = _norms(moved_OI, blocks, root_RC)
+        threshold = _highest_pruned(norm_RC, num_keep)
+        new_OI = _shrink(moved_OI, norm_RC, threshold, blocks)  # the proximal step
         next_momentum = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
-        point_OI = new_OI + (momentum - 1) / next_momentum * (new_OI - value_OI)
+        torch.lerp(value_OI, new_OI, 1 + (momentum - 1) / next_momentum, out=point_OI)
         value_OI, momentum = new_OI, next_momentum
-    kept_OI: BoolArray = _spread(kept_RC, (rows, columns), target_OI.shape).numpy()
+    kept_RC = torch.from_numpy(keep_highest(norm_RC.numpy().reshape(1, -1), num_keep).reshape(grid))
+    kept_OI: BoolArray = _spread(kept_RC, blocks, target_OI.shape).numpy()
     if present_OI is not None:
         kept_OI = kept_OI & present_OI
     return value_OI, np.ascontiguousarray(kept_OI), threshold / step_size
+
+
+def _highest_pruned(norm_RC: Tensor, num_keep: int) -> float:
+    """The largest norm among the groups that are not among the `num_keep` largest."""
+    last = norm_RC.numel() - num_keep - 1
+    return 0.0 if last < 0 else float(np.partition(norm_RC.numpy(), last, axis=None)[last])
+
+
+def _norms(value_OI: Tensor, blocks: Blocks, root_RC: Tensor) -> Tensor:
+    """Norms of groups over the roots of their sizes, (R, C)."""
+    return value_OI.abs() if blocks.block_shape == (1, 1) else _sum(value_OI.square(), blocks).sqrt_() / root_RC
+
+
+def _shrink(value_OI: Tensor, norm_RC: Tensor, threshold: float, blocks: Blocks) -> Tensor:
+    """Take the threshold off the norm of every group, down to zero."""
+    if blocks.block_shape == (1, 1):
+        return torch.nn.functional.softshrink(value_OI, threshold)
+    share_RC = torch.where(norm_RC > threshold, 1 - threshold / norm_RC.clamp(min=1e-38), 0)
+    return value_OI * _spread(share_RC, blocks, value_OI.shape)
 
 
 def _largest_eigenvalue(gram_II: Tensor) -> float:
@@ -82,9 +98,9 @@ def _sum(value_OI: Tensor, blocks: Blocks) -> Tensor:
     return padded.reshape(padded.shape[0] // rows, rows, padded.shape[1] // columns, columns).sum(dim=(1, 3))
 
 
-def _spread(value_RC: Tensor, block_shape: tuple[int, int], shape: torch.Size) -> Tensor:
+def _spread(value_RC: Tensor, blocks: Blocks, shape: torch.Size) -> Tensor:
     """Each block's value at each of its entries, (O, I)."""
-    rows, columns = block_shape
+    rows, columns = blocks.block_shape
     if (rows, columns) == (1, 1):
         return value_RC
     return value_RC.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: shape[0], : shape[1]]
