@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.gradients import Gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters, modules_outside
-from rarefy.calibrate.statistics import Statistic
+from rarefy.calibrate.statistics import GradientStatistic, InputStatistic, Statistic
 from rarefy.checkpoint import Checkpoint
 from rarefy.methods.allocation import DenseLayer, ModelAllocation
 from rarefy.models.loaded import LoadedModel
@@ -34,6 +35,7 @@ def allocate(
     calls: Sequence[Call],
     *,
     dtype: torch.dtype = torch.float32,
+    gradients: Gradients | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> tuple[LayerPlan, ...]:
@@ -46,6 +48,7 @@ def allocate(
         plans: what `resolve` made of it.
         calls: the model's arguments, one entry per batch; not needed where no statistics are read.
         dtype: of the forward passes.
+        gradients: of the dense model, where a saliency reads any.
         checkpoint: gives the amounts that an interrupted run had found, and keeps those that this one finds.
         progress: told about every batch.
 
@@ -66,7 +69,7 @@ def allocate(
         amounts = kept.get(str(place))
         if amounts is None:
             names = [layer.name for layer in shapes]
-            with Dense(loaded, structure, names, calls, dtype, tick) as dense:
+            with Dense(loaded, structure, names, calls, dtype, tick, gradients) as dense:
                 amounts = step.allocation.measured_amounts(sparsity_of(step), shapes, step.method, dense)
         kept[str(place)] = amounts
         allocated = with_amounts(allocated, place, step, shapes, amounts)
@@ -89,6 +92,7 @@ class Dense:
         calls: the model's arguments, one entry per batch.
         dtype: of the forward passes.
         tick: told of every batch: how many are done, of how many, and which block is at work.
+        gradients: those of its statistics that are of gradients.
 
     Use as a context manager, which ends walks that were not gone to their end.
     """
@@ -101,6 +105,7 @@ class Dense:
         calls: Sequence[Call],
         dtype: torch.dtype,
         tick: Callable[[int, int, str], None],
+        gradients: Gradients | None = None,
     ) -> None:
         self._loaded = loaded
         self._model = loaded.model
@@ -108,6 +113,7 @@ class Dense:
         self._calls = cast_inputs(calls, dtype)
         self._dtype = dtype
         self._tick = tick
+        self._gradients = gradients
         self._done = 0
         self._walks: list[Generator[list[DenseLayer], None, None]] = []
         self._vectors: dict[str, dict[Statistic, Tensor]] = {}
@@ -132,16 +138,17 @@ class Dense:
     def blocks(self, statistics: Sequence[Statistic]) -> Iterator[list[DenseLayer]]:
         """See `DenseModel.blocks`."""
         self._done = 0
-        if self._walked.issuperset(statistics):
-            walk = self._weights(statistics)
+        inputs = [statistic for statistic in statistics if not isinstance(statistic, GradientStatistic)]
+        if self._walked.issuperset(inputs):
+            walk = self._weights(inputs)
         elif self._inside:
-            walk = self._block_by_block(statistics)
+            walk = self._block_by_block(inputs)
         else:
-            walk = self._whole_model(statistics)
+            walk = self._whole_model(inputs)
         self._walks.append(walk)
         return walk
 
-    def _weights(self, statistics: Sequence[Statistic]) -> Generator[list[DenseLayer], None, None]:
+    def _weights(self, statistics: Sequence[InputStatistic]) -> Generator[list[DenseLayer], None, None]:
         """The weights alone, with statistics that are known already."""
         for layers in (*self._inside.values(), *([layer] for layer in self._outside)):
             known = {layer: self._vectors.get(layer, {}) for layer in layers}
@@ -149,7 +156,7 @@ class Dense:
             if seen:
                 yield self._read(seen)
 
-    def _whole_model(self, statistics: Sequence[Statistic]) -> Generator[list[DenseLayer], None, None]:
+    def _whole_model(self, statistics: Sequence[InputStatistic]) -> Generator[list[DenseLayer], None, None]:
         """One pass for all layers, as the solver makes one where a model has no row of blocks."""
         self._loaded.materialize("")
         with (
@@ -164,7 +171,7 @@ class Dense:
             yield self._read({layer: own})
         self._end(statistics)
 
-    def _block_by_block(self, statistics: Sequence[Statistic]) -> Generator[list[DenseLayer], None, None]:
+    def _block_by_block(self, statistics: Sequence[InputStatistic]) -> Generator[list[DenseLayer], None, None]:
         """Block after block, each on the outputs of the dense ones before it."""
         blocks = {block.name: block.stack for block in self._structure.blocks}
         keep = not self._loaded.streams
@@ -208,7 +215,7 @@ class Dense:
         block: Callable[..., Any],
         calls: Sequence[Call],
         layers: Sequence[str],
-        statistics: Sequence[Statistic],
+        statistics: Sequence[InputStatistic],
         outputs: list[Any] | None = None,
         name: str = "",
     ) -> dict[str, dict[Statistic, Tensor]]:
@@ -232,7 +239,7 @@ class Dense:
             vectors = {statistic: value for statistic, value in own.items() if value.ndim <= num_axes}
             self._vectors.setdefault(layer, {}).update(vectors)
 
-    def _end(self, statistics: Sequence[Statistic]) -> None:
+    def _end(self, statistics: Sequence[InputStatistic]) -> None:
         """Note that a walk has been gone to its end."""
         self._walked |= {
             statistic for statistic in statistics if any(statistic in own for own in self._vectors.values())
@@ -240,7 +247,11 @@ class Dense:
 
     def _read(self, stats: Mapping[str, _Stats]) -> list[DenseLayer]:
         found = []
-        for layer, own in stats.items():
+        for layer, of_inputs in stats.items():
+            gradients = {} if self._gradients is None else self._gradients.of(layer)
+            if gradients is None:
+                continue
+            own = {**of_inputs, **gradients}
             weight = find_weight(self._model, layer)
             matrix_OI = weight.matrix.of(self._loaded.read(weight.parameter_name)).contiguous().numpy()
             groups = weight.matrix.num_row_groups if own else 1

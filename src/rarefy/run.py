@@ -10,7 +10,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -24,7 +24,11 @@ import rarefy
 from rarefy.allocate import allocate
 from rarefy.artifact import check_output, write_artifact
 from rarefy.calibrate.attention import fast_attention
+from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
+from rarefy.calibrate.collect import Call
 from rarefy.calibrate.data import CalibrationData, Examples, fitting_length, gather
+from rarefy.calibrate.gradients import dense_gradients
+from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype
 from rarefy.checkpoint import (
     Checkpoint,
@@ -34,7 +38,7 @@ from rarefy.checkpoint import (
     partial_path,
     removed_if_hopeless,
 )
-from rarefy.core.errors import UsageError
+from rarefy.core.errors import RecipeError, UsageError
 from rarefy.core.results import Metric, RunReport, UntouchedLayer
 from rarefy.kernels import describe_cpu, detect_cpu
 from rarefy.layouts import AnyLayout
@@ -70,14 +74,13 @@ class RunResult:
     path: Path | None
     _loaded: LoadedModel
     _biases: Mapping[str, torch.Tensor]
+    _batch_norm: Mapping[str, torch.Tensor]
 
     def model(self) -> nn.Module:
         """The compressed model in torch, ready to be called; computed with rarefy's kernels. A new one at each call."""
-        self._loaded.materialize("")
-        model = copy.deepcopy(self._loaded.model).eval()
-        self._loaded.release("")
-        replace_linear(model, self.layers, self.tied)
-        set_biases(model, self._biases)
+        model = _packed_model(self._loaded, self.layers, self.tied, self._biases)
+        for name, value in self._batch_norm.items():
+            model.get_buffer(name).copy_(value)
         return model
 
 
@@ -86,6 +89,8 @@ def compress(
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     *,
     calibration: str | os.PathLike[str] | Examples | None = None,
+    labels: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     out: str | os.PathLike[str] | None = None,
     samples: int = 128,
     sequence_length: int = 512,
@@ -110,6 +115,10 @@ def compress(
         recipe: a recipe, its name or file, or its content.
         calibration: text (a file or directory) for language models; for any other module an iterable of example inputs,
             one batch each: a tensor, a tuple of arguments, or a dict of named ones. None: a built-in text.
+        labels: of examples, for methods that take gradients: for each batch a tensor with a class or a number for every
+            example in it. None: text has its own; elsewhere they are drawn from the model's prediction.
+        loss: what those methods differentiate, a function of the model's output and the labels of a sample (or None) to
+            a scalar; None: the negative log-likelihood (`rarefy.calibrate.losses`).
         out: the directory to write; None writes nothing.
         samples: windows of text, or examples, to calibrate with.
         sequence_length: tokens of a window.
@@ -147,25 +156,43 @@ def compress(
         loaded.tokenizer = tokenizer or loaded.tokenizer
         structure = loaded.structure()
         layers = resolve(parsed, structure)
+        if parsed.reestimate_batch_norm and not has_batch_norm(loaded.model):
+            raise RecipeError("reestimate_batch_norm", f"{loaded.architecture} has no batch norm", allowed="false")
     dtype = _dtype_for(loaded, compute_dtype)
     if announce is not None:
         announce(_plan_of(loaded, structure, parsed, samples, sequence_length, dtype))
     with clock.phase("calibration data"):
         methods = [method for layer in layers for _, method in layer.steps]
-        needs_data = any(method.needs() for method in methods) or any(step.looks_at() for step in parsed.steps)
-        data = gather(loaded, calibration, evaluation, samples, sequence_length, seed, needs_data, measure)
+        needs_data = (
+            parsed.reestimate_batch_norm
+            or any(method.needs() for method in methods)
+            or any(step.looks_at() for step in parsed.steps)
+        )
+        data = gather(loaded, calibration, evaluation, samples, sequence_length, seed, needs_data, measure, labels)
     checkpoint: Checkpoint | None = None
-    if out is not None and can_resume(loaded, parsed):
-        identity = identity_of(loaded, parsed, data.calls, _computation(dtype))
+    if out is not None and can_resume(loaded, parsed) and loss is None:
+        own = [Call((each,), {}) for each in data.labels if each is not None]
+        identity = identity_of(loaded, parsed, [*data.calls, *own], _computation(dtype))
         checkpoint = open_checkpoint(partial_path(out), identity, force=force, tell=tell or (lambda _: None))
     baseline: Baseline | None = None
     if measure:
         with clock.phase("measure before"):
             baseline = measure_before(loaded, data.held_out, data.windows_NL, source=data.source, dtype=dtype)
+    steps_of = {layer.layer: [parsed.steps[place] for place in layer.places] for layer in layers}
+    wanted = {name: [each for step in steps for each in step.statistics()] for name, steps in steps_of.items()}
+    gradients = dense_gradients(loaded, structure, wanted, data, dtype=dtype, loss=loss, seed=seed, progress=progress)
     if any(isinstance(step.allocation, ModelAllocation) for step in parsed.steps):
         with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint):
             layers = allocate(
-                loaded, structure, parsed, layers, data.calls, dtype=dtype, checkpoint=checkpoint, progress=progress
+                loaded,
+                structure,
+                parsed,
+                layers,
+                data.calls,
+                dtype=dtype,
+                gradients=gradients,
+                checkpoint=checkpoint,
+                progress=progress,
             )
     tasks = [Task(layer.layer, layer.steps) for layer in layers]
     with clock.phase("compress"), fast_attention(), removed_if_hopeless(checkpoint):
@@ -178,10 +205,19 @@ def compress(
             float_format="bf16" if parsed.rest_dtype == "bfloat16" else "f32",
             progress=progress,
             checkpoint=checkpoint,
+            gradients=gradients,
         )
+        del gradients  # and the copy of the model that it may hold
     tied = {layer.name: layer.tied_to for layer in structure.layers if layer.tied_to in solved.layouts}
     tensors = _rest(loaded, solved.layouts, structure, half=parsed.rest_dtype == "bfloat16")
     tensors |= {name: bias_O.numpy() for name, bias_O in solved.biases.items()}
+    batch_norm: dict[str, torch.Tensor] = {}
+    if parsed.reestimate_batch_norm:
+        with clock.phase("batch norm"):
+            packed = _packed_model(loaded, solved.layouts, tied, solved.biases)
+            batch_norm = reestimate_batch_norm(packed, data.calls)
+            del packed
+        tensors |= {name: value.numpy() for name, value in batch_norm.items()}
     amounts = amounts_in_words(parsed, layers, final=True)
     facts = _Facts(loaded, structure, parsed, seed, data, dtype, solved, amounts)
 
@@ -218,7 +254,19 @@ def compress(
             write(path, _documents(report, parsed))
         if checkpoint is not None:
             checkpoint.remove()
-    return RunResult(report, solved.layouts, tied, path, loaded, solved.biases)
+    return RunResult(report, solved.layouts, tied, path, loaded, solved.biases, batch_norm)
+
+
+def _packed_model(
+    loaded: LoadedModel, layouts: Mapping[str, AnyLayout], tied: Mapping[str, str], biases: Mapping[str, torch.Tensor]
+) -> nn.Module:
+    """A new module with the packed layers in their places."""
+    loaded.materialize("")
+    model = copy.deepcopy(loaded.model).eval()
+    loaded.release("")
+    replace_linear(model, layouts, tied)
+    set_biases(model, biases)
+    return model
 
 
 def _load(source: str | os.PathLike[str] | nn.Module | LoadedModel) -> LoadedModel:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.gradients import Gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters, modules_outside
 from rarefy.calibrate.row_counts import RowCounts
-from rarefy.calibrate.statistics import Statistic, bfloat16_products
+from rarefy.calibrate.statistics import GradientStatistic, InputStatistic, Statistic, bfloat16_products
 from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.grids import Float32Array
 from rarefy.core.results import LayerResult
@@ -57,10 +58,14 @@ class Task:
         """The statistics that any of the steps reads, each once."""
         return tuple(dict.fromkeys(statistic for _, method in self.steps for statistic in method.needs()))
 
-    def needs_of(self, readers: Readers) -> dict[str, tuple[Statistic, ...]]:
+    def needs_inputs(self) -> tuple[InputStatistic, ...]:
+        """Those of them that are of the layer's inputs."""
+        return tuple(statistic for statistic in self.needs() if not isinstance(statistic, GradientStatistic))
+
+    def needs_of(self, readers: Readers) -> dict[str, tuple[InputStatistic, ...]]:
         """The same by the layer whose calls give them: counts come from lookups, the others from products."""
-        by_layer: dict[str, tuple[Statistic, ...]] = {}
-        for statistic in self.needs():
+        by_layer: dict[str, tuple[InputStatistic, ...]] = {}
+        for statistic in self.needs_inputs():
             name = (readers.lookup if isinstance(statistic, RowCounts) else readers.product) or self.layer
             by_layer[name] = (*by_layer.get(name, ()), statistic)
         return by_layer
@@ -96,6 +101,7 @@ def solve_model(
     float_format: FloatFormat = "bf16",
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
+    gradients: Gradients | None = None,
 ) -> Solved:
     """Solve every task; where the weights are held in memory, the model's own weights become the solutions.
 
@@ -109,6 +115,7 @@ def solve_model(
         progress: told about every batch and layer.
         checkpoint: gives the blocks that an interrupted run has finished, and keeps those that this one finishes; for
             streaming models with repeated blocks.
+        gradients: of the dense model, where methods need any.
 
     Raises:
         NonFiniteError: a weight or an activation is NaN or infinite.
@@ -116,9 +123,9 @@ def solve_model(
     """
     by_name = {task.layer: task for task in tasks}
     ordered = [by_name[layer.name] for layer in structure.layers if layer.name in by_name]
-    run = _Pass(loaded, structure, dtype, float_format, progress, checkpoint if loaded.streams else None)
+    run = _Pass(loaded, structure, dtype, float_format, progress, checkpoint if loaded.streams else None, gradients)
     with calibration_mode(loaded.model), without_cache(loaded.model):
-        if not any(task.needs() for task in ordered):
+        if not any(task.needs_inputs() for task in ordered):
             run.without_data(ordered)
         elif len(structure.blocks) <= 1:
             run.whole_model(ordered, cast_inputs(calls, dtype))
@@ -139,6 +146,7 @@ class _Pass:
         float_format: FloatFormat,
         progress: Progress | None,
         checkpoint: Checkpoint | None,
+        gradients: Gradients | None,
     ) -> None:
         self.loaded = loaded
         self.model = loaded.model
@@ -150,16 +158,17 @@ class _Pass:
         self.solved.biases = self._corrections.values
         self._progress = progress
         self._checkpoint = checkpoint
+        self._gradients = gradients
         self._units: dict[str, str] = {}
         self._finished: dict[str, Finished] = {}
         self._done = 0
         self._total = 1
 
     def without_data(self, tasks: Sequence[Task]) -> None:
-        """Solve layers whose methods look at the weights alone."""
+        """Solve layers whose methods look at no inputs."""
         self._total = len(tasks)
         for task in tasks:
-            self._solve(task, self._read(task.layer), {})
+            self._solve_if_seen(task, self._read(task.layer), {})
 
     def whole_model(self, tasks: Sequence[Task], calls: Sequence[Call]) -> None:
         """Collect for all layers in one pass: the model has no repeated blocks, or one that it uses repeatedly."""
@@ -184,7 +193,7 @@ class _Pass:
         self._units = {name: f"block-{number:04d}" for number, name in enumerate(blocks)} | {_OUTSIDE: "outside"}
         inside = {name: self._unfinished(name, own) for name, own in inside.items()}
         outside = self._unfinished(_OUTSIDE, outside)
-        rest_needs_data = any(task.needs() for task in outside)
+        rest_needs_data = any(task.needs_inputs() for task in outside)
         self._total = len(tasks) + len(calls) * _num_passes(inside, rest_needs_data)
         for layer in (*self.solved.layouts, *self.solved.skipped):
             self._tick(layer)
@@ -314,7 +323,7 @@ class _Pass:
     def _set(self, layer: str, weight_OI: Float32Array) -> None:
         find_weight(self.model, layer).write(torch.from_numpy(weight_OI))
 
-    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[Statistic, ...]], dict[str, Weight]]:
+    def _wanted(self, tasks: Sequence[Task]) -> tuple[dict[str, tuple[InputStatistic, ...]], dict[str, Weight]]:
         wanted = {name: needs for task in tasks for name, needs in task.needs_of(self._readers[task.layer]).items()}
         return wanted, {name: find_weight(self.model, name) for name in wanted}
 
@@ -331,11 +340,14 @@ class _Pass:
             for name in task.needs_of(self._readers[task.layer])
             for statistic, value in stats.get(name, {}).items()
         }
-        if any(statistic not in own for statistic in task.needs()):
-            self.solved.skipped[task.layer] = "no calibration input reached it, and its method needs some"
+        gradients = self._gradients.of(task.layer) if self._gradients is not None else {}
+        has_inputs = all(statistic in own for statistic in task.needs_inputs())
+        if not has_inputs or gradients is None:
+            kind = "gradient" if has_inputs else "calibration input"
+            self.solved.skipped[task.layer] = f"no {kind} reached it, and its method needs some"
             self._tick(task.layer)
             return None
-        return self._solve(task, weight, own, in_block=in_block)
+        return self._solve(task, weight, {**own, **gradients}, in_block=in_block)
 
     def _solve(
         self, task: Task, weight: Tensor, stats: Mapping[Statistic, Tensor], *, in_block: bool = False
@@ -395,7 +407,7 @@ def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> 
     """How often the batches go through a block: to collect statistics, and to give the next block its inputs."""
     with_tasks = [number for number, tasks in enumerate(inside.values()) if tasks]
     num_visited = len(inside) if rest_needs_data else max(with_tasks, default=-1) + 1
-    num_collecting = sum(any(task.needs() for task in tasks) for tasks in inside.values())
+    num_collecting = sum(any(task.needs_inputs() for task in tasks) for tasks in inside.values())
     # Nothing follows the last block unless layers outside of the blocks need data, which is one more pass.
     return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
 

@@ -11,6 +11,8 @@ from rarefy.methods import (
     GPTQ,
     METHODS,
     OATS,
+    OBD,
+    OBERT,
     RIA,
     RTN,
     SVD,
@@ -30,6 +32,7 @@ from rarefy.methods import (
     ScaledGD,
     SparseGPT,
     Spatial,
+    Taylor,
     Tucker,
     Wanda,
 )
@@ -39,6 +42,14 @@ INT4, INT8 = IntGrid(4, 32, False), IntGrid(8, None, True)
 EXAMPLES: dict[str, list[LayerMethod]] = {
     "magnitude": [Magnitude(Unstructured(0.5)), Magnitude(NM(2, 4)), Magnitude(Blocks((4, 8), 0.5))],
     "wanda": [Wanda(Unstructured(0.7)), Wanda(NM(16, 64)), Wanda(Lines("rows", 0.5)), Wanda(Blocks((3, 20), 0.4))],
+    "taylor": [Taylor(Unstructured(0.5)), Taylor(NM(2, 4), average="signed"), Taylor(Lines("columns", 0.25))],
+    "obd": [OBD(Unstructured(0.7)), OBD(NM(2, 4)), OBD(Blocks((4, 8), 0.5))],
+    "obert": [
+        OBERT(Unstructured(0.5)),
+        OBERT(NM(2, 4), block_size=7, num_steps=3),
+        OBERT(Blocks((4, 8), 0.5), block_size=1),
+        OBERT(Lines("rows", 0.5), block_size=512),
+    ],
     "sparsegpt": [
         SparseGPT(Unstructured(0.6), block_size=48),
         SparseGPT(NM(2, 4), order="activation"),

@@ -17,7 +17,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibrate.statistics import Statistic, Sum
+from rarefy.calibrate.statistics import InputStatistic, Statistic, Sum
 from rarefy.core.errors import NonFiniteError, UnsupportedModelError
 from rarefy.nn.matrices import Kind, Matrix, Weight, first_input
 
@@ -185,7 +185,7 @@ class _Layer:
     """What is collected for one layer during a pass: for each statistic a sum for each part of its rows."""
 
     weight: Weight
-    states: dict[Statistic, list[Sum]]
+    states: dict[InputStatistic, list[Sum]]
     leader: _Layer | None = None
 
 
@@ -210,7 +210,7 @@ class _SharingEndedError(Exception):
 def collect_statistics(
     block: Callable[..., Any],
     calls: Sequence[Call],
-    wanted: Mapping[str, Sequence[Statistic]],
+    wanted: Mapping[str, Sequence[InputStatistic]],
     *,
     weights: Mapping[str, Weight],
     outputs: list[Any] | None = None,
@@ -246,7 +246,7 @@ def collect_statistics(
 def _collect(
     block: Callable[..., Any],
     calls: Sequence[Call],
-    wanted: Mapping[str, Sequence[Statistic]],
+    wanted: Mapping[str, Sequence[InputStatistic]],
     weights: Mapping[str, Weight],
     outputs: list[Any] | None,
     tick: Callable[[], None],
@@ -324,12 +324,12 @@ def _collect(
     return {name: finished[name] for name in wanted if name in finished}
 
 
-def _sums(statistic: Statistic, matrix: Matrix) -> list[Sum]:
+def _sums(statistic: InputStatistic, matrix: Matrix) -> list[Sum]:
     return [statistic.init(matrix.shape[1]) for _ in range(matrix.num_row_groups)]
 
 
 def _finished(name: str, layer: _Layer) -> dict[Statistic, Tensor]:
-    finished = {}
+    finished: dict[Statistic, Tensor] = {}
     for statistic, states in layer.states.items():
         values = [statistic.finish(state) for state in states]
         value = values[0] if len(values) == 1 else torch.stack(values)

@@ -14,7 +14,7 @@ from typing import Any, final
 from torch import Tensor
 
 from rarefy.calibrate.collect import Call
-from rarefy.calibrate.inputs import example_calls, text_calls
+from rarefy.calibrate.inputs import example_calls, example_labels, num_rows, text_calls
 from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_windows, read_text
 from rarefy.core.errors import CalibrationError
 from rarefy.core.results import CalibrationInfo
@@ -35,6 +35,7 @@ class CalibrationData:
 
     Args:
         calls: the model's arguments for each batch; none where no method reads data.
+        labels: of the samples in each of them, where the caller gave any.
         held_out: the same for batches that calibration does not see.
         windows_NL: the held-out windows as token ids, for a model that reads text.
         info: what the report says about `calls`; no path in it.
@@ -43,6 +44,7 @@ class CalibrationData:
     """
 
     calls: list[Call]
+    labels: list[Tensor | None]
     held_out: list[Call]
     windows_NL: Tensor | None
     info: CalibrationInfo | None
@@ -59,12 +61,16 @@ def gather(
     seed: int,
     needs_data: bool,
     measure: bool,
+    labels: Iterable[Any] | None = None,
 ) -> CalibrationData:
-    """Calibration batches and held-out ones, from text or from examples."""
+    """Calibration batches and held-out ones, from text or from examples, which may have labels."""
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
-        return _from_examples(example_calls(calibration, samples), sequence_length, needs_data)
+        calls = example_calls(calibration, samples)
+        return _from_examples(calls, example_labels(labels, calls), sequence_length, needs_data)
+    if labels is not None:
+        raise CalibrationError("labels", "labels without examples", hint="pass example inputs as `calibration`")
     if not (needs_data or measure):
-        return CalibrationData([], [], None, None, "", sequence_length)
+        return CalibrationData([], [], [], None, None, "", sequence_length)
     reads_text = str(getattr(loaded.model, "main_input_name", "")) == "input_ids"
     if loaded.tokenizer is None or not reads_text:
         if needs_data or calibration is not None:
@@ -74,7 +80,7 @@ def gather(
                 hint="call rarefy.compress in Python with an iterable of example inputs as `calibration`, "
                 "or use methods that need no data (magnitude, rtn)",
             )
-        return CalibrationData([], [], None, None, "", sequence_length)
+        return CalibrationData([], [], [], None, None, "", sequence_length)
     source = DEFAULT_SOURCE if calibration is None else os.fspath(calibration)
     text = default_text() if calibration is None else read_text(calibration)
     length, note = fitting_length(loaded, sequence_length)
@@ -99,8 +105,10 @@ def gather(
         windows.info.num_tokens,
         "; ".join(filter(None, (windows.info.note, note))),
     )
+    calls = text_calls(loaded.model, windows.samples_NL, batch_size) if needs_data else []
     return CalibrationData(
-        calls=text_calls(loaded.model, windows.samples_NL, batch_size) if needs_data else [],
+        calls=calls,
+        labels=[None] * len(calls),
         held_out=text_calls(loaded.model, held_out_NL, batch_size) if len(held_out_NL) else [],
         windows_NL=held_out_NL if len(held_out_NL) else None,
         info=info if needs_data else None,
@@ -114,19 +122,17 @@ def _shown(path: str | os.PathLike[str]) -> str:
     return (Path.cwd() / path).name or os.fspath(path)
 
 
-def _from_examples(calls: list[Call], sequence_length: int, needs_data: bool) -> CalibrationData:
+def _from_examples(
+    calls: list[Call], labels: list[Tensor | None], sequence_length: int, needs_data: bool
+) -> CalibrationData:
     num_held_out = min(_HELD_OUT_WINDOWS, len(calls) // 10 or int(len(calls) > 1))
     kept = calls[: len(calls) - num_held_out]
     held_out = calls[len(kept) :]
     note = f"{len(kept)} batches for calibration, the last {num_held_out} kept for the verdict"
-    rows = sum(_rows(call) for call in kept)
+    rows = sum(num_rows(call) for call in kept)
     info = CalibrationInfo("example inputs given by the caller", len(kept), 0, rows, note)
-    return CalibrationData(kept, held_out, None, info if needs_data else None, "the example inputs", sequence_length)
-
-
-def _rows(call: Call) -> int:
-    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    return tensors[0].shape[0] if tensors else 0
+    told = info if needs_data else None
+    return CalibrationData(kept, labels[: len(kept)], held_out, None, told, "the example inputs", sequence_length)
 
 
 def _evaluation_windows(loaded: LoadedModel, evaluation: str | os.PathLike[str], length: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,37 @@ def example_calls(examples: Iterable[Any], num_samples: int) -> list[Call]:
     if not calls:
         raise CalibrationError("calibration", "no example inputs", hint="pass an iterable of the model's inputs")
     return calls
+
+
+def example_labels(labels: Iterable[Any] | None, calls: Sequence[Call]) -> list[Tensor | None]:
+    """The labels of example inputs: of each batch a tensor or array with one entry for each example in it.
+
+    Args:
+        labels: of the batches, in the same order; None: there are none.
+        calls: the batches.
+
+    Raises:
+        CalibrationError: a batch has none, or another number of them than of examples.
+    """
+    if labels is None:
+        return [None] * len(calls)
+    found: list[Tensor | None] = []
+    for index, (call, own) in enumerate(zip(calls, labels, strict=False)):
+        tensor = torch.as_tensor(own)
+        if tensor.ndim == 0 or tensor.shape[0] != num_rows(call):
+            raise CalibrationError(
+                f"labels of batch {index}", f"shape {tuple(tensor.shape)}", allowed=f"{num_rows(call)} labels"
+            )
+        found.append(tensor)
+    if len(found) < len(calls):
+        raise CalibrationError("labels", f"labels of {len(found)} batches", allowed=f"of all {len(calls)}")
+    return found
+
+
+def num_rows(call: Call) -> int:
+    """How long the first axis of the first tensor in a call is."""
+    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    return tensors[0].shape[0] if tensors else 0
 
 
 @contextmanager

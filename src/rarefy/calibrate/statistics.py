@@ -1,7 +1,8 @@
-"""Statistics of a layer's inputs: what a method may know about the data. Shape suffixes: T tokens, I inputs.
+"""Statistics of a layer: what a method may know about the data. Shape suffixes: T tokens, O outputs, I inputs.
 
-A statistic is a frozen, hashable value, so that two methods that need the same one share one collection. Sums are kept
-in float32; products of bfloat16 activations are exact in float32, so that the fast path costs no accuracy.
+A statistic is a frozen, hashable value, so that two methods that need the same one share one collection. Here are those
+of a layer's inputs; those of its gradients are in `gradient_statistics.py`. Sums are kept in float32; products of
+bfloat16 activations are exact in float32, so that the fast path costs no accuracy.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import Protocol, final, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,13 +25,13 @@ _GRAM_PANEL = 256
 
 @dataclass
 class Sum:
-    """A running sum over tokens, and how many tokens went into it."""
+    """A running sum over tokens or gradients, and how many of them went into it."""
 
     total: Tensor
     num_tokens: int = 0
 
 
-class Statistic(Protocol):
+class InputStatistic(Protocol):
     """A quantity summed over the tokens that a layer sees; `merge` adds the sums of two machines."""
 
     def init(self, in_features: int) -> Sum:
@@ -48,6 +49,34 @@ class Statistic(Protocol):
     def finish(self, state: Sum) -> Tensor:
         """The mean over tokens, float32; zeros where there was no token."""
         ...
+
+
+@runtime_checkable
+class GradientStatistic(Protocol):
+    """A quantity summed over gradients of the loss by a layer's matrix; `merge` adds the sums of two machines."""
+
+    def init(self, shape: tuple[int, int]) -> Sum:
+        """An empty sum for a matrix of shape (O, I)."""
+        ...
+
+    def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
+        """Add one gradient (float32 or bfloat16) to the sum, in place."""
+        ...
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the gradients of both."""
+        ...
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean over gradients, float32, its first axis the outputs; zeros where there was no gradient."""
+        ...
+
+    def num_floats(self, shape: tuple[int, int]) -> int:
+        """How many numbers its sum holds at most."""
+        ...
+
+
+Statistic = InputStatistic | GradientStatistic
 
 
 @final

@@ -19,9 +19,12 @@ from rarefy.methods.pruning.dsnot import DSnoT
 from rarefy.methods.pruning.lasso import Lasso
 from rarefy.methods.pruning.least_squares import Refit
 from rarefy.methods.pruning.magnitude import Magnitude
+from rarefy.methods.pruning.obd import OBD
+from rarefy.methods.pruning.obert import OBERT
 from rarefy.methods.pruning.random import Random
 from rarefy.methods.pruning.ria import RIA
 from rarefy.methods.pruning.sparsegpt import SparseGPT
+from rarefy.methods.pruning.taylor import Taylor
 from rarefy.methods.pruning.wanda import Wanda
 from rarefy.methods.quantization.gptq import GPTQ
 from rarefy.methods.quantization.rtn import RTN
@@ -34,6 +37,9 @@ METHODS: dict[str, type[LayerMethod]] = {
     "ria": RIA,
     "dsnot": DSnoT,
     "apoz": APoZ,
+    "taylor": Taylor,
+    "obd": OBD,
+    "obert": OBERT,
     "sparsegpt": SparseGPT,
     "alps": ALPS,
     "lasso": Lasso,
@@ -62,6 +68,8 @@ __all__ = [
     "GPTQ",
     "METHODS",
     "OATS",
+    "OBD",
+    "OBERT",
     "RIA",
     "RTN",
     "SVD",
@@ -81,6 +89,7 @@ __all__ = [
     "ScaledGD",
     "SparseGPT",
     "Spatial",
+    "Taylor",
     "Tucker",
     "Wanda",
 ]

@@ -7,7 +7,7 @@ from typing import final
 
 import torch
 
-from rarefy.calibrate.statistics import Statistic
+from rarefy.calibrate.statistics import GradientStatistic, Statistic
 from rarefy.methods import (
     ALPS,
     ASVD,
@@ -126,12 +126,15 @@ def _decomposition_seconds(rows: int, width: int, rates: Rates) -> float:
 
 
 def _is_cheap(method: LayerMethod) -> bool:
-    """Whether a method needs one number per input at most, so that it cannot be solving anything."""
+    """Whether a method needs one number per input at most, or gradients, so that it solves no system of H."""
     return _are_vectors(method.needs())
 
 
 def _are_vectors(statistics: Sequence[Statistic]) -> bool:
-    return all(statistic.finish(statistic.init(2)).ndim < 2 for statistic in statistics)
+    return all(
+        isinstance(statistic, GradientStatistic) or statistic.finish(statistic.init(2)).ndim < 2
+        for statistic in statistics
+    )
 
 
 def num_walks(statistics: Sequence[Statistic]) -> int:

@@ -53,6 +53,10 @@ class Step:
         """The statistics of the dense model that its allocation reads."""
         return self.allocation.needs(self.method) if isinstance(self.allocation, ModelAllocation) else ()
 
+    def statistics(self) -> tuple[Statistic, ...]:
+        """All that its method or its allocation reads."""
+        return tuple(dict.fromkeys((*self.method.needs(), *self.looks_at())))
+
     @property
     def name(self) -> str:
         """The method's name in recipes and reports."""
@@ -70,10 +74,12 @@ class Recipe:
     Args:
         steps: at least one.
         rest_dtype: of matrices that no step quantizes; vectors are always float32.
+        reestimate_batch_norm: estimate the means and variances of batch norms anew, behind the compressed layers.
     """
 
     steps: tuple[Step, ...]
     rest_dtype: RestDtype = "bfloat16"
+    reestimate_batch_norm: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -81,7 +87,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with every hyperparameter, defaults too; `load_recipe` reads it back."""
-        return {"steps": [_step_dict(step) for step in self.steps], "rest_dtype": self.rest_dtype}
+        data = {"steps": [_step_dict(step) for step in self.steps], "rest_dtype": self.rest_dtype}
+        return data | ({"reestimate_batch_norm": True} if self.reestimate_batch_norm else {})
 
     def to_yaml(self) -> str:
         """`to_dict` as YAML."""

@@ -177,6 +177,12 @@ RecipeModel: type[BaseModel] = create_model(
     __doc__="What to do to which layers of a model; see docs/recipes.md.",
     steps=(list[_AnyStep], Field(min_length=1, description="applied to each layer in this order")),
     rest_dtype=(RestDtype, Field(default="bfloat16", description="of the matrices that no step quantizes")),
+    reestimate_batch_norm=(
+        bool,
+        Field(
+            default=False, description="estimate the means and variances of batch norms anew on the calibration data"
+        ),
+    ),
 )
 
 
@@ -207,6 +213,7 @@ def build(data: object, name: str, lines: Mapping[Path, int]) -> Recipe:
     return Recipe(
         tuple(_step(step, _where(("steps", index), name, lines)) for index, step in enumerate(steps)),
         rest_dtype=checked.rest_dtype,  # type: ignore[attr-defined]
+        reestimate_batch_norm=checked.reestimate_batch_norm,  # type: ignore[attr-defined]
     )
 
 

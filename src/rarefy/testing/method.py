@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.row_counts import RowCounts
-from rarefy.calibrate.statistics import Statistic
+from rarefy.calibrate.statistics import GradientStatistic, Statistic
 from rarefy.core.errors import NonFiniteError, PatternError, RarefyError
 from rarefy.core.grids import FittedGrid, IntGrid, dequantize, fit_minmax, quantize
 from rarefy.core.patterns import NM, Pattern, Unstructured
@@ -23,6 +23,7 @@ from rarefy.methods.base import HasSaliency
 _SHAPES = ((24, 200), (1, 64), (5, 64))
 # the taps that the columns of such a width are, for methods of convolutions
 _TAPS = {200: (5, 5), 64: (2, 2)}
+_NUM_GRADIENTS = 48
 _STARTS = (
     "dense", "pruned", "2 of 4", "on a grid", "pruned and on a grid", "factors", "factors beside a matrix",
     "factors beside a matrix that is pruned and on a grid", "factors on a grid", "factors of taps",
@@ -52,7 +53,9 @@ def check_method(method: LayerMethod, *, seed: int = 0) -> None:
 def make_problem(
     rows: int, width: int, needs: tuple[Statistic, ...], *, num_tokens: int = 512, seed: int = 0
 ) -> tuple["np.ndarray[tuple[int, int], np.dtype[np.float32]]", dict[Statistic, Tensor]]:
-    """Make a random layer with correlated inputs of very different sizes, one of them dead, and uneven lookups.
+    """Make a random layer with correlated inputs of very different sizes, one of them dead, and gradients to match.
+
+    The rows are looked up unevenly.
 
     Returns:
         weight_OI float32, and the finished statistics.
@@ -65,10 +68,21 @@ def make_problem(
     x_TI = torch.randn(num_tokens, width, generator=generator) @ mix_II * size_I
     # early rows are looked up more often, the last third never
     lookups_T1 = (torch.rand(num_tokens, 1, generator=generator) ** 3 * rows * 2 / 3).long()
-    stats = {}
+    # of samples that agree in part, and of which no loss reaches the dead input
+    gradient_NOI = torch.randn(_NUM_GRADIENTS, rows, width, generator=generator) + torch.randn(
+        width, generator=generator
+    )
+    gradient_NOI *= size_I
+    stats: dict[Statistic, Tensor] = {}
     for statistic in dict.fromkeys(needs):
-        inputs = lookups_T1 if isinstance(statistic, RowCounts) else x_TI
-        stats[statistic] = statistic.finish(statistic.update(statistic.init(width), inputs))
+        if isinstance(statistic, GradientStatistic):
+            state = statistic.init((rows, width))
+            for gradient_OI in gradient_NOI:
+                state = statistic.add_gradient(state, gradient_OI)
+            stats[statistic] = statistic.finish(state)
+        else:
+            inputs = lookups_T1 if isinstance(statistic, RowCounts) else x_TI
+            stats[statistic] = statistic.finish(statistic.update(statistic.init(width), inputs))
     return weight_OI.numpy(), stats
 
 

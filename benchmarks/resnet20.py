@@ -1,0 +1,147 @@
+"""Zeros in ResNet-20 on CIFAR-10 before any fine-tuning: global magnitude, Taylor, OBD and oBERT beside chance.
+
+Every run prunes the 18 convolutions of the blocks (the first convolution and the classifier stay dense), packs them,
+and estimates the statistics of the batch norms anew on the images that also gave the gradients. Printed are a table
+and, as the last line, JSON: the accuracy of the packed model on all test images, with its binomial standard error; of
+chance the mean over seeds. The images have been through JPEG, which costs the dense model about ten points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import rarefy
+from rarefy.measure.accuracy import array_accuracy
+
+SPARSITIES = (0.5, 0.8, 0.9)
+SEEDS = (0, 1, 2)
+BATCH = 100
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut that drops every other pixel and pads channels with zeros (option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.missing = outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        if self.missing:
+            x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.missing // 2, self.missing // 2))
+        return torch.relu(x + y)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet of 20 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(2)))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(2)))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return self.linear(self.layer3(self.layer2(self.layer1(y))).mean((2, 3)))
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "random, uniform": {"method": "random"},
+    "random, global": {"method": "random", "allocation": "global"},
+    "magnitude, uniform": {"method": "magnitude"},
+    "magnitude, global": {"method": "magnitude", "allocation": "global"},
+    "taylor, uniform": {"method": "taylor"},
+    "taylor, global": {"method": "taylor", "allocation": "global"},
+    "obd, uniform": {"method": "obd"},
+    "obd, global": {"method": "obd", "allocation": "global"},
+    "obert, uniform": {"method": "obert"},
+    "obert, global": {"method": "obert", "allocation": "global"},
+    "obert 48 x 8, uniform": {"method": "obert", "block_size": 48, "num_steps": 8},
+    "obert 48 x 8, global": {"method": "obert", "block_size": 48, "num_steps": 8, "allocation": "global"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="directory with cifar10/ and resnet-cifar10/")
+    parser.add_argument("--images", type=int, default=1000, help="of training, for gradients and batch norms")
+    parser.add_argument("--labels", choices=("data", "model"), default="data", help="of the gradients")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("methods", nargs="*", help=f"of {', '.join(METHODS)}; default: all")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = ResNet20().eval()
+    model.load_state_dict(load_file(options.data / "resnet-cifar10" / "resnet20.safetensors"), strict=False)
+    train = np.load(options.data / "cifar10" / "train-10k.npz")
+    test = np.load(options.data / "cifar10" / "test-2k.npz")
+    images = _normalised(train["images"][: options.images]).split(BATCH)
+    labels = torch.from_numpy(train["labels"][: options.images]).long().split(BATCH)
+    tests = _normalised(test["images"]), test["labels"]
+    dense = array_accuracy(model, *tests).value.median
+    results: dict[str, Any] = {"dense": dense, "num_test": len(test["labels"]), "num_images": options.images}
+    results |= {"seeds_of_random": SEEDS, "labels": options.labels, "methods": {}}
+    print(f"dense: {100 * dense:.1f} %; standard error {_error(dense, len(test['labels'])):.1f}", file=sys.stderr)
+    loss = None if options.labels == "data" else _drawn_labels()
+    print("| zeros | " + " | ".join(f"{100 * sparsity:.0f} %" for sparsity in SPARSITIES) + " |")
+    print("|---|" + "---|" * len(SPARSITIES))
+    for name in options.methods or METHODS:
+        row = []
+        for sparsity in SPARSITIES:
+            seeds = SEEDS if name.startswith("random") else (None,)
+            found = []
+            for seed in seeds:
+                step = {**METHODS[name], "pattern": {"sparsity": sparsity}}
+                if seed is not None:
+                    step["seed"] = seed
+                recipe = {"steps": [step], "rest_dtype": "float32", "reestimate_batch_norm": True}
+                run = rarefy.compress(
+                    model, recipe, calibration=images, labels=labels, loss=loss, samples=len(images), measure=False
+                )
+                zeros = np.mean(np.concatenate([layout.to_dense().ravel() == 0 for layout in run.layers.values()]))
+                assert abs(zeros - sparsity) < 1e-3, (name, sparsity, zeros)
+                found.append(array_accuracy(run.model(), *tests).value.median)
+            row.append(float(np.mean(found)))
+        results["methods"][name] = dict(zip(map(str, SPARSITIES), row, strict=True))
+        print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in row) + " |", flush=True)
+    print(json.dumps(results))
+
+
+def _drawn_labels() -> Any:
+    """A loss with labels drawn from the model's own prediction, for the true Fisher matrix."""
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(logits: Tensor, _: Tensor | None) -> Tensor:
+        chances = torch.softmax(logits.detach(), dim=-1)
+        return nn.functional.cross_entropy(logits, torch.multinomial(chances, 1, generator=generator)[:, 0])
+
+    return loss
+
+
+def _normalised(pixels: np.ndarray) -> Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).movedim(-1, 1).contiguous()
+
+
+def _error(share: float, count: int) -> float:
+    return 100 * math.sqrt(share * (1 - share) / count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Statistics of a layer's gradients. Shape suffixes: O outputs, I inputs, N gradients, G blocks of columns, B columns.
+
+The gradient of sample n is that of its loss by the layer's matrix. Sums are kept in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from rarefy.calibrate.statistics import Sum
+
+# Gradients that FisherBlocks multiplies at once: its sums are then read and written once for so many.
+_GRADIENTS_PER_PRODUCT = 8
+
+
+class _GradientMean:
+    """The mean over gradients of a number for each weight, (O, I); a statistic says which."""
+
+    def of(self, gradient_OI: Tensor) -> Tensor:
+        """The number, float32 (O, I), from a float32 gradient."""
+        raise NotImplementedError
+
+    def init(self, shape: tuple[int, int]) -> Sum:
+        """An empty sum."""
+        return Sum(torch.zeros(shape, dtype=torch.float32))
+
+    def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
+        """Add the numbers of one gradient."""
+        state.total += self.of(gradient_OI.to(torch.float32))
+        state.num_tokens += 1
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the gradients of both."""
+        return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean, float32 (O, I)."""
+        return state.total / max(1, state.num_tokens)
+
+    def num_floats(self, shape: tuple[int, int]) -> int:
+        """One for each weight."""
+        return shape[0] * shape[1]
+
+
+@final
+@dataclass(frozen=True)
+class GradientMean(_GradientMean):
+    """The gradient of the mean loss: mean over samples of dL/dw, (O, I)."""
+
+    def of(self, gradient_OI: Tensor) -> Tensor:
+        """g."""
+        return gradient_OI
+
+
+@final
+@dataclass(frozen=True)
+class GradientAbsMean(_GradientMean):
+    """The mean size of the gradient: mean over samples of |dL/dw|, (O, I)."""
+
+    def of(self, gradient_OI: Tensor) -> Tensor:
+        """|g|."""
+        return gradient_OI.abs()
+
+
+@final
+@dataclass(frozen=True)
+class FisherDiagonal(_GradientMean):
+    """The diagonal of the empirical Fisher matrix: mean over samples of (dL/dw)^2, (O, I)."""
+
+    def of(self, gradient_OI: Tensor) -> Tensor:
+        """g^2."""
+        return gradient_OI.square()
+
+
+@dataclass
+class _BlockSum(Sum):
+    """A sum of outer products, and gradients that are still to be added."""
+
+    waiting: list[Tensor] = field(default_factory=list)
+
+
+@final
+@dataclass(frozen=True)
+class FisherBlocks:
+    """Blocks of the empirical Fisher matrix along each row: mean over samples of g g^T for runs of columns.
+
+    Its result is float32 (O, G, B, B): of row o the columns from g * B on, where B is `block_size`, or all columns if
+    there are fewer. The last block of a row is filled up with zeros.
+    """
+
+    block_size: int
+
+    def init(self, shape: tuple[int, int]) -> Sum:
+        """An empty sum."""
+        size, count = self._blocks(shape[1])
+        return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32))
+
+    def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
+        """Add the outer products of one gradient, together with those of some later ones."""
+        assert isinstance(state, _BlockSum)
+        state.waiting.append(gradient_OI.clone())
+        state.num_tokens += 1
+        if len(state.waiting) == _GRADIENTS_PER_PRODUCT:
+            _add_waiting(state)
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """The sum over the gradients of both."""
+        assert isinstance(a, _BlockSum)
+        assert isinstance(b, _BlockSum)
+        _add_waiting(a)
+        _add_waiting(b)
+        return _BlockSum(a.total + b.total, a.num_tokens + b.num_tokens)
+
+    def finish(self, state: Sum) -> Tensor:
+        """The mean; the sum itself, which is not to be used any more."""
+        assert isinstance(state, _BlockSum)
+        _add_waiting(state)
+        return state.total.div_(max(1, state.num_tokens))
+
+    def num_floats(self, shape: tuple[int, int]) -> int:
+        """The blocks, and the gradients that wait."""
+        size, count = self._blocks(shape[1])
+        return shape[0] * count * (size * size + _GRADIENTS_PER_PRODUCT * size)
+
+    def _blocks(self, width: int) -> tuple[int, int]:
+        """Columns of a block, and how many blocks a row has."""
+        size = max(1, min(self.block_size, width))
+        return size, -(-width // size)
+
+
+def _add_waiting(state: _BlockSum) -> None:
+    if not state.waiting:
+        return
+    rows, count, size, _ = state.total.shape
+    gradient_NOI = torch.stack(state.waiting).to(torch.float32)
+    state.waiting.clear()
+    padding = count * size - gradient_NOI.shape[2]
+    gradient_NOI = torch.nn.functional.pad(gradient_NOI, (0, padding))
+    block_XNB = gradient_NOI.view(-1, rows * count, size).transpose(0, 1)
+    total_XBB = state.total.view(rows * count, size, size)
+    total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)

@@ -1,0 +1,300 @@
+"""Statistics of gradients against finite differences, loops over samples, and inverses that Woodbury gives."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rarefy.calibrate.collect import Call
+from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
+from rarefy.calibrate.gradients import Gradients, Sample, collect_gradients, samples_of
+from rarefy.calibrate.losses import negative_log_likelihood
+from rarefy.core.errors import NonFiniteError, UnsupportedModelError, UsageError
+from rarefy.models import load_model
+from rarefy.nn import find_weight
+
+NUM_SAMPLES = 6
+
+
+class Net(nn.Module):
+    """A layer of every kind: a grouped and a depthwise convolution, an LSTM, a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(4, 6, 3, groups=2, padding=1)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+        self.linear = nn.Linear(5, 3)
+        self.unused = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.depthwise(torch.tanh(self.grouped(x))).flatten(2).transpose(1, 2)
+        return self.linear(self.lstm(y)[0][:, -1])
+
+
+LAYERS = ("grouped.group0", "grouped.group1", "depthwise", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "linear")
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval().double()
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(NUM_SAMPLES, 4, 5, 5).double(), torch.randint(0, 3, (NUM_SAMPLES,))
+
+
+def collected(net, data, statistics, layers=LAYERS, **options):
+    x, labels = data
+    samples = samples_of([Call((part,), {}) for part in x.split(4)], list(labels.split(4)))
+    assert len(samples) == NUM_SAMPLES
+    weights = {layer: find_weight(net, layer) for layer in layers}
+    return collect_gradients(net, samples, dict.fromkeys(layers, statistics), weights, **options)
+
+
+def flat(value: Tensor, layer: str) -> Tensor:
+    """Without the axis of the channels of a depthwise convolution."""
+    return value.flatten(0, 1) if layer == "depthwise" else value
+
+
+def loss_of(net: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(net(x), labels)
+
+
+def test_the_mean_gradient_is_that_of_finite_differences(net, data):
+    found = collected(net, data, (GradientMean(),))
+    step = 1e-5
+    rng = np.random.default_rng(0)
+    for layer in LAYERS:
+        weight = find_weight(net, layer)
+        matrix = weight.read().clone()
+        value = flat(found[layer][GradientMean()], layer)
+        assert value.shape == matrix.shape
+        for _ in range(12):
+            row, column = rng.integers(matrix.shape[0]), rng.integers(matrix.shape[1])
+            ends = []
+            for sign in (1, -1):
+                moved = matrix.clone()
+                moved[row, column] += sign * step
+                weight.write(moved)
+                with torch.no_grad():
+                    ends.append(float(loss_of(net, *data)))
+            weight.write(matrix)
+            assert float(value[row, column]) == pytest.approx((ends[0] - ends[1]) / (2 * step), abs=1e-7, rel=1e-5)
+
+
+def gradients_of(net: nn.Module, data: tuple[Tensor, Tensor], layer: str) -> Tensor:
+    """The gradient of each sample by autograd's own means, (N, O, I)."""
+    weight, found = find_weight(net, layer), []
+    for x, label in zip(*data, strict=True):
+        (gradient,) = torch.autograd.grad(loss_of(net, x[None], label[None]), weight.parameter)
+        found.append(weight.matrix.of(gradient))
+    return torch.stack(found)
+
+
+def test_diagonal_and_sizes_are_those_of_a_loop_over_samples(net, data):
+    found = collected(net, data, (FisherDiagonal(), GradientAbsMean()))
+    for layer in LAYERS:
+        gradient_NOI = gradients_of(net, data, layer)
+        for statistic, expected in (
+            (FisherDiagonal(), gradient_NOI.square().mean(0)),
+            (GradientAbsMean(), gradient_NOI.abs().mean(0)),
+        ):
+            value = flat(found[layer][statistic], layer)
+            torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 7, 100])
+def test_blocks_are_inverted_as_woodbury_does_it(net, data, block_size):
+    """The paper's recursion over gradients, in float64, gives the inverse of what is collected plus dampening."""
+    damp = 1e-3
+    found = collected(net, data, (FisherBlocks(block_size),))
+    for layer in ("grouped.group1", "linear", "lstm.weight_hh_l0"):
+        gradient_NOI = gradients_of(net, data, layer).numpy()
+        rows, width = gradient_NOI.shape[1:]
+        size = min(block_size, width)
+        blocks = found[layer][FisherBlocks(block_size)].double().numpy()
+        assert blocks.shape == (rows, -(-width // size), size, size)
+        for row in range(rows):
+            for place, start in enumerate(range(0, width, size)):
+                part = slice(start, min(start + size, width))
+                inverse = np.eye(part.stop - start) / damp
+                for gradient in gradient_NOI[:, row, part]:
+                    moved = inverse @ gradient
+                    inverse -= np.outer(moved, moved) / (NUM_SAMPLES + gradient @ moved)
+                block = blocks[row, place]
+                inside = block[: part.stop - start, : part.stop - start]
+                expected = np.linalg.inv(inside + damp * np.eye(len(inside)))
+                np.testing.assert_allclose(inverse, expected, rtol=1e-4, atol=1e-4)
+                assert not block[len(inside) :].any()
+                assert not block[:, len(inside) :].any()
+
+
+def test_blocks_of_more_gradients_than_wait_together():
+    gradient_NOI = torch.randn(21, 3, 10, generator=torch.Generator().manual_seed(0))
+    statistic = FisherBlocks(4)
+    states = [statistic.init((3, 10)), statistic.init((3, 10))]
+    for number, gradient in enumerate(gradient_NOI):
+        statistic.add_gradient(states[number > 12], gradient)
+    value = statistic.finish(statistic.merge(*states))
+    expected = torch.einsum("noi,noj->oij", gradient_NOI, gradient_NOI) / 21
+    torch.testing.assert_close(value[:, 1], expected[:, 4:8, 4:8])
+    torch.testing.assert_close(value[:, 2, :2, :2], expected[:, 8:, 8:])
+
+
+def test_the_model_is_as_before(net, data):
+    net.linear.weight.requires_grad_(False)
+    net.linear.bias.grad = torch.ones(3).double()
+    before = copy.deepcopy(net.state_dict())
+    collected(net, data, (GradientMean(),))
+    assert not net.linear.weight.requires_grad
+    assert net.grouped.weight.requires_grad
+    assert net.grouped.weight.grad is None
+    assert net.linear.bias.grad is not None
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in net.parameters())
+
+
+def test_a_layer_that_no_gradient_reaches_is_left_out(net, data):
+    found = collected(net, data, (GradientMean(),), ("linear", "unused"))
+    assert set(found) == {"linear"}
+
+
+def test_nan_names_the_layer(net, data):
+    def loss(output: Tensor, _: Tensor | None) -> Tensor:
+        return torch.sqrt((output - output.detach()).square().sum())  # 0 with an infinite slope
+
+    with pytest.raises(NonFiniteError, match=r"layer linear: its gradients are NaN"):
+        collected(net, data, (FisherDiagonal(),), ("linear",), loss=loss)
+    with pytest.raises(NonFiniteError, match=r"sample 0: its loss is NaN"):
+        collected(net, data, (FisherDiagonal(),), ("linear",), loss=lambda output, _: output.sum() * torch.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_give_the_same_as_one_pass(net, data, dtype):
+    loaded = load_model(net.float())
+    x, labels = data[0].float(), data[1]
+    calls, batches = [Call((part,), {}) for part in x.split(3)], list(labels.split(3))
+    wanted = {layer: (FisherBlocks(4), GradientMean()) for layer in LAYERS}
+    most = max(
+        4 * sum(each.num_floats(find_weight(net, layer).matrix.shape) for each in own) for layer, own in wanted.items()
+    )
+    ticks: list[tuple[int, int]] = []
+    whole = Gradients(loaded, calls, batches, wanted, dtype=dtype, budget_bytes=1 << 30)
+    chunked = Gradients(
+        loaded, calls, batches, wanted, dtype=dtype, budget_bytes=most, tick=lambda *now: ticks.append(now)
+    )
+    for layer in (*LAYERS, LAYERS[0]):  # the first once more
+        one, other = whole.of(layer), chunked.of(layer)
+        assert one is not None
+        assert other is not None
+        assert all(torch.equal(one[statistic], other[statistic]) for statistic in wanted[layer])
+    assert ticks[-1][0] == ticks[-1][1] > NUM_SAMPLES
+    assert whole.of("unused") == {}
+
+
+def test_gradients_are_those_of_the_model_as_it_was(net, data):
+    loaded = load_model(net.float())
+    calls, labels = [Call((data[0].float(),), {})], [data[1]]
+    gradients = Gradients(loaded, calls, labels, {"linear": (GradientMean(),)})
+    expected = Gradients(loaded, calls, labels, {"linear": (GradientMean(),)}).of("linear")
+    net.linear.weight.data.zero_()
+    found = gradients.of("linear")
+    assert found is not None
+    assert expected is not None
+    assert torch.equal(found[GradientMean()], expected[GradientMean()])
+
+
+def test_blocks_that_do_not_fit_are_refused_with_a_size_that_does(net, data):
+    loaded = load_model(net.float())
+    call, labels = [Call((data[0].float(),), {})], [data[1]]
+    budget = 4 * FisherBlocks(2).num_floats((3, 5))
+    with pytest.raises(
+        UsageError, match=r"layer linear: its Fisher blocks of 5 columns take \d+ bytes.*block_size: 2 "
+    ):
+        Gradients(loaded, call, labels, {"linear": (FisherBlocks(5),)}, budget_bytes=budget)
+    Gradients(loaded, call, labels, {"linear": (FisherBlocks(2),)}, budget_bytes=budget)
+
+
+def test_what_a_sample_is():
+    ids, mask = torch.arange(12).view(3, 4), torch.ones(3, 4)
+    text = samples_of([Call((), {"input_ids": ids, "attention_mask": mask, "use_cache": False})], [None])
+    assert [sample.call.kwargs["input_ids"].tolist() for sample in text] == [[row] for row in ids.tolist()]
+    assert text[0].call.kwargs["use_cache"] is False
+    assert len(samples_of([Call((torch.ones(5, 2),), {})], [None])) == 1
+    labelled = samples_of([Call((torch.ones(5, 2), torch.ones(7)), {})], [torch.arange(5)])
+    assert len(labelled) == 5
+    assert labelled[3].labels.tolist() == [3]
+    assert labelled[3].call.args[1].shape == (7,)
+
+
+class Output(dict):
+    """As transformers' outputs: a mapping with attributes."""
+
+    __getattr__ = dict.get
+
+
+def loss_for(output, labels=None, model=None, seed=0, **kwargs):
+    call = Call((), kwargs)
+    return negative_log_likelihood(model or nn.Module(), call, output, labels, torch.Generator().manual_seed(seed))
+
+
+def test_the_loss_of_text_is_that_of_the_next_token():
+    LlamaForCausalLM = type("LlamaForCausalLM", (nn.Module,), {})
+    logits = torch.randn(1, 5, 7)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    expected = -torch.log_softmax(logits, -1)[0, range(4), [2, 3, 4, 5]].mean()
+    torch.testing.assert_close(loss_for(Output(logits=logits), model=LlamaForCausalLM(), input_ids=ids), expected)
+    given_back = -torch.log_softmax(logits, -1)[0, range(5), [1, 2, 3, 4, 5]].mean()
+    found = loss_for(Output(logits=logits), input_ids=ids, decoder_input_ids=ids)
+    torch.testing.assert_close(found, given_back)
+
+
+def test_without_labels_they_are_drawn_from_the_prediction():
+    logits = torch.tensor([[0.0, 30.0], [30.0, 0.0]])
+    torch.testing.assert_close(loss_for(Output(logits=logits)), torch.tensor(0.0), atol=1e-6, rtol=0)
+    fair = torch.zeros(4000, 2, requires_grad=True)
+    loss_for(Output(logits=fair)).backward()
+    assert abs(float((fair.grad[:, 0] > 0).float().mean()) - 0.5) < 0.05
+    # numbers around any other output: the gradient is the noise itself
+    embedding = torch.randn(1000, 4, requires_grad=True)
+    loss_for((embedding, "more")).backward()
+    noise = -embedding.grad * embedding.numel()
+    assert abs(float(noise.mean())) < 0.1
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    again = torch.zeros_like(embedding, requires_grad=True)
+    loss_for((again,)).backward()
+    torch.testing.assert_close(again.grad, embedding.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_labels_are_classes_or_numbers():
+    output = torch.randn(3, 4)
+    torch.testing.assert_close(
+        loss_for(output, torch.tensor([0, 3, 1])), -torch.log_softmax(output, -1)[range(3), [0, 3, 1]].mean()
+    )
+    torch.testing.assert_close(loss_for(output, torch.zeros(3, 4)), output.square().mean() / 2)
+    torch.testing.assert_close(loss_for(Output(loss=torch.tensor(2.5), logits=output)), torch.tensor(2.5))
+    for bad in (torch.tensor([0, 1]), torch.tensor([0, 1, 4]), torch.tensor([0, -1, 2]), torch.zeros(3)):
+        with pytest.raises(UsageError, match="labels"):
+            loss_for(output, bad)
+    with pytest.raises(UnsupportedModelError, match="nothing to make a loss of"):
+        loss_for({"ids": torch.tensor([1])})
+
+
+def test_a_sample_may_have_any_loss(net, data):
+    """The gradient of the sum of outputs by a bias-free view of the last layer is its input."""
+    x, labels = data
+    samples = [Sample(Call((x[:1],), {}), labels[:1])]
+    weights = {"linear": find_weight(net, "linear")}
+    found = collect_gradients(
+        net, samples, {"linear": (GradientMean(),)}, weights, loss=lambda output, label: output[0, label[0]]
+    )
+    value = found["linear"][GradientMean()]
+    assert value[int(labels[0])].abs().sum() > 0
+    others = [row for row in range(3) if row != int(labels[0])]
+    assert not value[others].any()

@@ -1,0 +1,160 @@
+"""Taylor, OBD and oBERT against brute force in float64. Shape suffixes: N gradients, O out, I in."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
+from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
+from rarefy.core.solution import Solution
+from rarefy.methods import OBD, OBERT, Taylor
+
+HALF = Unstructured(0.5)
+
+
+def problem(rows: int, width: int, seed: int = 0, num_gradients: int = 40):
+    """A weight, and correlated gradients of very different sizes."""
+    rng = np.random.default_rng(seed)
+    weight_OI = rng.normal(size=(rows, width)).astype(np.float32)
+    mix_II = np.eye(width) + rng.normal(size=(width, width)) / width**0.5
+    gradient_NOI = rng.normal(size=(num_gradients, rows, width)) @ mix_II * np.exp(rng.normal(size=width))
+    return weight_OI, torch.from_numpy(gradient_NOI.astype(np.float32))
+
+
+def stats(gradient_NOI, *statistics):
+    finished = {}
+    for statistic in statistics:
+        state = statistic.init(tuple(gradient_NOI.shape[1:]))
+        for gradient in gradient_NOI:
+            statistic.add_gradient(state, gradient)
+        finished[statistic] = statistic.finish(state)
+    return finished
+
+
+def loss(difference_I, fisher_II) -> float:
+    """The quadratic model, half of d^T F d."""
+    return float(difference_I @ fisher_II @ difference_I / 2)
+
+
+def damped(gradient_NI, damp: float, mean: float):
+    return gradient_NI.T @ gradient_NI / len(gradient_NI) + damp * mean * np.eye(gradient_NI.shape[1])
+
+
+def best_values(weight_I, kept, fisher_II):
+    """The least loss with these entries kept, by the normal equations."""
+    kept = list(kept)
+    value_I = np.zeros_like(weight_I)
+    value_I[kept] = np.linalg.solve(fisher_II[np.ix_(kept, kept)], fisher_II[kept] @ weight_I)
+    return value_I
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_the_whole_row_as_a_block_the_values_are_the_best_of_their_mask(seed):
+    rows, width, damp = 3, 9, 0.02
+    weight_OI, gradient_NOI = problem(rows, width, seed)
+    method = OBERT(Unstructured(4 / 9), block_size=width, percent_damp=damp)
+    result = method.compress(Solution.dense(weight_OI), stats(gradient_NOI, FisherBlocks(width)), layer="x")
+    gradient = gradient_NOI.double().numpy()
+    mean = np.square(gradient).mean()
+    assert int((~result.mask_OI).sum()) == 12
+    for row in range(rows):
+        fisher_II = damped(gradient[:, row], damp, mean)
+        expected = best_values(weight_OI[row].astype(np.float64), np.flatnonzero(result.mask_OI[row]), fisher_II)
+        np.testing.assert_allclose(result.weight_OI[row], expected, rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_weight_less_is_the_best_one_of_all(seed):
+    """Brute force over which weight goes and what the others become then."""
+    width, damp = 8, 0.01
+    weight_OI, gradient_NOI = problem(1, width, seed)
+    method = OBERT(Unstructured(1 / 8), block_size=width, percent_damp=damp)
+    own = stats(gradient_NOI, FisherBlocks(width))
+    result = method.compress(Solution.dense(weight_OI), own, layer="x")
+    gradient = gradient_NOI[:, 0].double().numpy()
+    fisher_II = damped(gradient, damp, np.square(gradient).mean())
+    weight_I = weight_OI[0].astype(np.float64)
+    cost_I = [
+        loss(best_values(weight_I, set(range(width)) - {gone}, fisher_II) - weight_I, fisher_II)
+        for gone in range(width)
+    ]
+    np.testing.assert_allclose(method.saliency(weight_OI, own, layer="x")[0], cost_I, rtol=1e-4)
+    assert not result.mask_OI[0, int(np.argmin(cost_I))]
+
+
+def test_more_steps_come_closer_to_the_best_mask():
+    """Greedy choice one at a time beats choosing all at once, and neither beats brute force."""
+    width, num_keep, damp = 10, 5, 0.01
+    totals = {"once": 0.0, "in steps": 0.0, "best": 0.0}
+    for seed in range(8):
+        weight_OI, gradient_NOI = problem(
+            1, width, seed, num_gradients=5
+        )  # few, so that weights can make up for others
+        own = stats(gradient_NOI, FisherBlocks(width))
+        gradient = gradient_NOI[:, 0].double().numpy()
+        fisher_II = damped(gradient, damp, np.square(gradient).mean())
+        weight_I = weight_OI[0].astype(np.float64)
+        for name, steps in (("once", 1), ("in steps", 5)):
+            method = OBERT(HALF, block_size=width, percent_damp=damp, num_steps=steps)
+            value_I = method.compress(Solution.dense(weight_OI), own, layer="x").weight_OI[0].astype(np.float64)
+            assert np.count_nonzero(value_I) == num_keep
+            totals[name] += loss(value_I - weight_I, fisher_II)
+        totals["best"] += min(
+            loss(best_values(weight_I, kept, fisher_II) - weight_I, fisher_II)
+            for kept in combinations(range(width), num_keep)
+        )
+    assert totals["best"] * (1 - 1e-5) <= totals["in steps"] < 0.95 * totals["once"]
+
+
+def test_blocks_of_one_column_are_obd():
+    weight_OI, gradient_NOI = problem(7, 30)
+    own = stats(gradient_NOI, FisherBlocks(1), FisherDiagonal())
+    one, other = OBERT(HALF, block_size=1, percent_damp=1e-6), OBD(HALF)
+    first, second = (method.saliency(weight_OI, own, layer="x") for method in (one, other))
+    np.testing.assert_allclose(first, second, rtol=1e-3)
+    assert (np.argsort(first, axis=None) == np.argsort(second, axis=None)).all()
+    solutions = [method.compress(Solution.dense(weight_OI), own, layer="x") for method in (one, other)]
+    np.testing.assert_array_equal(solutions[0].weight_OI, solutions[1].weight_OI)
+
+
+def test_the_saliencies_are_their_formulas():
+    weight_OI, gradient_NOI = problem(4, 12)
+    own = stats(gradient_NOI, GradientMean(), GradientAbsMean(), FisherDiagonal())
+    gradient, weight = gradient_NOI.double().numpy(), weight_OI.astype(np.float64)
+    for method, expected in (
+        (Taylor(HALF), np.abs(weight) * np.abs(gradient).mean(0)),
+        (Taylor(HALF, average="signed"), np.abs(weight * gradient.mean(0))),
+        (OBD(HALF), weight**2 * (gradient**2).mean(0) / 2),
+    ):
+        np.testing.assert_allclose(method.saliency(weight_OI, own, layer="x"), expected, rtol=1e-4, atol=1e-7)
+        result = method.compress(Solution.dense(weight_OI), own, layer="x")
+        assert expected[result.mask_OI].min() >= expected[~result.mask_OI].max()
+        assert (result.weight_OI[result.mask_OI] == weight_OI[result.mask_OI]).all()
+
+
+@pytest.mark.parametrize("pattern", [Blocks((2, 3), 0.5), Lines("rows", 0.5), Lines("columns", 0.5)])
+def test_structures_go_by_the_sum_of_their_weights(pattern):
+    weight_OI, gradient_NOI = problem(4, 12)
+    own = stats(gradient_NOI, GradientAbsMean())
+    result = Taylor(pattern).compress(Solution.dense(weight_OI), own, layer="x")
+    score_OI = np.abs(weight_OI * own[GradientAbsMean()].numpy())
+    if isinstance(pattern, Blocks):
+        sums = score_OI.reshape(2, 2, 4, 3).sum(axis=(1, 3))
+        kept = result.mask_OI.reshape(2, 2, 4, 3).all(axis=(1, 3))
+    else:
+        axis = 1 if pattern.axis == "rows" else 0
+        sums, kept = score_OI.sum(axis=axis), result.mask_OI.all(axis=axis)
+    assert kept.sum() == kept.size // 2
+    assert sums[kept].min() > sums[~kept].max()
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4), Lines("rows", 0.5)])
+@pytest.mark.parametrize("cls", [Taylor, OBD, OBERT])
+def test_without_any_gradient_the_zeros_are_as_many(cls, pattern):
+    weight_OI, gradient_NOI = problem(4, 12)
+    method = cls(pattern)
+    result = method.compress(Solution.dense(weight_OI), stats(0 * gradient_NOI, *method.needs()), layer="x")
+    assert result.sparsity == 0.5
+    assert (result.weight_OI[result.mask_OI] == weight_OI[result.mask_OI]).all()
