@@ -2,7 +2,8 @@
 
 Every run prunes the 18 convolutions of the blocks (the first convolution and the classifier stay dense), packs them,
 and estimates the statistics of the batch norms anew on the images that also gave the gradients. Printed are a table
-and, as the last line, JSON: the accuracy on all test images of the weights as stored; of chance the mean over seeds. The images have been through JPEG, which costs the dense model about ten points.
+and, as the last line, JSON: the accuracy on all test images of the weights as stored; of chance the mean over seeds.
+The images have been through JPEG, which costs the dense model about ten points.
 """
 
 from __future__ import annotations
