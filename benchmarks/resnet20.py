@@ -2,13 +2,14 @@
 
 Every run prunes the 18 convolutions of the blocks (the first convolution and the classifier stay dense), packs them,
 and estimates the statistics of the batch norms anew on the images that also gave the gradients. Printed are a table
-and, as the last line, JSON: the accuracy of the packed model on all test images, with its binomial standard error; of
-chance the mean over seeds. The images have been through JPEG, which costs the dense model about ten points.
+and, as the last line, JSON: the accuracy on all test images of the weights as stored; of chance the mean over seeds.
+The images have been through JPEG, which costs the dense model about ten points.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 import rarefy
 from rarefy.measure.accuracy import array_accuracy
+from rarefy.nn import find_weight
 
 SPARSITIES = (0.5, 0.8, 0.9)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 BATCH = 100
 
 
@@ -67,9 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "random, global": {"method": "random", "allocation": "global"},
     "magnitude, uniform": {"method": "magnitude"},
     "magnitude, global": {"method": "magnitude", "allocation": "global"},
-    "taylor, uniform": {"method": "taylor"},
     "taylor, global": {"method": "taylor", "allocation": "global"},
-    "obd, uniform": {"method": "obd"},
     "obd, global": {"method": "obd", "allocation": "global"},
     "obert, uniform": {"method": "obert"},
     "obert, global": {"method": "obert", "allocation": "global"},
@@ -116,11 +116,23 @@ def main() -> None:
                 )
                 zeros = np.mean(np.concatenate([layout.to_dense().ravel() == 0 for layout in run.layers.values()]))
                 assert abs(zeros - sparsity) < 1e-3, (name, sparsity, zeros)
-                found.append(array_accuracy(run.model(), *tests).value.median)
+                found.append(array_accuracy(_unpacked(model, run), *tests).value.median)
             row.append(float(np.mean(found)))
         results["methods"][name] = dict(zip(map(str, SPARSITIES), row, strict=True))
         print(f"| {name} | " + " | ".join(f"{100 * value:.1f}" for value in row) + " |", flush=True)
     print(json.dumps(results))
+
+
+def _unpacked(model: nn.Module, run: Any) -> nn.Module:
+    """What was stored, in torch's own modules, which take less time here than the packed ones."""
+    plain = copy.deepcopy(model)
+    packed = run.model()
+    for name, buffer in packed.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            plain.get_buffer(name).copy_(buffer)
+    for layer, layout in run.layers.items():
+        find_weight(plain, layer).write(torch.from_numpy(layout.to_dense()))
+    return plain
 
 
 def _drawn_labels() -> Any:

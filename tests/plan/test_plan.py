@@ -12,7 +12,7 @@ from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import pack
-from rarefy.methods import GPTQ, RTN, LayerMethod, Magnitude, SparseGPT, Wanda
+from rarefy.methods import GPTQ, OBERT, RTN, LayerMethod, Magnitude, SparseGPT, Taylor, Wanda
 from rarefy.plan import Plan, Rates, cost, make_plan
 from rarefy.recipe import Recipe, Step, load_recipe, shipped_names
 from rarefy.testing.method import make_problem
@@ -170,3 +170,18 @@ def test_the_estimate_says_that_it_is_for_a_quiet_machine() -> None:
 def test_rates_are_measured_when_none_are_given() -> None:
     plan = make_plan(load_recipe("int8"), decoder())
     assert "GFLOP/s" in plan.basis
+
+
+def test_gradients_take_the_model_and_passes_of_their_own() -> None:
+    model, half = decoder(), Unstructured(0.5)
+    plain = make_plan(Recipe((Step(Magnitude(half)),)), model, rates=RATES)
+    assert "gradients" not in plain.memory_parts
+    assert "gradients" not in plain.seconds_parts
+    first, second = (make_plan(Recipe((Step(method),)), model, rates=RATES) for method in (Taylor(half), OBERT(half)))
+    assert first.seconds_parts["gradients"] == second.seconds_parts["gradients"] > 0
+    assert first.seconds_parts["forward passes"] == 0
+    weights = sum(row.shape[0] * row.shape[1] for row in first.layers)
+    # of every weight a sum of one number, or of a row of its block and the gradients that wait
+    assert second.memory_parts["gradients"] - first.memory_parts["gradients"] == 4 * (16 + 8 - 1) * weights
+    both = make_plan(Recipe((Step(Wanda(half)), Step(Taylor(half)))), model, rates=RATES)
+    assert both.seconds_parts["forward passes"] > 0

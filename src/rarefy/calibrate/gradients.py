@@ -216,7 +216,7 @@ class Gradients:
         self._dtype, self._loss, self._seed = dtype, loss, seed
         budget = most_bytes() if budget_bytes is None else budget_bytes
         shapes = {layer: find_weight(loaded.model, layer).matrix.shape for layer in wanted}
-        self._chunks = _chunks(wanted, shapes, budget)
+        self._chunks = chunks_of(wanted, shapes, budget)
         self._chunk = -1
         self._found: dict[str, dict[Statistic, Tensor]] = {}
         self._tick = tick
@@ -294,16 +294,20 @@ def most_bytes() -> int:
     return min(_MOST_BYTES, physical // _SHARE_OF_MEMORY)
 
 
-def _chunks(
+def chunks_of(
     wanted: Mapping[str, Sequence[GradientStatistic]], shapes: Mapping[str, tuple[int, int]], budget: int
 ) -> list[list[str]]:
-    """Runs of layers whose sums fit the budget together."""
+    """Runs of layers whose sums fit a budget together.
+
+    Raises:
+        UsageError: the blocks of one layer alone are more than the budget.
+    """
     chunks: list[list[str]] = []
     used = 0
     for layer, statistics in wanted.items():
-        num_bytes = sum(_num_bytes(statistic, shapes[layer]) for statistic in statistics)
+        num_bytes = sum(sum_bytes(statistic, shapes[layer]) for statistic in statistics)
         for statistic in statistics:
-            if isinstance(statistic, FisherBlocks) and _num_bytes(statistic, shapes[layer]) > budget:
+            if isinstance(statistic, FisherBlocks) and sum_bytes(statistic, shapes[layer]) > budget:
                 raise _too_large(layer, statistic, shapes[layer], budget)
         if not chunks or used + num_bytes > budget:
             chunks.append([])
@@ -313,20 +317,21 @@ def _chunks(
     return chunks
 
 
-def _num_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
+def sum_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
+    """Bytes of the sum of a statistic for a matrix."""
     return 4 * statistic.num_floats(shape)
 
 
 def _too_large(layer: str, statistic: FisherBlocks, shape: tuple[int, int], budget: int) -> UsageError:
     fits = statistic.block_size
-    while fits > 1 and _num_bytes(FisherBlocks(fits), shape) > budget:
+    while fits > 1 and sum_bytes(FisherBlocks(fits), shape) > budget:
         fits -= 1
-    needed = _num_bytes(statistic, shape)
+    needed = sum_bytes(statistic, shape)
     return UsageError(
         f"layer {layer}",
         f"its Fisher blocks of {statistic.block_size} columns take {needed} bytes",
         allowed=f"{budget} bytes",
         hint=f"block_size: {fits} fits"
-        if _num_bytes(FisherBlocks(fits), shape) <= budget
+        if sum_bytes(FisherBlocks(fits), shape) <= budget
         else "exclude the layer, or use obd",
     )

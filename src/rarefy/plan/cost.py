@@ -14,6 +14,7 @@ from rarefy.methods import (
     DRONE,
     GPTQ,
     OATS,
+    OBERT,
     SVD,
     SVDLLM,
     SVT,
@@ -103,6 +104,8 @@ def _method_seconds(method: LayerMethod, rows: int, width: int, rates: Rates) ->
             return _ALPS_STEPS * (product + passes + inverse / 3) + method.refit_steps * product
         case Lasso():
             return (method.num_steps + method.refit_steps) * (product + 8 * rows * width * _SECONDS_PER_PASS)
+        case OBERT():
+            return 2 * rows * width * (2 * method.block_size + 20) * _SECONDS_PER_PASS
         case Refit():
             return method.num_steps * product
         case SVD() | SVT() | ASVD() | SVDLLM() | DRONE() | FrequencySVD() | Spatial() | Tucker():
@@ -139,7 +142,8 @@ def _are_vectors(statistics: Sequence[Statistic]) -> bool:
 
 def num_walks(statistics: Sequence[Statistic]) -> int:
     """How often an allocation walks through the dense model for these; vectors are kept for a second look."""
-    return 0 if not statistics else 1 if _are_vectors(statistics) else 2
+    of_inputs = [statistic for statistic in statistics if not isinstance(statistic, GradientStatistic)]
+    return 0 if not of_inputs else 1 if _are_vectors(of_inputs) else 2
 
 
 def gram_seconds(width: int, num_tokens: int, flops: float) -> float:

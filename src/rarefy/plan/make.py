@@ -3,14 +3,16 @@
 from collections import defaultdict
 from typing import Protocol
 
-from rarefy.calibrate.statistics import Gram
+from rarefy.calibrate.statistics import GradientStatistic, Gram
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Lines, Pattern, Unstructured
 from rarefy.core.ranks import Rank, TapRanks
 from rarefy.layouts import FloatFormat, choose_format
+from rarefy.methods import LayerMethod
 from rarefy.methods.allocation import ModelAllocation
 from rarefy.methods.masks import sparser
 from rarefy.plan.cost import Rates, gram_seconds, measure_rates, num_walks, solve_seconds
+from rarefy.plan.gradients import gradient_costs
 from rarefy.plan.records import Plan, PlannedLayer, UntouchedRow
 from rarefy.recipe import LayerPlan, LayerRef, Recipe, Structure, amounts_in_words, notes, resolve
 
@@ -77,7 +79,14 @@ def make_plan(
     rates = rates or measure_rates()
     num_tokens = num_samples * sequence_length
     memory_parts = _memory(layers, structure, planned, rest_bytes, num_tokens, bfloat16)
+    num_weights = sum(_block_weights(structure).values())
+    forward = _pass_seconds(num_weights, num_tokens, rates, bfloat16)
+    gradient_bytes, gradient_seconds = gradient_costs(recipe, layers, num_weights, 2 if bfloat16 else 4, forward)
+    if gradient_bytes:
+        memory_parts["gradients"] = gradient_bytes
     seconds_parts = _seconds(recipe, layers, structure, num_tokens, rates, bfloat16)
+    if gradient_seconds:
+        seconds_parts["gradients"] = gradient_seconds
     return Plan(
         layers=planned,
         untouched=untouched,
@@ -191,7 +200,7 @@ def _memory(
     blocks = _block_weights(structure)
     outside = blocks.pop("", 0)
     item = 2 if bfloat16 else 4
-    needs_data = [layer for layer in layers if any(method.needs() for _, method in layer.steps)]
+    needs_data = [layer for layer in layers if any(_reads_inputs(method) for _, method in layer.steps)]
     grams: dict[str, int] = defaultdict(int)
     block_of = {layer.name: layer.block or "" for layer in structure.layers}
     for layer in needs_data:
@@ -216,6 +225,16 @@ def _needs_gram(layer: LayerPlan) -> bool:
     return any(Gram() in method.needs() for _, method in layer.steps)
 
 
+def _reads_inputs(method: LayerMethod) -> bool:
+    return any(not isinstance(statistic, GradientStatistic) for statistic in method.needs())
+
+
+def _pass_seconds(num_weights: int, num_tokens: int, rates: Rates, bfloat16: bool) -> float:
+    """Time of a forward pass."""
+    speed = rates.bfloat16_flops if bfloat16 else rates.float32_flops
+    return 2 * num_weights * num_tokens / speed * _FORWARD_OVERHEAD
+
+
 def _seconds(
     recipe: Recipe,
     layers: tuple[LayerPlan, ...],
@@ -224,10 +243,10 @@ def _seconds(
     rates: Rates,
     bfloat16: bool,
 ) -> dict[str, float]:
-    needs_data = any(method.needs() for layer in layers for _, method in layer.steps)
+    needs_data = any(_reads_inputs(method) for layer in layers for _, method in layer.steps)
     in_blocks = sum(size for name, size in _block_weights(structure).items() if name)
     speed = rates.bfloat16_flops if bfloat16 else rates.float32_flops
-    one_pass = 2 * in_blocks * num_tokens / speed * _FORWARD_OVERHEAD
+    one_pass = _pass_seconds(in_blocks, num_tokens, rates, bfloat16)
     num_walks_in_all = sum(num_walks(step.looks_at()) for step in recipe.steps)
     gram_widths = {(layer.layer.rpartition(".")[0], layer.shape[1]) for layer in layers if _needs_gram(layer)}
     return {
