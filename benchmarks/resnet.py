@@ -70,6 +70,11 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         for ratio in (0.75, 0.5, 0.35)
     },
     **{
+        f"{name}-{ratio} on outputs": _one(name, rank={"ratio": ratio}, fit="outputs")
+        for name in ("tucker", "spatial")
+        for ratio in (0.75, 0.5, 0.35)
+    },
+    **{
         f"{name}-{percent}{label}": _one(name, pattern={"sparsity": percent / 100}) + more
         for name in ("magnitude", "wanda")
         for percent in (50, 70)

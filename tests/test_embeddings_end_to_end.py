@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tests.models import tiny
 from transformers import AutoModel, AutoModelForCausalLM
 
 import rarefy
@@ -140,3 +141,34 @@ def test_counts_of_two_machines_add_up():
     b = counts.update(counts.init(4), torch.tensor([[1], [7]]))
     for merged in (counts.merge(a, b), counts.merge(b, a)):
         assert counts.finish(merged).tolist() == [0.25, 0.25, 0, 0.25, 0, 0, 0, 0.25]
+
+
+def test_a_tied_pair_shares_one_threshold_with_the_blocks(tiny_llama_dir, text_file):
+    """Wanda's saliency of the pair is that of the head's inputs."""
+    recipe = {
+        "steps": [
+            {
+                "method": "wanda",
+                "targets": ["*_proj", "lm_head"],
+                "pattern": {"sparsity": 0.5},
+                "allocation": {"rule": "global"},
+            }
+        ]
+    }
+    run = rarefy.compress(tiny_llama_dir, recipe, calibration=text_file, measure=False, **SMALL)
+    layers = {layer.name: layer for layer in run.report.layers}
+    assert "model.embed_tokens" in layers
+    sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in layers.items()}
+    zeros = sum(layer.sparsity * sizes[name] for name, layer in layers.items())
+    assert zeros == pytest.approx(sum(sizes.values()) / 2, rel=1e-3)
+    assert len({round(layer.sparsity, 3) for layer in layers.values()}) > 2
+
+
+def test_the_readers_of_a_weight():
+    for make, expected in (
+        (tiny.llama, ("model.embed_tokens", "lm_head")),
+        (tiny.qwen2, ("model.embed_tokens", None)),
+    ):
+        readers = load_model(make()).structure().readers()
+        assert (readers["model.embed_tokens"].lookup, readers["model.embed_tokens"].product) == expected
+        assert readers["model.layers.0.mlp.up_proj"].product == "model.layers.0.mlp.up_proj"

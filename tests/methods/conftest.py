@@ -82,8 +82,17 @@ EXAMPLES: dict[str, list[LayerMethod]] = {
     "svd-llm": [SVDLLM(Rank(ratio=0.5)), SVDLLM(Rank(ratio=0.2), remainder="keep")],
     "drone": [DRONE(Rank(ratio=0.5)), DRONE(Rank(energy=0.5), remainder="keep")],
     "scaled-gd": [ScaledGD(Rank(ratio=0.4)), ScaledGD(Rank(count=2), num_steps=3, remainder="keep")],
-    "tucker": [Tucker(Rank(ratio=0.5)), Tucker(Rank(count=2), num_steps=0, remainder="keep"), Tucker(Rank(energy=0.8))],
-    "spatial": [Spatial(Rank(ratio=0.5)), Spatial(Rank(num_bytes=900), remainder="keep")],
+    "tucker": [
+        Tucker(Rank(ratio=0.5)),
+        Tucker(Rank(count=2), num_steps=0, remainder="keep"),
+        Tucker(Rank(energy=0.8)),
+        Tucker(Rank(ratio=0.3), fit="outputs"),
+    ],
+    "spatial": [
+        Spatial(Rank(ratio=0.5)),
+        Spatial(Rank(num_bytes=900), remainder="keep"),
+        Spatial(Rank(ratio=0.3), fit="outputs"),
+    ],
     "oats": [OATS(Rank(ratio=0.2), Unstructured(0.7)), OATS(Rank(count=2), NM(2, 8), num_steps=3)],
     "robust-pca": [
         RobustPCA(Rank(count=3), Unstructured(0.7)),

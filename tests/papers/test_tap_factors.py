@@ -1,6 +1,7 @@
 """Factors of convolutions: exact at full rank, found again where they are there, and convolutions that do the same."""
 
 import copy
+import dataclasses
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
+from rarefy.calibrate.statistics import Gram
 from rarefy.core.errors import PatternError
 from rarefy.core.grids import to_bf16_bits
 from rarefy.core.patterns import Unstructured
@@ -125,6 +127,31 @@ def test_factors_hold_what_zeros_lost_and_zeros_what_factors_lost():
         assert {pack(first).format, pack(second).format} == {"sum-v1"}
         with pytest.raises(PatternError, match="an earlier step made factors of it"):
             SVD(Rank(count=1)).compress(first, {}, layer="x")
+
+
+@pytest.mark.parametrize("method", [Tucker, Spatial])
+def test_fitting_outputs_is_the_least_squares_of_the_left_factor(method):
+    rng = np.random.default_rng(8)
+    kernel = start(rng.standard_normal((16, 8, 3, 3)))
+    inputs = rng.standard_normal((500, 72)) @ rng.standard_normal((72, 72)) * rng.exponential(1, 72)
+    gram = torch.from_numpy(inputs.T @ inputs / 500).float()
+    by_weights = method(Rank(ratio=0.3)).compress(kernel, {}, layer="x")
+    by_outputs = method(Rank(ratio=0.3), fit="outputs").compress(kernel, {Gram(): gram}, layer="x")
+    right, same = (factors(each).parts[1:] for each in (by_weights, by_outputs))
+    assert all(np.array_equal(one, two) for one, two in zip(right, same, strict=True))
+    eye = np.eye(factors(by_weights).left_OA.shape[1], dtype=np.float32)
+    rest = dataclasses.replace(factors(by_weights), left_OA=eye)
+    best = np.linalg.lstsq(
+        inputs @ rest.product_OI.T.astype(np.float64), inputs @ kernel.weight_OI.T.astype(np.float64), rcond=None
+    )[0].T
+
+    def lost(value):
+        return np.square(inputs @ (value - kernel.weight_OI).T.astype(np.float64)).sum()
+
+    least = lost(best @ rest.product_OI)
+    assert least * (1 - 1e-6) <= lost(by_outputs.value_OI) <= 1.02 * least < 0.8 * lost(by_weights.value_OI)
+    blind = method(Rank(ratio=0.3), fit="outputs").compress(kernel, {Gram(): torch.zeros(72, 72)}, layer="x")
+    assert np.array_equal(blind.value_OI, by_weights.value_OI)
 
 
 def layout_of(made: TapFactors) -> Tapwise:

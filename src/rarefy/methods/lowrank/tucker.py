@@ -15,14 +15,14 @@ from rarefy.core.solution import Solution
 from rarefy.core.tap_factors import TapFactors
 from rarefy.methods.base import check_hyperparameters, hyperparameter
 from rarefy.methods.lowrank.svd import REMAINDER_DOC
-from rarefy.methods.lowrank.taps import kernel_of, leading, why_no_kernel
-from rarefy.methods.lowrank.truncate import Remainder, with_factors
+from rarefy.methods.lowrank.taps import FIT_DOC, Fit, fitted, kernel_of, leading, needs_of, why_no_kernel
+from rarefy.methods.lowrank.truncate import Remainder
 
 
 @final
 @dataclass(frozen=True)
 class Tucker:
-    """Put a convolution into three: 1 x 1 to fewer channels, a core of all taps, 1 x 1 to the outputs; no data needed.
+    """Put a convolution into three: 1 x 1 to fewer channels, a core of all taps, 1 x 1 to the outputs.
 
         W[o, s, c] = sum_ar L[o, a] G[a, s, r] R[r, c]
 
@@ -35,20 +35,22 @@ class Tucker:
     Notes:
         The paper finds both ranks by variational Bayes; here `rank` says them. With `ratio` and `num_bytes` both are
         the same share of the layer's outputs and channels, the largest with which the three factors keep to it;
-        `energy` is asked of each unfolding; `count` is the rank on both sides.
+        `energy` is asked of each unfolding; `count` is the rank on both sides. `fit: outputs` is an addition: least
+        squares of the left factor on the layer's outputs, in place of the paper's fine-tuning.
     """
 
     paper: ClassVar[str] = "arXiv:1511.06530"
     rank: Rank = hyperparameter(MISSING, "how many outputs and channels the core has, said once for both")
     num_steps: int = hyperparameter(3, "rounds of alternation after the higher-order SVD", ge=0)
+    fit: Fit = hyperparameter("weights", FIT_DOC)
     remainder: Remainder = hyperparameter("drop", REMAINDER_DOC)
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
 
     def needs(self) -> tuple[Statistic, ...]:
-        """Nothing: the weights say it all."""
-        return ()
+        """Nothing, or the second moments of the inputs where outputs are fitted."""
+        return needs_of(self.fit)
 
     def misfit(self, kind: str, shape: tuple[int, ...]) -> str | None:
         """Why the method does not fit a layer of a kind with a weight (O, C, *taps); None if it does."""
@@ -61,7 +63,6 @@ class Tucker:
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Factorize one layer; see `LayerMethod.compress`."""
-        del stats  # none is needed
         kernel_OSC = kernel_of(solution, layer)
         rows, num_taps, channels = kernel_OSC.shape
         outer, inner = _ranks(self.rank, rows, channels, num_taps)
@@ -79,7 +80,8 @@ class Tucker:
         left, core, right = (
             np.ascontiguousarray(part.float().numpy()) for part in (left_OA, core_ASR.reshape(outer, -1), right_CR.T)
         )
-        return with_factors(solution, TapFactors(left, core, right, num_taps), self.remainder)
+        factors = TapFactors(left, core, right, num_taps)
+        return fitted(solution, factors, self.fit, self.remainder, stats, layer)
 
 
 def _ranks(rank: Rank, rows: int, channels: int, num_taps: int) -> tuple[int, int]:
