@@ -57,6 +57,16 @@ inline uint64_t load_u64(const uint8_t* from) {
     return _cvtmask64_u64(_load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from))));
 }
 
+// The same, read once: gcc would read bits that are a mask and are counted too a second time to count them. One row
+// has no load to spare beside its unaligned values; many rows have, and wait longer for a count that comes by way of a
+// mask register.
+template <bool kOnce>
+inline uint64_t load_mask(const uint8_t* from) {
+    __mmask64 mask = load_u64(from);
+    if constexpr (kOnce) __asm__("" : "+k"(mask));
+    return mask;
+}
+
 // The lanes of a panel that are outputs.
 inline __mmask16 output_lanes(const PanelWeights& w, int64_t panel) {
     const int64_t left = w.num_outputs - panel * kPanelOutputs;
@@ -91,6 +101,11 @@ struct Groups {
         left = w.segments_per_group;
         ++group;
         return true;
+    }
+    // Fetches the scales of a kilobyte later.
+    void fetch(int64_t panel) const {
+        const uint16_t* from = w.scales + (panel * w.num_groups + group) * kPanelOutputs;
+        _mm_prefetch(reinterpret_cast<const char*>(from + 512), _MM_HINT_T0);
     }
     __m512 scales(int64_t panel) const { return widen_bf16(w.scales + (panel * w.num_groups + group) * kPanelOutputs); }
     __m512i zero_points(int64_t panel) const {
