@@ -47,6 +47,7 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             evens[p] = times(zero_points, -sum);
             odds[p] = Sums{};
             streams[p].fetch(kSteps);
+            groups.fetch(panel + p * distance);
         }
         UNROLL for (int pair = 0; pair < kSteps / 2; ++pair, q += 8) {
             const __m512i even_q = broadcast_4(q), odd_q = broadcast_4(q + 4);

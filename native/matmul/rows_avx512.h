@@ -10,9 +10,37 @@ namespace rarefy::matmul::avx512 {
 constexpr int kMaxRows = 8;  // by a pair of panels: 16 sums
 constexpr int kPair = 2;     // panels
 
+// The first rows that meet a pair of panels would wait for memory, and those after them read it from the L2 cache. So
+// each call fetches its share of the next pair.
+class Ahead {
+public:
+    // Share `index` of `count` of `panel` and `panel + distance`, the next pair; nothing unless there is `any`.
+    Ahead(const PanelWeights& w, int64_t panel, int64_t distance, int64_t index, int64_t count, bool any) {
+        for (int p = 0; p < kPair; ++p) {
+            const int64_t* offsets = w.value_offsets + panel + p * distance;
+            const int64_t share = any ? (offsets[1] - offsets[0] + count - 1) / count : 0;
+            from_[p] = w.values + offsets[0] + index * share;
+            end_[p] = from_[p] + share;
+        }
+        num_bytes_ = ((end_[0] - from_[0]) / w.num_blocks + 63) / 64 * 64;
+    }
+    // Once for each block.
+    void fetch() {
+        UNROLL for (int p = 0; p < kPair; ++p) {
+            for (int64_t offset = 0; offset < num_bytes_ && from_[p] < end_[p]; offset += 64, from_[p] += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(from_[p]), _MM_HINT_T1);
+        }
+    }
+
+private:
+    const uint8_t *from_[kPair], *end_[kPair];
+    int64_t num_bytes_;
+};
+
 // kRows rows from `row` on by the panels `panel` and `panel + distance`. kSymmetric: all zero points are the same.
 template <class Stream, int kRows, int kSteps, bool kSymmetric>
-void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance) {
+void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
+              Ahead ahead) {
     const int8_t* q = rows.q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
@@ -40,6 +68,7 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             }
             streams[p].fetch(2 * kPairs);
         }
+        if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
         for (int pair = 0; pair < kPairs; ++pair, q += 8) {
             __m512i even[kPair], odd[kPair];
             UNROLL for (int p = 0; p < kPair; ++p) {
@@ -72,14 +101,15 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
 }
 
 template <class Stream, int kRows>
-void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel,
-                int64_t distance) {
+void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
+                Ahead ahead) {
     const float* x = rows.x + row * rows.stride;
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
     Stream streams[kPair];
     UNROLL for (int p = 0; p < kPair; ++p) { streams[p].start(w, panel + p * distance); }
     for (int64_t block = 0; block < w.num_blocks; ++block) {
         __m512 sums[kRows][kPair];
+        ahead.fetch();
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_setzero_ps(); }
         }
@@ -111,7 +141,7 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
 }
 
 using RowsFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, int64_t panel,
-                              int64_t distance);
+                              int64_t distance, Ahead ahead);
 
 template <class Stream, int kSteps, bool kSymmetric>
 constexpr RowsFunction kRowsInt[kMaxRows] = {
@@ -128,11 +158,12 @@ constexpr RowsFunction kRowsFloat[kMaxRows] = {rows_float<Stream, 1>, rows_float
 inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part, const RowsFunction* functions) {
     const int64_t num_rows = part.row_end - part.row_begin;
     const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
-    const auto all_rows = [&](int64_t panel, int64_t distance) {
+    const auto all_rows = [&](int64_t panel, int64_t distance, int64_t next) {
         int64_t row = part.row_begin;
         for (int64_t group = 0; group < num_groups; ++group) {
             const int64_t count = (num_rows + group) / num_groups;
-            functions[count - 1](w, rows, part, row, panel, distance);
+            const Ahead ahead(w, next, distance, group, num_groups, next != panel && num_groups > 1);
+            functions[count - 1](w, rows, part, row, panel, distance, ahead);
             row += count;
         }
     };
@@ -141,9 +172,13 @@ inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part,
     constexpr int64_t kShortest = 32 << 10;
     const int64_t half = (part.panel_end - part.panel_begin) / 2;
     const bool apart = w.value_offsets[part.panel_begin + half] - w.value_offsets[part.panel_begin] >= kShortest;
-    for (int64_t i = 0; i < half; ++i) all_rows(part.panel_begin + (apart ? i : 2 * i), apart ? half : 1);
+    const int64_t distance = apart ? half : 1, stride = apart ? 1 : kPair;
+    for (int64_t i = 0; i < half; ++i) {
+        const int64_t panel = part.panel_begin + i * stride;
+        all_rows(panel, distance, i + 1 < half ? panel + stride : panel);
+    }
     // The last of an odd number of panels is computed beside itself.
-    if ((part.panel_end - part.panel_begin) % 2 != 0) all_rows(part.panel_end - 1, 0);
+    if ((part.panel_end - part.panel_begin) % 2 != 0) all_rows(part.panel_end - 1, 0, part.panel_end - 1);
 }
 
 }  // namespace rarefy::matmul::avx512

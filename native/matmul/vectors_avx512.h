@@ -53,8 +53,12 @@ inline __m512i widen_bytes(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
+// 64 bits that a mask is made of and that are counted. In a mask register first: gcc would read them a second time to
+// count them, and unaligned values leave no load to spare.
 inline uint64_t load_u64(const uint8_t* from) {
-    return _cvtmask64_u64(_load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from))));
+    __mmask64 mask = _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from)));
+    __asm__("" : "+k"(mask));
+    return _cvtmask64_u64(mask);
 }
 
 // The lanes of a panel that are outputs.
@@ -91,6 +95,11 @@ struct Groups {
         left = w.segments_per_group;
         ++group;
         return true;
+    }
+    // Fetches the scales of a kilobyte later.
+    void fetch(int64_t panel) const {
+        const uint16_t* from = w.scales + (panel * w.num_groups + group) * kPanelOutputs;
+        _mm_prefetch(reinterpret_cast<const char*>(from + 512), _MM_HINT_T0);
     }
     __m512 scales(int64_t panel) const { return widen_bf16(w.scales + (panel * w.num_groups + group) * kPanelOutputs); }
     __m512i zero_points(int64_t panel) const {

@@ -110,6 +110,7 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
         UNROLL for (int p = 0; p < kPanels; ++p) {
             for (int64_t offset = 0; offset < shape.segment_bytes; offset += 64)
                 _mm_prefetch(reinterpret_cast<const char*>(streams[p] + 4096 + offset), _MM_HINT_T0);
+            groups.fetch(panel + p * distance);
             sums[p] = offsets[p] = Sums{};
             zero_points[p] = every_byte(groups.zero_points(panel + p * distance));
             if constexpr (kQuarters > 0) {

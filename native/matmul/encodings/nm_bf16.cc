@@ -134,8 +134,10 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
     multiply_lists<1, kPanels>(w, rows, part, part.row_begin, panel, distance);
 }
 
-constexpr RowsFunction kListRows[] = {multiply_lists<1, 1>, multiply_lists<2, 1>, multiply_lists<3, 1>,
-                                      multiply_lists<4, 1>};
+using ListRowsFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, int64_t panel,
+                                  int64_t distance);
+constexpr ListRowsFunction kListRows[] = {multiply_lists<1, 1>, multiply_lists<2, 1>, multiply_lists<3, 1>,
+                                          multiply_lists<4, 1>};
 
 // A few panels at a time, which stay in the L2 cache while all rows pass by.
 void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
