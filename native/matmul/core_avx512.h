@@ -140,10 +140,11 @@ void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
         walk_rows(w, rows, part, kRowsInt<Stream, 16, false>);
 }
 
-template <class Stream>
+// Many rows may want another stream than one does.
+template <class Stream, class ManyRowsStream = Stream>
 void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin > 1)
-        many_rows_int<Stream>(w, rows, part);
+        many_rows_int<ManyRowsStream>(w, rows, part);
     else if (w.steps_per_segment == 16)
         one_row_int<Stream, 16>(w, rows, part);
     else

@@ -53,12 +53,18 @@ inline __m512i widen_bytes(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
 }
 
-// 64 bits that a mask is made of and that are counted. In a mask register first: gcc would read them a second time to
-// count them, and unaligned values leave no load to spare.
 inline uint64_t load_u64(const uint8_t* from) {
-    __mmask64 mask = _load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from)));
-    __asm__("" : "+k"(mask));
-    return _cvtmask64_u64(mask);
+    return _cvtmask64_u64(_load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from))));
+}
+
+// The same, read once: gcc would read bits that are a mask and are counted too a second time to count them. One row
+// has no load to spare beside its unaligned values; many rows have, and wait longer for a count that comes by way of a
+// mask register.
+template <bool kOnce>
+inline uint64_t load_mask(const uint8_t* from) {
+    __mmask64 mask = load_u64(from);
+    if constexpr (kOnce) __asm__("" : "+k"(mask));
+    return mask;
 }
 
 // The lanes of a panel that are outputs.

@@ -60,6 +60,7 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 namespace rarefy::matmul::avx512 {
 namespace {
 
+template <bool kOneRow>
 struct Stream : PanelStream {
     static constexpr int kOddShift = 4;
     const uint8_t* high;
@@ -72,7 +73,7 @@ struct Stream : PanelStream {
         prefetch<4096>(mask, num_steps * 8);
     }
     void next(__m512i pruned, __m512i& even, __m512i& odd) {
-        const uint64_t even_mask = load_u64(mask), odd_mask = load_u64(mask + 8);
+        const uint64_t even_mask = load_mask<kOneRow>(mask), odd_mask = load_mask<kOneRow>(mask + 8);
         // Both nibbles are expanded, and the one of the other stream dropped after.
         even = _mm512_and_si512(_mm512_mask_expand_epi8(pruned, even_mask, load(values)), _mm512_set1_epi8(0x0f));
         odd = _mm512_and_si512(_mm512_mask_expand_epi8(pruned, odd_mask, load(high)),
@@ -85,7 +86,9 @@ struct Stream : PanelStream {
 
 }  // namespace
 
-void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_int<Stream<true>, Stream<false> >(w, rows, part);
+}
 
 }  // namespace rarefy::matmul::avx512
 

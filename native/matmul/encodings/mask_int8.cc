@@ -37,6 +37,7 @@ void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 namespace rarefy::matmul::avx512 {
 namespace {
 
+template <bool kOneRow>
 struct Stream : PanelStream {
     static constexpr int kOddShift = 0;
     void fetch(int num_steps) const {
@@ -44,7 +45,7 @@ struct Stream : PanelStream {
         prefetch<4096>(mask, num_steps * 8);
     }
     void next(__m512i pruned, __m512i& even, __m512i& odd) {
-        const uint64_t even_mask = load_u64(mask), odd_mask = load_u64(mask + 8);
+        const uint64_t even_mask = load_mask<kOneRow>(mask), odd_mask = load_mask<kOneRow>(mask + 8);
         even = _mm512_mask_expand_epi8(pruned, even_mask, load(values));
         values += _mm_popcnt_u64(even_mask);
         odd = _mm512_mask_expand_epi8(pruned, odd_mask, load(values));
@@ -55,7 +56,9 @@ struct Stream : PanelStream {
 
 }  // namespace
 
-void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    multiply_int<Stream<true>, Stream<false> >(w, rows, part);
+}
 
 }  // namespace rarefy::matmul::avx512
 

@@ -174,15 +174,20 @@ def matmul_many(x_TI: ArrayLike, weights: Sequence[Prepared]) -> list[Float32Arr
     x = np.asarray(x_TI, dtype=np.float32)
     if x.ndim == 0:
         raise UsageError("matmul", "x is a scalar", allowed="an array with at least one axis")
+    composed = False
     for w in weights:
+        composed |= isinstance(w.weights, _Chain | _Sum)
         if x.shape[-1] != w.shape[1]:
             raise UsageError(
                 "matmul", f"x has shape {x.shape}, the weight {w.shape}", allowed=f"a last axis of {w.shape[1]}"
             )
     leading = x.shape[:-1]
     rows_TI = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(prod(leading), x.shape[-1]))
-    results = iter(_products(rows_TI, [part for w in weights for part in _first_parts(w)]))
-    outputs = [_finish(w, results) for w in weights]
+    if composed:
+        results = iter(_products(rows_TI, [part for w in weights for part in _first_parts(w)]))
+        outputs = [_finish(w, results) for w in weights]
+    else:
+        outputs = _products(rows_TI, weights)
     return outputs if x.ndim == 2 else [y_TO.reshape(*leading, y_TO.shape[1]) for y_TO in outputs]
 
 
