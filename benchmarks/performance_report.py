@@ -48,6 +48,7 @@ How it was measured:
   with less, and what of OpenVINO is not oneDNN may use AVX-512: the second compares like with like.
 
 Repeat it with `make bench`, which makes an environment of its own; the layouts alone with `rarefy bench --kernels`.
+What limits the products that fall short, in cycles and bytes: [limits.md](limits.md).
 """
 
 

@@ -1,7 +1,7 @@
 // Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
-// NAME]
-// [--format PART] [--nm KEEP:GROUP] [--warm]. Cold (the default) rotates over more copies of the weight than any cache
-// holds.
+// NAME] [--format PART] [--nm KEEP:GROUP] [--zeros FRACTION] [--warm]. Cold (the default) rotates over more copies of
+// the weight than any cache holds, and shows how long a pass over as many bytes takes that only reads them, in two
+// streams per thread as one row does. Warm has one copy: of a shape that fits into a cache, what the arithmetic takes.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -26,6 +26,7 @@ struct Options {
     long rows = 1, outputs = 4096, inputs = 4096;
     std::string isa, format;
     int keep = 32, group = 64;
+    double zeros = 0.5;
     bool warm = false;
 };
 
@@ -33,9 +34,36 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void bench(const matmul::ListedKernel& kernel, const Options& options, double bandwidth) {
+// Cycles per second of this core while it is busy: a shift and an exclusive or that wait for each other take two.
+double measure_clock() {
+    constexpr int kSteps = 200000;
+    double best = 1e9;
+    for (int repeat = 0; repeat < 20; ++repeat) {
+        uint64_t x = 1;
+        const auto start = std::chrono::steady_clock::now();
+        for (int i = 0; i < kSteps; ++i) {
+            x ^= x << 1;
+            __asm__ volatile("" : "+r"(x));
+        }
+        best = std::min(best, seconds_since(start));
+    }
+    return 2 * kSteps / best;
+}
+
+// Seconds of the median of 15 passes over other bytes, as many as a weight has.
+double time_reading(common::BandwidthProbe& probe, long num_bytes) {
+    constexpr int kRepeats = 15;
+    std::vector<double> times;
+    for (int repeat = 0; repeat < kRepeats; ++repeat)
+        times.push_back(static_cast<double>(num_bytes) / probe.read(num_bytes, 2, 2048).bytes_per_s);
+    std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
+    return times[kRepeats / 2];
+}
+
+void bench(const matmul::ListedKernel& kernel, const Options& options, common::BandwidthProbe& probe,
+           double bandwidth) {
     const matmul::Sample sample = matmul::make_sample(
-        {kernel.format, options.outputs, options.inputs, 64, true, 0.5, 1, options.keep, options.group});
+        {kernel.format, options.outputs, options.inputs, 64, true, 1 - options.zeros, 1, options.keep, options.group});
     const matmul::PackedArrays packed = sample.packed();
     std::vector<std::unique_ptr<matmul::Weights>> copies;
     double packing = 1e9;
@@ -65,12 +93,18 @@ void bench(const matmul::ListedKernel& kernel, const Options& options, double ba
     }
     std::sort(times.begin(), times.end());
     const double best = times[2], median = times[times.size() / 2];
+    const double cycles = measure_clock() * options.threads * 64 / work;
     std::printf(
-        "%-18s %-9s %9.1f us, median %9.1f; %6.1f GB/s (%3.0f %%), %5.2f ns per 64 weights and row, %6.0f GOPS; "
-        "packed at %5.0f M weights/s\n",
+        "%-18s %-9s %9.1f us, median %9.1f; %6.1f GB/s (%3.0f %%), %6.3f cycles of a core per 64 weights and row, "
+        "%6.0f GOPS; packed at %5.0f M weights/s",
         kernel.format.c_str(), matmul::name(kernel.isa), best * 1e6, median * 1e6, num_bytes / best / 1e9,
-        100 * num_bytes / best / bandwidth, best * 1e9 * 64 / work, 2 * work / best / 1e9,
+        100 * num_bytes / best / bandwidth, best * cycles, 2 * work / best / 1e9,
         static_cast<double>(options.outputs) * options.inputs / packing / 1e6);
+    if (!options.warm && options.rows == 1) {
+        const double reading = time_reading(probe, num_bytes);
+        std::printf("; reading alone, median %9.1f us (%.3f cycles)", reading * 1e6, reading * cycles);
+    }
+    std::printf("\n");
 }
 
 }  // namespace
@@ -93,6 +127,8 @@ int main(int argc, char** argv) {
             options.isa = value;
         } else if (name == "--format") {
             options.format = value;
+        } else if (name == "--zeros") {
+            options.zeros = std::atof(value);
         } else if (name == "--nm" && std::sscanf(value, "%d:%d", &options.keep, &options.group) == 2) {
             continue;
         } else if (name != "--shape" || std::sscanf(value, "%ldx%ld", &options.outputs, &options.inputs) != 2) {
@@ -110,7 +146,7 @@ int main(int argc, char** argv) {
     for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
         if (kernel.format.find(options.format) == std::string::npos) continue;
         if (!options.isa.empty() && options.isa != matmul::name(kernel.isa)) continue;
-        bench(kernel, options, bandwidth);
+        bench(kernel, options, probe, bandwidth);
     }
     return 0;
 }
