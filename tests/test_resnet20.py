@@ -119,3 +119,18 @@ def test_bytes_shrink_as_the_formats_promise(results, resnet):
     num_weights = sum(p.numel() for name, p in resnet.named_parameters() if "layer" in name and "conv" in name)
     assert results["int8"][1] == pytest.approx(num_weights * (1 + 2 / 64), rel=0.02)
     assert results["sparsegpt"][1] == pytest.approx(num_weights * 9 / 8, rel=0.02)
+
+
+def test_factors_of_the_kernels(resnet, images):
+    """Half of the numbers: fitting the last factor to the outputs saves most of what the weights' own factors lose."""
+    found = {}
+    for method, fit in (("spatial", "weights"), ("spatial", "outputs"), ("tucker", "weights"), ("tucker", "outputs")):
+        step = {"method": method, "rank": {"ratio": 0.5}, "fit": fit}
+        result = rarefy.compress(resnet, {"steps": [step]}, calibration=images[0], measure=False)
+        assert {layout.format for layout in result.layers.values()} == {"tapwise-bf16-v1"}
+        num_weights = sum(layout.shape[0] * layout.shape[1] for layout in result.layers.values())
+        assert sum(layout.nbytes for layout in result.layers.values()) <= num_weights  # of 2 bytes in bfloat16
+        found[method, fit] = accuracy(result.model(), images)
+    assert found["spatial", "outputs"] >= found["spatial", "weights"] + 0.2
+    assert found["tucker", "outputs"] >= found["tucker", "weights"] + 0.2
+    assert found["spatial", "outputs"] >= 0.65

@@ -10,6 +10,7 @@ import torch
 from scipy.optimize import minimize
 from torch import nn
 
+import rarefy
 from rarefy.calibrate.statistics import Gram
 from rarefy.core.errors import PatternError
 from rarefy.core.grids import to_bf16_bits
@@ -19,9 +20,13 @@ from rarefy.core.solution import Solution
 from rarefy.core.tap_factors import TapFactors
 from rarefy.layouts import DenseFloat, LowRank, Tapwise, pack
 from rarefy.methods import SVD, Magnitude, Spatial, Tucker
+from rarefy.models import load_model
 from rarefy.nn import PackedConv, replace_linear
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.patches import Geometry
+from rarefy.plan import make_plan
+from rarefy.plan.cost import Rates
+from rarefy.recipe import load_recipe
 
 FULL = Rank(energy=1.0)
 
@@ -207,3 +212,26 @@ def test_convolutions_of_the_factors_are_the_convolution_of_the_kernel(geometry,
     assert float((got - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
     assert len(products) == 2  # two convolutions, each with a part of the taps
     assert [int(np.prod(axes)) for axes in products] == [int(np.prod(kernel)) // runs, runs]
+
+
+@pytest.mark.parametrize("method", ["tucker", "spatial"])
+@pytest.mark.parametrize(
+    "rank", [{"ratio": 0.3}, {"num_bytes": 900}, {"count": 3}, {"energy": 0.6}, {"energy": 1.0}], ids=str
+)
+def test_a_plan_knows_the_bytes(method, rank):
+    """With energy at most; where the dense kernel takes fewer bytes it is stored."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 20, 3), nn.Conv2d(20, 32, (3, 2), groups=2), nn.Conv2d(32, 4, 1))
+    recipe = {"steps": [{"method": method, "rank": rank}]}
+    plan = make_plan(load_recipe(recipe), load_model(model).structure(), rates=Rates(1e9, 1e9))
+    run = rarefy.compress(model, recipe, measure=False)
+    assert [layer.name for layer in plan.layers] == ["0", "1.group0", "1.group1"]
+    for layer in plan.layers:
+        layout = run.layers[layer.name]
+        assert layer.exact == ("energy" not in rank)
+        if layer.exact:
+            assert (layer.format, layer.packed_bytes) == (layout.format, layout.nbytes)
+        else:
+            assert layer.packed_bytes >= layout.nbytes
+    formats = {layout.format for layout in run.layers.values()}
+    assert formats == {"dense-bf16-v1" if rank == {"energy": 1.0} else "tapwise-bf16-v1"}

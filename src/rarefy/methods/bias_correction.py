@@ -21,14 +21,15 @@ class BiasCorrection:
 
     References:
         Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv:1906.04721, section
-        4.2 (E[y] - E[y~] = -epsilon E[x]), with E[x] from data as in its appendix D.
+        4.2 (E[y] - E[y~] = -epsilon E[x]), with E[x] from data.
 
     Notes:
         W is the weight before all steps; it is the last step of a layer. A layer without a bias is given one, where its
         outputs are all that the bias is added to: not in recurrent layers that were made without, and not in an
         embedding or a head that is tied to one. The report names those. E[x] is that of the inputs that come through
-        the compressed blocks before, as everywhere here. Rounding to bfloat16 in storage comes later, and its shift
-        stays.
+        the compressed blocks before, as everywhere here, so that only the shift of this layer's own weights is made up
+        for, and not those of the blocks before; the paper's appendix D compares with the outputs of the dense network.
+        That can make things worse: docs/methods.md. Rounding to bfloat16 in storage comes later, and its shift stays.
     """
 
     paper: ClassVar[str] = "arXiv:1906.04721"
