@@ -34,6 +34,12 @@ def _one(method: str, **fields: Any) -> list[dict[str, Any]]:
 RECIPES: dict[str, list[dict[str, Any]]] = {
     **{f"{name}-50": _one(name, pattern=HALF) for name in ("random", "magnitude", "wanda", "ria", "dsnot", "lasso")},
     **{f"{name}-50": _one(name, pattern=HALF) for name in ("sparsegpt", "alps")},
+    **{
+        f"{name}-70 {rule}": _one(name, pattern={"sparsity": 0.7}, allocation=rule)
+        for name in ("magnitude", "wanda", "alps")
+        for rule in ("uniform", "erk", "owl", "global")
+        if (name, rule) != ("alps", "global")
+    },
     "wanda-50 + rescale": _one("wanda", pattern=HALF) + _one("rescale"),
     "wanda-50 + refit": _one("wanda", pattern=HALF) + _one("refit"),
     **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone")},
