@@ -39,6 +39,12 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "apoz-columns-25": _one("apoz", pattern=COLUMNS, threshold=0.1, targets=MLP_OUT),
     "magnitude-columns-25": _one("magnitude", pattern=COLUMNS, targets=MLP_OUT),
     "random-columns-25": _one("random", pattern=COLUMNS, targets=MLP_OUT),
+    **{
+        f"{name}-70 {rule}": _one(name, pattern={"sparsity": 0.7}, allocation=rule)
+        for name in ("magnitude", "wanda", "alps")
+        for rule in ("uniform", "erk", "owl", "global")
+        if (name, rule) != ("alps", "global")
+    },
     "wanda-50 + rescale": _one("wanda", pattern=HALF) + _one("rescale"),
     "wanda-50 + refit": _one("wanda", pattern=HALF) + _one("refit"),
     **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone", "scaled-gd")},
