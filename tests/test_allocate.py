@@ -291,7 +291,7 @@ def test_the_plan_of_erk_is_what_is_written(compress, model_dir, tmp_path, patte
     assert [layer.format for layer in plan.layers] == [layer.format for layer in result.report.layers]
     assert all(layer.exact and not layer.is_mean for layer in plan.layers)
     assert len({layer.sparsity for layer in result.report.layers}) > 2
-    assert plan.notes == tuple(text for text in result.report.warnings if "allocation erk" in text)
+    assert plan.notes == tuple(text for text in result.report.notes if "allocation erk" in text)
     assert sum(layer.nbytes for layer in map(read_artifact(tmp_path / "OUT").layer, result.layers)) == sum(
         layer.packed_bytes for layer in plan.layers
     )

@@ -342,7 +342,7 @@ class _Facts:
 
     def report(self, metrics: tuple[Metric, ...], warnings: tuple[str, ...], seconds: Mapping[str, float]) -> RunReport:
         """The report of the run."""
-        own = [*self.loaded.notes, *notes(self.recipe, self.structure), *self.amounts]
+        own = list(self.loaded.notes)
         if self.solved.num_resumed:
             own.append(
                 f"an interrupted run had finished {self.solved.num_resumed} of the blocks; the time of compression is "
@@ -366,6 +366,7 @@ class _Facts:
             warnings=(*own, *warnings),
             seconds=dict(seconds),
             peak_memory_bytes=peak_memory_bytes(),
+            notes=(*notes(self.recipe, self.structure), *self.amounts),
         )
 
     def _uncorrected(self) -> Iterator[str]:

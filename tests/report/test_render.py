@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rarefy.core.results import NATS, PairedDifference, RunReport
-from rarefy.report import render_html, render_model_card, render_verdict
+from rarefy.report import facts, render_html, render_model_card, render_verdict
 from rarefy.report.charts import error_heatmap, layer_strips, nice_ceiling
 
 VOID = {"meta", "input", "br", "link", "img"}
@@ -92,10 +92,19 @@ def test_hostile_texts_cannot_leave_their_place_in_the_card(hostile_report: RunR
 
 def test_the_verdict_drives_no_terminal(hostile_report: RunReport) -> None:
     evil = "\x1b[2J\x07evil"
-    text = verdict_text(replace(hostile_report, warnings=(evil,)))
-    assert "evil" in text
+    text = verdict_text(replace(hostile_report, warnings=(evil,), notes=(evil,)))
+    assert text.count("evil") >= 2
     assert "\x1b" not in text
     assert "\x07" not in text
+
+
+def test_notes_are_told_and_are_no_warnings(report: RunReport) -> None:
+    noted = replace(report, notes=("step 1: 20 % to <80> % zeros",))
+    assert "note: step 1" in verdict_text(noted)
+    assert "> **Note:** step 1" in render_model_card(noted)
+    assert '<p class="note">step 1: 20 % to &lt;80&gt; % zeros</p>' in render_html(noted)
+    assert RunReport.from_json(noted.to_json()) == noted
+    assert "20 %" not in "".join(facts.warnings(noted))
 
 
 def test_the_verdict_fits_80_columns_and_names_all(report: RunReport) -> None:

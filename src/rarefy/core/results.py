@@ -177,6 +177,7 @@ class RunReport(Record):
         untouched: the others, with reasons.
         metrics: measurements before and after.
         warnings: plain sentences.
+        notes: the same of what is as it was asked for.
         seconds: time per phase.
         peak_memory_bytes: of the process.
         report_version: of this record's fields.
@@ -197,6 +198,7 @@ class RunReport(Record):
     warnings: tuple[str, ...]
     seconds: dict[str, float]
     peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
     report_version: int = REPORT_VERSION
 
     def __post_init__(self) -> None:

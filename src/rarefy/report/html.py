@@ -103,6 +103,7 @@ def _verdict(report: RunReport) -> str:
     notes = warnings(report)
     if notes:
         parts.append(f'<ul class="warnings">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
+    parts += [f'<p class="note">{escape(note)}</p>' for note in report.notes]
     compared = changes(report)
     if compared:
         parts.append(f'<div class="cards">{"".join(map(_card, compared))}</div>')

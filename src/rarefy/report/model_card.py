@@ -71,7 +71,8 @@ def _task_of(architecture: str) -> tuple[str | None, str]:
 
 
 def _warning_lines(report: RunReport) -> str:
-    return "\n".join(f"> **Warning:** {_plain(note)}\n" for note in warnings(report))
+    told = [("Warning", note) for note in warnings(report)] + [("Note", note) for note in report.notes]
+    return "\n".join(f"> **{kind}:** {_plain(note)}\n" for kind, note in told)
 
 
 def _use(task: str | None, auto_class: str) -> str:

@@ -24,7 +24,7 @@ def render_verdict(report: RunReport) -> RenderableType:
         report: The facts of one run.
 
     Returns:
-        The headline, the table of metrics, the plain warnings, the totals and the untouched layers.
+        The headline, the table of metrics, the plain warnings and notes, the totals and the untouched layers.
     """
     parts: list[RenderableType] = [Text(printable(headline(report)) + ".", style="bold"), Text()]
     compared = changes(report)
@@ -35,6 +35,9 @@ def render_verdict(report: RunReport) -> RenderableType:
     notes = warnings(report)
     if notes:
         parts += [_hanging("warning: ", note, "yellow") for note in notes]
+        parts.append(Text())
+    if report.notes:
+        parts += [_hanging("note: ", note, "dim") for note in report.notes]
         parts.append(Text())
     total = totals(report)
     if total.num_layers:
