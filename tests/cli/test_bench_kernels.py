@@ -41,7 +41,7 @@ def test_packing_is_timed(run: Callable) -> None:
             low, median, high = (row[f"{step}_weights_per_s{end}"] for end in ("_low", "", "_high"))
             assert 0 < low <= median <= high
     assert {row["layout"] for row in rows if row["pack_weights_per_s"] is None} == {
-        *("lowrank-bf16-v1", "lowrank-int8-v1", "sum-v1"),
+        *("lowrank-bf16-v1", "lowrank-int8-v1", "tapwise-bf16-v1", "sum-v1"),
     }
 
 

@@ -25,7 +25,7 @@ from rarefy.kernels import (
     set_num_threads,
 )
 from rarefy.kernels.reference import BLOCK, is_integer, quantize_activations
-from rarefy.layouts import FORMATS, Layout, LowRank, Sum
+from rarefy.layouts import FORMATS, Layout, LowRank, Sum, Tapwise
 from rarefy.measure.kernel_samples import Sample, samples_of
 from rarefy.measure.latency import Timings, interleave
 
@@ -310,6 +310,11 @@ def _expected(layout: Layout, x_TI: Float32Array, where: str) -> tuple[_Float64A
             inner_TK = prepare(layout.right).matmul(x_TI)
             _require_near(inner_TK, *_expected(layout.right, x_TI, where), where)
             return _expected(layout.left, inner_TK, where)
+        case Tapwise():
+            runs = x_TI.reshape(-1, layout.right.shape[1])
+            inner = prepare(layout.right).matmul(runs)
+            _require_near(inner, *_expected(layout.right, runs, where), where)
+            return _expected(layout.left, inner.reshape(len(x_TI), layout.left.shape[1]), where)
         case Sum():
             (first_TO, first_bound_TO), (second_TO, second_bound_TO) = (
                 _expected(part, x_TI, where) for part in layout.parts

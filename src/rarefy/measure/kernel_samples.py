@@ -24,6 +24,7 @@ from rarefy.layouts import (
     LowRank,
     MetaValue,
     Sum,
+    Tapwise,
     Ternary,
 )
 from rarefy.layouts.base import pack_codes, pack_mask
@@ -62,6 +63,7 @@ _PATTERNS: Final[Mapping[str, tuple[Mapping[str, MetaValue], ...]]] = {
     "lut4": ({"group_size": 64, "scaled": True},),
     "lut8": ({"group_size": None, "scaled": False},),
     "lowrank": ({"rank": 128},),
+    "tapwise": ({"inner_rank": 64},),
     "sum": (
         {
             "parts": [
@@ -113,6 +115,8 @@ class Sample:
         match kind:
             case "sum":
                 return _make_sum(self.parameters, shape, seed)
+            case "tapwise":
+                return _make_tapwise(self.parameters, shape, seed)
             case "lowrank":
                 return _make_low_rank(values, self.parameters, shape, seed)
         small_shape = min(num_rows, self.period), width
@@ -195,6 +199,16 @@ def _make_low_rank(
     left, small_left = (cast(_Factor, made) for made in factor.make((shape[0], rank), seed=seed))
     right = cast(_Factor, factor.make((rank, shape[1]), seed=seed + _OTHER_SEED)[0])
     return LowRank(left, right), LowRank(small_left, right)
+
+
+def _make_tapwise(parameters: Mapping[str, MetaValue], shape: tuple[int, int], seed: int) -> tuple[Layout, Layout]:
+    """Random factors of as many runs as a small kernel has taps, where the width divides so; the rows repeat."""
+    num_runs = next(runs for runs in (9, 8, 4, 2, 1) if shape[1] % runs == 0)
+    inner = cast(int, parameters["inner_rank"])
+    factor = samples_of("dense-bf16-v1")[0]
+    left, small_left = (cast(DenseFloat, made) for made in factor.make((shape[0], num_runs * inner), seed=seed))
+    right = cast(DenseFloat, factor.make((inner, shape[1] // num_runs), seed=seed + _OTHER_SEED)[0])
+    return Tapwise(left, right, num_runs), Tapwise(small_left, right, num_runs)
 
 
 def _make_sum(parameters: Mapping[str, MetaValue], shape: tuple[int, int], seed: int) -> tuple[Layout, Layout]:

@@ -14,7 +14,7 @@ import numpy as np
 from rarefy.core.errors import LayoutError
 from rarefy.core.grids import from_bf16_bits
 from rarefy.kernels import get_num_threads, prepare, set_num_threads
-from rarefy.layouts import FORMATS, Binary, Layout, LookupTable, LowRank, Sum, Ternary, pack, unpack
+from rarefy.layouts import FORMATS, Binary, Layout, LookupTable, LowRank, Sum, Tapwise, Ternary, pack, unpack
 from rarefy.layouts.packing import AnyLayout
 from rarefy.measure.kernel_bench import check_shapes, find_samples
 
@@ -85,7 +85,7 @@ def _steps(layout: AnyLayout) -> tuple[Callable[[], object] | None, Callable[[],
 
 def _packer(layout: AnyLayout) -> Callable[[], Layout] | None:
     match layout:
-        case LowRank() | Sum():
+        case LowRank() | Tapwise() | Sum():
             return None
         case Ternary() | Binary():
             weight_OI = layout.to_dense()
