@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from cifar import normalised, resnet20
 from torch import Tensor, nn
 
 import rarefy
@@ -28,40 +28,6 @@ from rarefy.nn import find_weight
 SPARSITIES = (0.5, 0.8, 0.9)
 SEEDS = (0, 1)
 BATCH = 100
-
-
-class Block(nn.Module):
-    """Two convolutions and a shortcut that drops every other pixel and pads channels with zeros (option A)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.missing = outputs - inputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        if self.missing:
-            x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.missing // 2, self.missing // 2))
-        return torch.relu(x + y)
-
-
-class ResNet20(nn.Module):
-    """The CIFAR ResNet of 20 layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(2)))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(2)))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return self.linear(self.layer3(self.layer2(self.layer1(y))).mean((2, 3)))
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -87,13 +53,12 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", help=f"of {', '.join(METHODS)}; default: all")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = ResNet20().eval()
-    model.load_state_dict(load_file(options.data / "resnet-cifar10" / "resnet20.safetensors"), strict=False)
+    model = resnet20(options.data)
     train = np.load(options.data / "cifar10" / "train-10k.npz")
     test = np.load(options.data / "cifar10" / "test-2k.npz")
-    images = _normalised(train["images"][: options.images]).split(BATCH)
+    images = normalised(train["images"][: options.images]).split(BATCH)
     labels = torch.from_numpy(train["labels"][: options.images]).long().split(BATCH)
-    tests = _normalised(test["images"]), test["labels"]
+    tests = normalised(test["images"]), test["labels"]
     dense = array_accuracy(model, *tests).value.median
     results: dict[str, Any] = {"dense": dense, "num_test": len(test["labels"]), "num_images": options.images}
     results |= {"seeds_of_random": SEEDS, "labels": options.labels, "methods": {}}
@@ -144,11 +109,6 @@ def _drawn_labels() -> Any:
         return nn.functional.cross_entropy(logits, torch.multinomial(chances, 1, generator=generator)[:, 0])
 
     return loss
-
-
-def _normalised(pixels: np.ndarray) -> Tensor:
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    return ((torch.from_numpy(pixels).float() / 255 - mean) / std).movedim(-1, 1).contiguous()
 
 
 def _error(share: float, count: int) -> float:
