@@ -40,7 +40,7 @@ from rarefy.methods import (
 INT4, INT8 = IntGrid(4, 32, False), IntGrid(8, None, True)
 
 EXAMPLES: dict[str, list[LayerMethod]] = {
-    "magnitude": [Magnitude(Unstructured(0.5)), Magnitude(NM(2, 4)), Magnitude(Blocks((4, 8), 0.5))],
+    "magnitude": [Magnitude(Unstructured(0.5)), Magnitude(NM(2, 4)), Magnitude(Blocks((4, 8), 0.5), norm="l2")],
     "wanda": [Wanda(Unstructured(0.7)), Wanda(NM(16, 64)), Wanda(Lines("rows", 0.5)), Wanda(Blocks((3, 20), 0.4))],
     "taylor": [Taylor(Unstructured(0.5)), Taylor(NM(2, 4), average="signed"), Taylor(Lines("columns", 0.25))],
     "obd": [OBD(Unstructured(0.7)), OBD(NM(2, 4)), OBD(Blocks((4, 8), 0.5))],

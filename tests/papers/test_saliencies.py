@@ -5,7 +5,7 @@ import torch
 from tests.papers.test_identities import least_squares, problem, row_losses, stats
 
 from rarefy.calibrate.statistics import SquaredNorm
-from rarefy.core.patterns import NM, Unstructured
+from rarefy.core.patterns import NM, Lines, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.methods import RIA, Magnitude, Random, Refit, SparseGPT, Wanda
 
@@ -36,6 +36,19 @@ def test_ria_spares_rows_and_columns_that_are_small_as_a_whole() -> None:
     for part in (np.s_[3], np.s_[:, 5]):
         assert relative.mask_OI[part].any()
         assert not plain.mask_OI[part].any()
+
+
+def test_rows_go_by_either_norm() -> None:
+    weight_OI = np.full((4, 8), 0.5, dtype=np.float32)
+    weight_OI[1] = 0
+    weight_OI[1, 0] = 3  # |w| sums to 3 and w^2 to 9, in the other rows to 4 and 2
+    kept = {}
+    for norm in ("l1", "l2"):
+        result = Magnitude(Lines("rows", 0.25), norm=norm).compress(Solution.dense(weight_OI), {}, layer="x")
+        assert result.mask_OI is not None
+        kept[norm] = result.mask_OI.any(axis=1)
+    assert not kept["l1"][1]
+    assert kept["l2"][1]
 
 
 def test_chance_differs_by_layer_and_seed_and_repeats() -> None:
