@@ -69,7 +69,9 @@ class Net(nn.Module):
 
     def forward(self, x):
         y = torch.relu(self.deep(torch.relu(self.conv(x)))).flatten(2).transpose(1, 2)
-        return self.head(self.lstm(y)[0][:, -1])
+        last = self.lstm(y)[0][:, -1]
+        self.aside(last)  # has inputs, and the loss does not depend on it
+        return self.head(last)
 
 
 @pytest.fixture
@@ -118,8 +120,9 @@ def test_what_goes_is_what_the_loss_misses_least(net, batches):
     assert values["obd"] < 0.5 * values["random"]
 
 
-def test_a_layer_that_no_gradient_reaches_is_told(net, batches):
-    run = compressed(net, [{"method": "taylor", "pattern": HALF, "targets": "*"}], batches)
+@pytest.mark.parametrize("allocation", ["uniform", "owl", "global"])
+def test_a_layer_that_no_gradient_reaches_is_told(net, batches, allocation):
+    run = compressed(net, [{"method": "taylor", "pattern": HALF, "targets": "*", "allocation": allocation}], batches)
     (untouched,) = [layer for layer in run.report.untouched if layer.name == "aside"]
     assert untouched.reason == "no gradient reached it, and its method needs some"
 

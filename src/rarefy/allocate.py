@@ -69,7 +69,9 @@ def allocate(
         amounts = kept.get(str(place))
         if amounts is None:
             names = [layer.name for layer in shapes]
-            with Dense(loaded, structure, names, calls, dtype, tick, gradients) as dense:
+            reads_gradients = any(isinstance(statistic, GradientStatistic) for statistic in step.looks_at())
+            own = gradients if reads_gradients else None
+            with Dense(loaded, structure, names, calls, dtype, tick, own) as dense:
                 amounts = step.allocation.measured_amounts(sparsity_of(step), shapes, step.method, dense)
         kept[str(place)] = amounts
         allocated = with_amounts(allocated, place, step, shapes, amounts)
@@ -153,8 +155,7 @@ class Dense:
         for layers in (*self._inside.values(), *([layer] for layer in self._outside)):
             known = {layer: self._vectors.get(layer, {}) for layer in layers}
             seen = {layer: own for layer, own in known.items() if own.keys() >= set(statistics)}
-            if seen:
-                yield self._read(seen)
+            yield from self._read(seen)
 
     def _whole_model(self, statistics: Sequence[InputStatistic]) -> Generator[list[DenseLayer], None, None]:
         """One pass for all layers, as the solver makes one where a model has no row of blocks."""
@@ -168,7 +169,7 @@ class Dense:
         self._loaded.release("")
         self._remember(stats)
         for layer, own in stats.items():
-            yield self._read({layer: own})
+            yield from self._read({layer: own})
         self._end(statistics)
 
     def _block_by_block(self, statistics: Sequence[InputStatistic]) -> Generator[list[DenseLayer], None, None]:
@@ -194,8 +195,7 @@ class Dense:
                     stats = self._collect(block, calls, self._inside[name], statistics, outputs, name)
                 self._loaded.release(name)
                 self._remember(stats)
-                if stats:
-                    yield self._read(stats)
+                yield from self._read(stats)
                 if outputs is not None:
                     walk.finish(outputs)
                 del calls, outputs, reached
@@ -207,7 +207,7 @@ class Dense:
         self._loaded.release("")
         self._remember(rest)
         for layer, own in rest.items():
-            yield self._read({layer: own})
+            yield from self._read({layer: own})
         self._end(statistics)
 
     def _collect(
@@ -245,7 +245,8 @@ class Dense:
             statistic for statistic in statistics if any(statistic in own for own in self._vectors.values())
         }
 
-    def _read(self, stats: Mapping[str, _Stats]) -> list[DenseLayer]:
+    def _read(self, stats: Mapping[str, _Stats]) -> Iterator[list[DenseLayer]]:
+        """The layers with all of their statistics, without those that no gradient reaches; nothing if none is left."""
         found = []
         for layer, of_inputs in stats.items():
             gradients = {} if self._gradients is None else self._gradients.of(layer)
@@ -256,4 +257,5 @@ class Dense:
             matrix_OI = weight.matrix.of(self._loaded.read(weight.parameter_name)).contiguous().numpy()
             groups = weight.matrix.num_row_groups if own else 1
             found.append(DenseLayer(layer, np.asarray(matrix_OI, dtype=np.float32), own, groups))
-        return found
+        if found:
+            yield found
