@@ -156,8 +156,7 @@ def compress(
         loaded.tokenizer = tokenizer or loaded.tokenizer
         structure = loaded.structure()
         layers = resolve(parsed, structure)
-        if parsed.reestimate_batch_norm and not has_batch_norm(loaded.model):
-            raise RecipeError("reestimate_batch_norm", f"{loaded.architecture} has no batch norm", allowed="false")
+        _check_batch_norm(parsed, loaded)
     dtype = _dtype_for(loaded, compute_dtype)
     if announce is not None:
         announce(_plan_of(loaded, structure, parsed, samples, sequence_length, dtype))
@@ -291,8 +290,14 @@ def plan(
     """
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     loaded = load_model(source, stream=True)
+    _check_batch_norm(parsed, loaded)
     dtype = _dtype_for(loaded, compute_dtype)
     return _plan_of(loaded, loaded.structure(), parsed, samples, sequence_length, dtype)
+
+
+def _check_batch_norm(recipe: Recipe, loaded: LoadedModel) -> None:
+    if recipe.reestimate_batch_norm and not has_batch_norm(loaded.model):
+        raise RecipeError("reestimate_batch_norm", f"{loaded.architecture} has no batch norm", allowed="false")
 
 
 def _dtype_for(loaded: LoadedModel, wanted: ComputeDtype) -> torch.dtype:

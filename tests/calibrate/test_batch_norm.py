@@ -81,5 +81,7 @@ def test_it_is_refused_before_the_work(net):
     recipe = {**STEPS, "reestimate_batch_norm": True}
     with pytest.raises(RecipeError, match="has no batch norm"):
         rarefy.compress(nn.Sequential(nn.Linear(4, 3)), recipe, calibration=[torch.ones(3, 4)], measure=False)
+    with pytest.raises(RecipeError, match="has no batch norm"):
+        rarefy.run.plan(nn.Sequential(nn.Linear(4, 3)), recipe)
     with pytest.raises(UsageError, match="does not read text"):
         rarefy.compress(net, recipe, measure=False)
