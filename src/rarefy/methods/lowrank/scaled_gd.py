@@ -38,7 +38,7 @@ class ScaledGD:
 
     paper: ClassVar[str] = "arXiv:2005.08898"
     rank: Rank = hyperparameter(MISSING, "how many columns the factors have")
-    num_steps: int = hyperparameter(40, "steps of each factor", ge=1)
+    num_steps: int = hyperparameter(24, "steps of each factor", ge=1)
     remainder: Remainder = hyperparameter("drop", REMAINDER_DOC)
 
     def __post_init__(self) -> None:
