@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rarefy.calibrate import Gram, SquaredNorm
-from rarefy.calibrate.collect import Call, collect_statistics
+from rarefy.calibrate.calls import Call
+from rarefy.calibrate.collect import collect_statistics
 from rarefy.nn import find_weight
 
 
