@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import tempfile
 import time
@@ -24,8 +25,10 @@ from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
 from rarefy.calibrate.calls import Call
 from rarefy.calibrate.data import Examples, fitting_length, gather
 from rarefy.calibrate.gradients import dense_gradients
+from rarefy.calibrate.inputs import example_calls
 from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype
+from rarefy.calibrate.rows import count_rows
 from rarefy.checkpoint import (
     Checkpoint,
     can_resume,
@@ -153,8 +156,10 @@ def compress(
         layers = resolve(parsed, structure)
         _check_batch_norm(parsed, loaded)
     dtype = _dtype_for(loaded, compute_dtype)
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        calibration = list(itertools.islice(calibration, samples))
     if announce is not None:
-        announce(_plan_of(loaded, structure, parsed, samples, sequence_length, dtype))
+        announce(_plan_of(loaded, structure, parsed, calibration, samples, sequence_length, dtype))
     with clock.phase("calibration data"):
         methods = [method for layer in layers for _, method in layer.steps]
         needs_data = (
@@ -273,11 +278,14 @@ def plan(
     source: str | os.PathLike[str] | nn.Module,
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     *,
+    calibration: str | os.PathLike[str] | Examples | None = None,
     samples: int = 128,
     sequence_length: int = 512,
     compute_dtype: ComputeDtype = "auto",
 ) -> Plan:
     """Say what `compress` would do with the same arguments, without reading a weight.
+
+    Of example inputs the first is run through a module in memory, which shows how many rows its layers meet.
 
     Raises:
         UsageError: a wrong path, recipe or option (see its subclasses).
@@ -287,7 +295,7 @@ def plan(
     loaded = load_model(source, stream=True)
     _check_batch_norm(parsed, loaded)
     dtype = _dtype_for(loaded, compute_dtype)
-    return _plan_of(loaded, loaded.structure(), parsed, samples, sequence_length, dtype)
+    return _plan_of(loaded, loaded.structure(), parsed, calibration, samples, sequence_length, dtype)
 
 
 def _check_batch_norm(recipe: Recipe, loaded: LoadedModel) -> None:
@@ -301,11 +309,20 @@ def _dtype_for(loaded: LoadedModel, wanted: ComputeDtype) -> torch.dtype:
 
 
 def _plan_of(
-    loaded: LoadedModel, structure: Structure, recipe: Recipe, samples: int, sequence_length: int, dtype: torch.dtype
+    loaded: LoadedModel,
+    structure: Structure,
+    recipe: Recipe,
+    calibration: str | os.PathLike[str] | Examples | None,
+    samples: int,
+    sequence_length: int,
+    dtype: torch.dtype,
 ) -> Plan:
     length, _ = fitting_length(loaded, sequence_length)
+    num_rows: Mapping[str, int] | None = None
+    if calibration is not None and not isinstance(calibration, str | os.PathLike) and not loaded.streams:
+        num_rows = count_rows(loaded.model, example_calls(calibration, samples))
     half = dtype == torch.bfloat16
-    return make_plan(recipe, structure, num_samples=samples, sequence_length=length, bfloat16=half)
+    return make_plan(recipe, structure, num_samples=samples, sequence_length=length, bfloat16=half, num_rows=num_rows)
 
 
 def _rest(
