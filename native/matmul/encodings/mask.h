@@ -1,5 +1,7 @@
 // What the encodings under a mask share. A block has 128 bytes of mask, one bit per element, step by step in the order
 // of the steps' vectors. The values of a panel are a stream of the kept elements in the order of the bits.
+// `extra`, of codes whose segments are blocks: an int32 for each panel, how many steps lists of its blocks would take
+// (mask_lists_avx512.h).
 #pragma once
 
 #include "matmul/encodings/encodings.h"
@@ -101,6 +103,12 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
     const int64_t num_blocks = packing.view.num_blocks, num_outputs = packing.view.num_outputs;
     uint8_t* const packed_mask = packing.allocate(packing.view.num_panels * num_blocks * kMaskBytes);
     packing.view.mask = packed_mask;
+    int32_t* list_steps = nullptr;
+    if (packing.view.steps_per_segment == 16) {
+        uint8_t* const extra = packing.allocate(packing.view.num_panels * static_cast<int64_t>(sizeof(int32_t)));
+        packing.view.extra = extra;
+        list_steps = reinterpret_cast<int32_t*>(extra);
+    }
     uint8_t* const values = packing.place_values([&](int64_t panel) {
         const int64_t first = panel * kPanelOutputs;
         const int64_t last = first + kPanelOutputs < num_outputs ? first + kPanelOutputs : num_outputs;
@@ -123,7 +131,13 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
         uint8_t* out = packed_mask + panel * num_blocks * kMaskBytes;
         for (int64_t block = 0; block < num_blocks; ++block) {
             uint64_t row_masks[kPanelOutputs];
-            for (int row = 0; row < num_rows; ++row) row_masks[row] = mask.block(first + row, block);
+            int most = 0;
+            for (int row = 0; row < num_rows; ++row) {
+                row_masks[row] = mask.block(first + row, block);
+                const int count = popcount(row_masks[row]);
+                if (count > most) most = count;
+            }
+            if (list_steps != nullptr) list_steps[panel] += (most + 3) / 4;
             for (int step = 0; step < kSteps; ++step, out += kStepBytes) {
                 uint64_t step_mask = 0;
                 for (int row = 0; row < num_rows; ++row) {

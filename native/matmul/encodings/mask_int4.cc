@@ -57,6 +57,8 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 #elif RAREFY_PASS_AVX512
 
+#include "matmul/encodings/mask_lists_avx512.h"
+
 namespace rarefy::matmul::avx512 {
 namespace {
 
@@ -87,7 +89,7 @@ struct Stream : PanelStream {
 }  // namespace
 
 void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    multiply_int<Stream<true>, Stream<false> >(w, rows, part);
+    multiply_masked<Stream<true>, Stream<false> >(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512
