@@ -207,7 +207,7 @@ void test_masks_of_many_rows() {
 
 // As many entries as there should be, but a group has one too many and another one too few.
 void test_groups_that_keep_too_many() {
-    for (const char* const format : {"nm-int4-v1", "nm-int8-v1"}) {
+    for (const char* const format : {"nm-int3-v1", "nm-int4-v1", "nm-int8-v1"}) {
         for (const int group : {64, 32, 16, 4}) {
             for (const int keep : {1, group / 4, group / 2}) {
                 const SampleSpec spec{format, 20, 192, 64, false, 0.5, 17, keep, group};

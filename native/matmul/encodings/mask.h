@@ -1,6 +1,6 @@
 // What the encodings under a mask share. A block has 128 bytes of mask, one bit per element, step by step in the order
 // of the steps' vectors. The values of a panel are a stream of the kept elements in the order of the bits.
-// `extra`, of codes whose segments are blocks: an int32 for each panel, how many steps lists of its blocks would take
+// `extra`, of codes whose segments are blocks: an int32 for each panel, how many steps lists of its blocks take
 // (mask_lists_avx512.h).
 #pragma once
 
@@ -11,6 +11,21 @@ namespace rarefy::matmul {
 constexpr int kMaskBytes = 128;  // of one block of one panel
 
 }  // namespace rarefy::matmul
+
+#if RAREFY_PASS_REFERENCE || RAREFY_PASS_SAMPLES
+
+namespace rarefy::matmul {
+
+// Bits of the codes on disk, of formats whose kernels read 4.
+inline int stored_bits(const std::string& format) {
+    for (const int num_bits : {2, 3})
+        if (format.find("-int" + std::to_string(num_bits) + "-") != std::string::npos) return num_bits;
+    return 4;
+}
+
+}  // namespace rarefy::matmul
+
+#endif
 
 #if RAREFY_PASS_AVX2 || RAREFY_PASS_NEON
 
@@ -63,6 +78,17 @@ struct DiskMask {
 template <int kBits>
 void pack_masked(Packing& packing, const char* name, Element element, int stored_bits = kBits);
 
+// The bits of the stored codes, after which the zero points are those of so many bits.
+inline int take_stored_bits(Packing& packing) {
+    PanelWeights& view = packing.view;
+    const int num_bits = stored_bits(packing.format());
+    view.zero_point = 1 << (num_bits - 1);
+    const int64_t num_zero_points = view.num_panels * view.num_groups * kPanelOutputs;
+    for (int64_t i = 0; view.zero_points != nullptr && i < num_zero_points; ++i)
+        require(view.zero_points[i] >> num_bits == 0, "zero point out of range");
+    return num_bits;
+}
+
 inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
 
 inline uint64_t load_bits(const uint8_t* bytes, int64_t num_bytes) {
@@ -89,6 +115,12 @@ inline DiskMask::DiskMask(Packing& packing) : row_bytes(ceil_div(packing.view.nu
 inline uint64_t DiskMask::block(int64_t row, int64_t block) const {
     const int64_t left = row_bytes - block * 8;
     return load_bits(bytes + row * row_bytes + block * 8, left < 8 ? left : 8);
+}
+
+// Of segments that are blocks.
+inline int zero_point_of(const PanelWeights& w, int64_t panel, int64_t block, int row) {
+    if (w.zero_points == nullptr) return w.zero_point;
+    return w.zero_points[(panel * w.num_groups + block / w.segments_per_group) * kPanelOutputs + row];
 }
 
 template <int kBits>
@@ -131,13 +163,11 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
         uint8_t* out = packed_mask + panel * num_blocks * kMaskBytes;
         for (int64_t block = 0; block < num_blocks; ++block) {
             uint64_t row_masks[kPanelOutputs];
-            int most = 0;
-            for (int row = 0; row < num_rows; ++row) {
-                row_masks[row] = mask.block(first + row, block);
-                const int count = popcount(row_masks[row]);
-                if (count > most) most = count;
-            }
-            if (list_steps != nullptr) list_steps[panel] += (most + 3) / 4;
+            for (int row = 0; row < num_rows; ++row) row_masks[row] = mask.block(first + row, block);
+            int counts[kPanelOutputs] = {};  // of codes that are not the zero point
+            int zero_points[kPanelOutputs];
+            for (int row = 0; list_steps != nullptr && row < num_rows; ++row)
+                zero_points[row] = zero_point_of(packing.view, panel, block, row);
             for (int step = 0; step < kSteps; ++step, out += kStepBytes) {
                 uint64_t step_mask = 0;
                 for (int row = 0; row < num_rows; ++row) {
@@ -149,7 +179,9 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
                             const uint8_t code = stored_bits == 4 ? nibble(stored.bytes, cursor)
                                                                   : code_of_run(stored.bytes, cursor, stored_bits);
                             *streams[step % 2]++ |= code << (step % 2 * 4);
+                            if (list_steps != nullptr) counts[row] += code != zero_points[row];
                         } else {
+                            if (list_steps != nullptr) counts[row] += stored.bytes[cursor] != zero_points[row];
                             std::memcpy(streams[0], stored.bytes + cursor * (kBits / 8), kBits / 8);
                             streams[0] += kBits / 8;
                         }
@@ -157,6 +189,9 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
                 }
                 std::memcpy(out, &step_mask, kStepBytes);
             }
+            int most = 0;
+            for (const int count : counts) most = count > most ? count : most;
+            if (list_steps != nullptr) list_steps[panel] += (most + 3) / 4;
         }
     });
 }

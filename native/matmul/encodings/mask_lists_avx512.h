@@ -106,6 +106,7 @@ void masked_tile(const PanelWeights& w, const Rows& rows, const Part& part, cons
         __m512 totals[kRows];
         UNROLL for (int r = 0; r < kRows; ++r) {
             totals[r] = _mm512_maskz_loadu_ps(tile.block == 0 ? 0 : lanes, y + r * stride);
+            _mm_prefetch(reinterpret_cast<const char*>(y + r * stride + kPanelOutputs), _MM_HINT_T0);  // the next panel
         }
         for (int64_t i = 0; i < tile.num_blocks; ++i) {
             Sums sums[kRows];
@@ -177,14 +178,14 @@ void rows_by_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
     }
 }
 
-// Whether lists of some panels save time with so many rows. In quarters of a cycle, measured: a block costs each row 3
-// for a step of a list and 10 besides, or 46 as dense codes, and its lists cost 600 to make. So with 128 rows they may
-// have 10 steps, which random zeros of a half take.
+// Whether lists of some panels save time with so many rows. In quarters of a cycle, measured on 4096 x 4096: a block
+// costs each row 3 for a step of a list and 17 besides, or 49 as dense codes, and its lists cost 600 to make. With 128
+// rows they pay for up to 9.1 steps, which is what random zeros of 57 % take.
 inline bool lists_pay(const PanelWeights& w, int64_t panel, int64_t panel_end, int64_t num_rows) {
     const int64_t num_blocks = (panel_end - panel) * w.num_blocks;
     int64_t num_steps = 0;
     for (; panel < panel_end; ++panel) num_steps += reinterpret_cast<const int32_t*>(w.extra)[panel];
-    return num_rows * (3 * num_steps + 10 * num_blocks) + 600 * num_blocks < num_rows * 46 * num_blocks;
+    return num_rows * (3 * num_steps + 17 * num_blocks) + 600 * num_blocks < num_rows * 49 * num_blocks;
 }
 
 #endif
