@@ -44,6 +44,13 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     const int8_t* q = rows.q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
+    // Outputs that are not in a cache when they are stored hold up the next rows, whose totals are stored behind them.
+    UNROLL for (int p = 0; p < kPair; ++p) {
+        const float* y = part.y + row * part.y_stride + (panel + p * distance) * kPanelOutputs;
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            _mm_prefetch(reinterpret_cast<const char*>(y + r * part.y_stride), _MM_HINT_T0);
+        }
+    }
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
     Stream streams[kPair];
     UNROLL for (int p = 0; p < kPair; ++p) { streams[p].start(w, panel + p * distance); }

@@ -21,6 +21,7 @@ struct SampleSpec {
     double density;  // probability that an entry is kept, where the format has zeros
     unsigned seed;
     int keep = 0, group = 64;  // of N:M; keep 0: what the density says
+    bool uneven = false;       // other masks: each block of 64 columns is of another kind, see kept_of_uneven
     bool is_nm() const { return format.rfind("nm-", 0) == 0; }
     int num_kept() const { return keep > 0 ? keep : std::max(1, static_cast<int>(density * group + 0.5)); }
 };
@@ -74,6 +75,19 @@ struct SampleMaker {
         bytes.insert(bytes.end(), static_cast<const uint8_t*>(from), static_cast<const uint8_t*>(from) + size);
     }
 
+    // How probable it is that an entry is kept, in a mask whose blocks have nothing, everything, one full row of 16,
+    // other numbers in every row, one entry of a row, or so many as the density says.
+    static double kept_of_uneven(const SampleSpec& spec, int64_t row, int64_t column) {
+        switch (column / 64 % 6) {
+            case 0: return 0;
+            case 1: return 1;
+            case 2: return row % 16 == 5 ? 1 : 0;
+            case 3: return static_cast<double>(row % 16) / 40;
+            case 4: return column % 64 == row % 64 ? 1 : 0;
+            default: return spec.density;
+        }
+    }
+
     // 1 where an entry is kept, row by row; adds the array `mask`.
     std::vector<uint8_t> add_mask(Sample& sample, const SampleSpec& spec) {
         const int64_t row_bytes = (sample.num_inputs + 7) / 8;
@@ -92,7 +106,7 @@ struct SampleMaker {
                     kept.push_back(below(static_cast<int>(begin + size - column)) < left);
                     left -= kept.back();
                 } else {
-                    kept.push_back(chance(spec.density));
+                    kept.push_back(chance(spec.uneven ? kept_of_uneven(spec, row, column) : spec.density));
                 }
                 bytes[static_cast<size_t>(row * row_bytes + column / 8)] |=
                     static_cast<uint8_t>(kept.back() << column % 8);

@@ -171,9 +171,43 @@ void test_patterns() {
     }
 }
 
+// Masks with so many rows that lists are made of them: panels of few entries, of blocks of every kind, and beside
+// panels that are dense; a NaN in a row.
+void test_masks_of_many_rows() {
+    constexpr struct {
+        int64_t outputs, inputs, group_size;
+        bool symmetric, uneven;
+        double density;
+    } kCases[] = {
+        {16, 64, 64, true, false, 0.2},     {37, 805, 64, true, true, 0.2},   {37, 805, 128, false, true, 0.1},
+        {150, 700, 0, true, false, 0.05},   {33, 520, 64, false, true, 0.01}, {21, 191, 0, true, false, 0.0},
+        {49, 1089, 128, true, false, 0.35}, {20, 449, 32, false, true, 0.1},  {18, 400, 64, true, false, 0.9}};
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (kernel.format.rfind("bitmask-int", 0) != 0 || !runs(kernel.isa) || kernel.isa == Isa::reference) continue;
+        for (const auto& c : kCases) {
+            SampleSpec spec{kernel.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 19};
+            spec.uneven = c.uneven;
+            Sample sample = matmul::make_sample(spec);
+            const Weights weights(sample.packed(), kernel.isa), reference(sample.packed(), Isa::reference);
+            for (const int64_t num_rows : {16, 25, 61, 128, 131}) {
+                std::vector<float> x = random_rows(num_rows * c.inputs, 23);
+                x[static_cast<size_t>(3 * c.inputs)] = std::numeric_limits<float>::quiet_NaN();
+                common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
+                const std::vector<float> y = product(weights, x, num_rows, c.inputs);
+                const std::vector<float> first = product(reference, x, num_rows, c.inputs);
+                bool same = true;
+                for (size_t i = 0; i < y.size(); ++i)
+                    same = same && (static_cast<int64_t>(i) / c.outputs == 3 ? std::isnan(y[i]) : y[i] == first[i]);
+                check(same, kernel.format + " on " + matmul::name(kernel.isa) + ", " + std::to_string(c.outputs) +
+                                " x " + std::to_string(c.inputs) + ", rows " + std::to_string(num_rows));
+            }
+        }
+    }
+}
+
 // As many entries as there should be, but a group has one too many and another one too few.
 void test_groups_that_keep_too_many() {
-    for (const char* const format : {"nm-int4-v1", "nm-int8-v1"}) {
+    for (const char* const format : {"nm-int3-v1", "nm-int4-v1", "nm-int8-v1"}) {
         for (const int group : {64, 32, 16, 4}) {
             for (const int keep : {1, group / 4, group / 2}) {
                 const SampleSpec spec{format, 20, 192, 64, false, 0.5, 17, keep, group};
@@ -359,6 +393,7 @@ int main() {
     test_pool();
     test_products();
     test_patterns();
+    test_masks_of_many_rows();
     test_groups_that_keep_too_many();
     test_damaged_arrays();
     test_non_finite_rows();

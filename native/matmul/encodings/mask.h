@@ -1,5 +1,7 @@
 // What the encodings under a mask share. A block has 128 bytes of mask, one bit per element, step by step in the order
 // of the steps' vectors. The values of a panel are a stream of the kept elements in the order of the bits.
+// `extra`, of codes whose segments are blocks: an int32 for each panel, how many steps lists of its blocks take
+// (mask_lists_avx512.h).
 #pragma once
 
 #include "matmul/encodings/encodings.h"
@@ -9,6 +11,21 @@ namespace rarefy::matmul {
 constexpr int kMaskBytes = 128;  // of one block of one panel
 
 }  // namespace rarefy::matmul
+
+#if RAREFY_PASS_REFERENCE || RAREFY_PASS_SAMPLES
+
+namespace rarefy::matmul {
+
+// Bits of the codes on disk, of formats whose kernels read 4.
+inline int stored_bits(const std::string& format) {
+    for (const int num_bits : {2, 3})
+        if (format.find("-int" + std::to_string(num_bits) + "-") != std::string::npos) return num_bits;
+    return 4;
+}
+
+}  // namespace rarefy::matmul
+
+#endif
 
 #if RAREFY_PASS_AVX2 || RAREFY_PASS_NEON
 
@@ -61,6 +78,17 @@ struct DiskMask {
 template <int kBits>
 void pack_masked(Packing& packing, const char* name, Element element, int stored_bits = kBits);
 
+// The bits of the stored codes, after which the zero points are those of so many bits.
+inline int take_stored_bits(Packing& packing) {
+    PanelWeights& view = packing.view;
+    const int num_bits = stored_bits(packing.format());
+    view.zero_point = 1 << (num_bits - 1);
+    const int64_t num_zero_points = view.num_panels * view.num_groups * kPanelOutputs;
+    for (int64_t i = 0; view.zero_points != nullptr && i < num_zero_points; ++i)
+        require(view.zero_points[i] >> num_bits == 0, "zero point out of range");
+    return num_bits;
+}
+
 inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
 
 inline uint64_t load_bits(const uint8_t* bytes, int64_t num_bytes) {
@@ -89,6 +117,12 @@ inline uint64_t DiskMask::block(int64_t row, int64_t block) const {
     return load_bits(bytes + row * row_bytes + block * 8, left < 8 ? left : 8);
 }
 
+// Of segments that are blocks.
+inline int zero_point_of(const PanelWeights& w, int64_t panel, int64_t block, int row) {
+    if (w.zero_points == nullptr) return w.zero_point;
+    return w.zero_points[(panel * w.num_groups + block / w.segments_per_group) * kPanelOutputs + row];
+}
+
 template <int kBits>
 void pack_masked(Packing& packing, const char* name, Element element, int stored_bits) {
     constexpr int kColumns = kBits < 8 ? 4 : 32 / kBits;  // per step
@@ -101,6 +135,12 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
     const int64_t num_blocks = packing.view.num_blocks, num_outputs = packing.view.num_outputs;
     uint8_t* const packed_mask = packing.allocate(packing.view.num_panels * num_blocks * kMaskBytes);
     packing.view.mask = packed_mask;
+    int32_t* list_steps = nullptr;
+    if (packing.view.steps_per_segment == 16) {
+        uint8_t* const extra = packing.allocate(packing.view.num_panels * static_cast<int64_t>(sizeof(int32_t)));
+        packing.view.extra = extra;
+        list_steps = reinterpret_cast<int32_t*>(extra);
+    }
     uint8_t* const values = packing.place_values([&](int64_t panel) {
         const int64_t first = panel * kPanelOutputs;
         const int64_t last = first + kPanelOutputs < num_outputs ? first + kPanelOutputs : num_outputs;
@@ -124,6 +164,10 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
         for (int64_t block = 0; block < num_blocks; ++block) {
             uint64_t row_masks[kPanelOutputs];
             for (int row = 0; row < num_rows; ++row) row_masks[row] = mask.block(first + row, block);
+            int counts[kPanelOutputs] = {};  // of codes that are not the zero point
+            int zero_points[kPanelOutputs];
+            for (int row = 0; list_steps != nullptr && row < num_rows; ++row)
+                zero_points[row] = zero_point_of(packing.view, panel, block, row);
             for (int step = 0; step < kSteps; ++step, out += kStepBytes) {
                 uint64_t step_mask = 0;
                 for (int row = 0; row < num_rows; ++row) {
@@ -135,7 +179,9 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
                             const uint8_t code = stored_bits == 4 ? nibble(stored.bytes, cursor)
                                                                   : code_of_run(stored.bytes, cursor, stored_bits);
                             *streams[step % 2]++ |= code << (step % 2 * 4);
+                            if (list_steps != nullptr) counts[row] += code != zero_points[row];
                         } else {
+                            if (list_steps != nullptr) counts[row] += stored.bytes[cursor] != zero_points[row];
                             std::memcpy(streams[0], stored.bytes + cursor * (kBits / 8), kBits / 8);
                             streams[0] += kBits / 8;
                         }
@@ -143,6 +189,9 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
                 }
                 std::memcpy(out, &step_mask, kStepBytes);
             }
+            int most = 0;
+            for (const int count : counts) most = count > most ? count : most;
+            if (list_steps != nullptr) list_steps[panel] += (most + 3) / 4;
         }
     });
 }

@@ -3,30 +3,12 @@
 // each from the panel's first byte on.
 #include "matmul/encodings/mask.h"
 
-#if RAREFY_PASS_REFERENCE || RAREFY_PASS_SAMPLES
-
-namespace rarefy::matmul {
-
-inline int stored_bits(const std::string& format) {
-    for (const int num_bits : {2, 3})
-        if (format.find("-int" + std::to_string(num_bits) + "-") != std::string::npos) return num_bits;
-    return 4;
-}
-
-}  // namespace rarefy::matmul
-
-#endif
-
 #if RAREFY_PASS_REFERENCE
 
 namespace rarefy::matmul {
 
 void packers::mask_int4(Packing& packing) {
-    const int num_bits = stored_bits(packing.format());
-    packing.view.zero_point = 1 << (num_bits - 1);
-    const int64_t num_zero_points = packing.view.num_panels * packing.view.num_groups * kPanelOutputs;
-    for (int64_t i = 0; packing.view.zero_points != nullptr && i < num_zero_points; ++i)
-        require(packing.view.zero_points[i] >> num_bits == 0, "zero point out of range");
+    const int num_bits = take_stored_bits(packing);
     pack_masked<4>(packing, "codes", Element::u8, num_bits);
 }
 
@@ -56,6 +38,8 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 }  // namespace rarefy::matmul::avx2
 
 #elif RAREFY_PASS_AVX512
+
+#include "matmul/encodings/mask_lists_avx512.h"
 
 namespace rarefy::matmul::avx512 {
 namespace {
@@ -87,7 +71,7 @@ struct Stream : PanelStream {
 }  // namespace
 
 void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    multiply_int<Stream<true>, Stream<false> >(w, rows, part);
+    multiply_masked<Stream<true>, Stream<false> >(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512

@@ -34,6 +34,8 @@ void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 #elif RAREFY_PASS_AVX512
 
+#include "matmul/encodings/mask_lists_avx512.h"
+
 namespace rarefy::matmul::avx512 {
 namespace {
 
@@ -57,7 +59,7 @@ struct Stream : PanelStream {
 }  // namespace
 
 void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
-    multiply_int<Stream<true>, Stream<false> >(w, rows, part);
+    multiply_masked<Stream<true>, Stream<false> >(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512

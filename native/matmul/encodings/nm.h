@@ -52,7 +52,7 @@ struct NmList {
 };
 
 // No group keeps more than plan.keep, so that the list has room.
-inline void fill_list(const NmPlan& plan, uint64_t mask, const uint8_t* codes, int code_bits, int64_t& cursor,
+inline void fill_list(const NmPlan& plan, uint64_t mask, const uint8_t* codes, int stored_bits, int64_t& cursor,
                       NmList& list) {
     int place = 0, last_group = 0;
     for (; mask != 0; mask &= mask - 1, ++place, ++cursor) {
@@ -61,7 +61,7 @@ inline void fill_list(const NmPlan& plan, uint64_t mask, const uint8_t* codes, i
         if (plan.index_bits > 0 && group != last_group) place = group * plan.keep;
         last_group = group;
         list.columns[place] = static_cast<uint8_t>(column % plan.group);
-        list.codes[place] = code_bits == 4 ? nibble(codes, cursor) : codes[cursor];
+        list.codes[place] = code_of_run(codes, cursor, stored_bits);
     }
 }
 
@@ -105,8 +105,9 @@ inline uint8_t* make_nm_table(Packing& packing, const NmPlan& plan) {
     return table;
 }
 
+// Codes of kBits, stored as so many bits or fewer.
 template <int kBits>
-void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&)) {
+void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&), int stored_bits = kBits) {
     const int keep = static_cast<int>(packing.integer("keep", 1, 64));
     const int group = static_cast<int>(packing.integer("group", keep, 64));
     const NmPlan plan = plan_nm(keep, group, packing.view.steps_per_segment * 4, kBits);
@@ -114,9 +115,10 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&)) {
         pack_as_mask(packing);
         return;
     }
+    if (kBits == 4) take_stored_bits(packing);
     const DiskMask mask(packing);
     const NamedArray& codes = packing.take("codes", Element::u8);
-    require(codes.num_bytes == ceil_div(mask.row_starts.back() * kBits, 8), "the mask does not fit the codes");
+    require(codes.num_bytes == ceil_div(mask.row_starts.back() * stored_bits, 8), "the mask does not fit the codes");
     PanelWeights& view = packing.view;
     check_groups(plan, mask, view.num_outputs, view.num_blocks);
     view.parameter = 256 * plan.index_bits + plan.steps;
@@ -137,7 +139,7 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&)) {
                     view.zero_points == nullptr ? view.zero_point : view.zero_points[scale_group * kPanelOutputs + row];
                 NmList list{};
                 std::memset(list.codes, zero_point, sizeof(list.codes));
-                fill_list(plan, bits, codes.bytes, kBits, cursor, list);
+                fill_list(plan, bits, codes.bytes, stored_bits, cursor, list);
                 uint8_t* steps = out;
                 if (plan.index_bits == 0) {
                     std::memcpy(out + row * 8, &bits, 8);

@@ -1,7 +1,7 @@
 // The AVX-512 kernels of lists (nm.h). The activations of a segment are one vector, from which the indices gather.
 #pragma once
 
-#include "matmul/core_avx512.h"
+#include "matmul/encodings/lists_avx512.h"
 
 namespace rarefy::matmul::avx512 {
 
@@ -54,30 +54,7 @@ inline void compress_lists(__m512i source, const uint8_t* masks, __m512i* steps)
     const auto compress = [&](int output) {
         return _mm512_mask_compress_epi8(source, load_u64(masks + 8 * output), source);
     };
-    // rows[quarter][i]: entries 16 * quarter on of outputs i, 4 + i, 8 + i, 12 + i
-    __m512i rows[kQuarters][4];
-    UNROLL for (int i = 0; i < 4; ++i) {
-        const __m512i a = compress(i), b = compress(4 + i), c = compress(8 + i), d = compress(12 + i);
-        if constexpr (kQuarters == 1) {
-            const __m256i ab = _mm256_inserti128_si256(_mm512_castsi512_si256(a), _mm512_castsi512_si128(b), 1);
-            const __m256i cd = _mm256_inserti128_si256(_mm512_castsi512_si256(c), _mm512_castsi512_si128(d), 1);
-            rows[0][i] = _mm512_inserti64x4(_mm512_castsi256_si512(ab), cd, 1);
-        } else {
-            const __m512i ab = _mm512_inserti64x4(a, _mm512_castsi512_si256(b), 1);
-            const __m512i cd = _mm512_inserti64x4(c, _mm512_castsi512_si256(d), 1);
-            rows[0][i] = _mm512_shuffle_i64x2(ab, cd, 0x88);
-            rows[1][i] = _mm512_shuffle_i64x2(ab, cd, 0xdd);
-        }
-    }
-    UNROLL for (int quarter = 0; quarter < kQuarters; ++quarter) {
-        const __m512i* r = rows[quarter];
-        const __m512i low_01 = _mm512_unpacklo_epi32(r[0], r[1]), low_23 = _mm512_unpacklo_epi32(r[2], r[3]);
-        const __m512i high_01 = _mm512_unpackhi_epi32(r[0], r[1]), high_23 = _mm512_unpackhi_epi32(r[2], r[3]);
-        steps[4 * quarter] = _mm512_unpacklo_epi64(low_01, low_23);
-        steps[4 * quarter + 1] = _mm512_unpackhi_epi64(low_01, low_23);
-        steps[4 * quarter + 2] = _mm512_unpacklo_epi64(high_01, high_23);
-        steps[4 * quarter + 3] = _mm512_unpackhi_epi64(high_01, high_23);
-    }
+    steps_of_lists<kQuarters>(compress, steps);
 }
 
 template <int kColumns>
@@ -85,9 +62,6 @@ inline __m512i load_q(const int8_t* q) {
     if (kColumns == 64) return load(q);
     return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
 }
-
-// Zero points, one per lane, in every byte.
-inline __m512i every_byte(__m512i lanes) { return _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x01010101)); }
 
 // One row by kPanels panels, `distance` apart. kQuarters: 0 for indices, or sixteens of entries under a mask.
 template <int kBits, int kPanels, int kColumns, int kQuarters>

@@ -1,11 +1,11 @@
-// 4-bit codes under N:M: lists of entries, or a mask where that is smaller (nm.h).
+// Codes of 4, 3 and 2 bits under N:M, all as 4 bits: lists of entries, or a mask where that is smaller (nm.h).
 #include "matmul/encodings/nm.h"
 
 #if RAREFY_PASS_REFERENCE
 
 namespace rarefy::matmul {
 
-void packers::nm_int4(Packing& packing) { pack_nm<4>(packing, packers::mask_int4); }
+void packers::nm_int4(Packing& packing) { pack_nm<4>(packing, packers::mask_int4, stored_bits(packing.format())); }
 
 void reference::nm_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mask_int4(w, rows, part); }
 
@@ -40,7 +40,7 @@ void rarefy::matmul::neon::nm_int4(const PanelWeights& w, const Rows& rows, cons
 
 namespace rarefy::matmul {
 
-Sample samples::nm_int4(const SampleSpec& spec) { return make_code_sample(spec, 4, true); }
+Sample samples::nm_int4(const SampleSpec& spec) { return make_code_sample(spec, stored_bits(spec.format), true); }
 
 }  // namespace rarefy::matmul
 
