@@ -12,6 +12,7 @@
 #include "common/cpu.h"
 #include "common/pool.h"
 #include "matmul/kernels.h"
+#include "matmul/row_panels.h"
 
 namespace rarefy::matmul {
 namespace {
@@ -34,7 +35,7 @@ constexpr int64_t kTaskRows = 128;
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kSpreadRows = 4;
-constexpr int64_t kRowMultiple = 16;  // whole register tiles of every instruction set
+constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
 
 KernelFunction find_kernel(Encoding encoding, Isa isa) {
     for (const Row& row : kKernels)
@@ -161,9 +162,26 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         }
     }
     Activations activations;
-    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks, starts};
-    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts};
+    activations.floats = {num_rows, stride,  copy ? padded : x, nullptr, nullptr,
+                          nullptr,  nullptr, num_blocks,        starts,  nullptr};
+    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts, nullptr};
     return activations;
+}
+
+// Gives the integers their row panels where a product reads them: blocks of codes, with AVX-512.
+void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
+#if RAREFY_X86
+    const int64_t num_row_panels = rows.num_rows / kPanelRows;
+    const bool wanted = std::any_of(products.begin(), products.end(), [](const Product& product) {
+        return product.weights->encoding() == Encoding::block_int8 && product.weights->isa() == Isa::avx512;
+    });
+    if (!wanted || num_row_panels == 0) return;
+    const int64_t num_bytes = num_row_panels * rows.num_blocks * static_cast<int64_t>(sizeof(CodeBlock));
+    auto* blocks = reinterpret_cast<CodeBlock*>(scratch.reserve(num_bytes));
+    common::parallel_for(static_cast<int>(num_row_panels),
+                         [&](int row_panel) { make_code_blocks_avx512(rows, row_panel, blocks); });
+    rows.row_panels = blocks;
+#endif
 }
 
 // A product cut into tasks: a grid of stretches of panels and of rows.
@@ -267,8 +285,9 @@ std::vector<ListedKernel> list_kernels() {
 }
 
 void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products) {
-    thread_local Scratch scratch;
-    const Activations activations = prepare_rows(x, num_rows, num_inputs, products, scratch);
+    thread_local Scratch scratch, panel_scratch;
+    Activations activations = prepare_rows(x, num_rows, num_inputs, products, scratch);
+    add_row_panels(activations.integers, products, panel_scratch);
     std::vector<Grid> grids;
     grids.reserve(products.size());
     int64_t num_tasks = 0;
@@ -289,6 +308,7 @@ void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::v
         }
     });
     scratch.trim();
+    panel_scratch.trim();
 }
 
 }  // namespace rarefy::matmul
