@@ -168,9 +168,9 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     return activations;
 }
 
+#if RAREFY_X86
 // Gives the integers their row panels where a product reads them: blocks of codes, with AVX-512.
 void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
-#if RAREFY_X86
     const int64_t num_row_panels = rows.num_rows / kPanelRows;
     const bool wanted = std::any_of(products.begin(), products.end(), [](const Product& product) {
         return product.weights->encoding() == Encoding::block_int8 && product.weights->isa() == Isa::avx512;
@@ -181,8 +181,10 @@ void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& s
     common::parallel_for(static_cast<int>(num_row_panels),
                          [&](int row_panel) { make_code_blocks_avx512(rows, row_panel, blocks); });
     rows.row_panels = blocks;
-#endif
 }
+#else
+void add_row_panels(Rows&, const std::vector<Product>&, Scratch&) {}
+#endif
 
 // A product cut into tasks: a grid of stretches of panels and of rows.
 struct Grid {

@@ -9,7 +9,8 @@
 namespace rarefy::matmul::avx512 {
 
 constexpr int kPassRows = 128;
-constexpr int64_t kPassBytes = int64_t{512} << 10;  // of activations: half an L2 cache
+constexpr int64_t kPassBytes = int64_t{640}
+                               << 10;  // of activations, beside which an L2 cache has room for some weights
 
 // The sums of one panel of outputs for the rows of a pass.
 struct LaneTotals {
@@ -110,31 +111,30 @@ struct CodeSegment {
     }
 };
 
-// Every row panel by the columns of one segment, in tiles of 16 sums; `num_stores`: rows of the panel before that leave
-// with each tile.
+// Row panels by the columns of one segment, in tiles of 16 sums; with each tile `num_stores` rows of the panel before
+// leave, and its share of what a later segment reads is fetched.
 template <class Segment>
-void multiply_segment(const Segment& segment, const uint8_t* values, int num_row_panels, int64_t num_stores,
-                      Leaving& leaving, LaneTotals& totals) {
-    constexpr int kHalf = kPanelOutputs / 2;
-    const int num_bytes = segment.num_steps * 64;
-    const int share = (num_bytes / num_row_panels + 63) / 64 * 64;  // of what a later segment reads
-    const uint8_t* ahead = values;
-    const auto before_tile = [&] {
-        leaving.store(num_stores);
-        prefetch<2048>(ahead, share);
-        ahead += share;
-    };
-    int row_panel = 0;
-    for (; row_panel + 1 < num_row_panels; row_panel += 2) {
-        for (int output = 0; output < kPanelOutputs; output += kHalf) {
-            before_tile();
-            segment.template multiply<2, kHalf>(values, row_panel, output, totals);
+struct SegmentTiles {
+    const Segment& segment;
+    const uint8_t *values, *ahead;
+    int num_bytes;  // of the share of a row panel
+    int64_t num_stores;
+    Leaving& leaving;
+    LaneTotals& totals;
+
+    // As many row panels from `row_panel` on as make whole tiles of kPanels.
+    template <int kPanels>
+    void multiply(int& row_panel, int num_row_panels) {
+        for (; row_panel + kPanels <= num_row_panels; row_panel += kPanels) {
+            for (int output = 0; output < kPanelOutputs; output += kPanelOutputs / kPanels) {
+                leaving.store(num_stores);
+                prefetch<2048>(ahead, num_bytes);
+                ahead += num_bytes;
+                segment.template multiply<kPanels, kPanelOutputs / kPanels>(values, row_panel, output, totals);
+            }
         }
     }
-    if (row_panel == num_row_panels) return;
-    before_tile();
-    segment.template multiply<1, kPanelOutputs>(values, row_panel, 0, totals);
-}
+};
 
 // `num_row_panels` of at most kPassRows rows by one panel of outputs.
 template <class Segment>
@@ -152,7 +152,12 @@ void lanes_panel(const PanelWeights& w, const Rows& rows, const Part& part, int6
     const int64_t num_stores = count == 0 ? 0 : (kPanelRows + count - 1) / count;
     const auto take = [&](int64_t block, int halves) {
         const Segment segment(w, panel, block, halves, blocks + block * (rows.num_rows / kPanelRows), num_row_panels);
-        multiply_segment(segment, values, num_row_panels, num_stores, leaving, totals);
+        const int share = (segment.num_steps * 64 / num_row_panels + 63) / 64 * 64;
+        SegmentTiles<Segment> tiles{segment, values, values, share, num_stores, leaving, totals};
+        int row_panel = 0;
+        tiles.template multiply<4>(row_panel, num_row_panels);
+        tiles.template multiply<2>(row_panel, num_row_panels);
+        tiles.template multiply<1>(row_panel, num_row_panels);
         values += (halves == 3 ? kBlockInputs : kBlockInputs / 2) * Segment::kColumnBytes;
     };
     for (int64_t k = 0; k < count; ++k) {
