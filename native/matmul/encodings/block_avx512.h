@@ -102,6 +102,7 @@ inline void take_segments(const PanelWeights& w, const Rows& rows, int64_t row, 
     for (int step = 0; step < num_steps; step += 2) {
         UNROLL for (int i = 0; i < kWalks; ++i) {
             const uint8_t* values = walks[i]->values + step * 64;
+            prefetch<4096>(values, 128);
             evens[i] = dot_4(evens[i], load(values), broadcast_4(q[i] + 4 * step));
             odds[i] = dot_4(odds[i], load(values + 64), broadcast_4(q[i] + 4 * step + 4));
         }
@@ -118,7 +119,6 @@ inline void take_cells_int(const PanelWeights& w, const Rows& rows, const Part& 
                            CellWalk* const (&walks)[kWalks]) {
     const int32_t cell = *walks[0]->cell;
     UNROLL for (int i = 0; i < kWalks; ++i) {
-        prefetch<4096>(walks[i]->values, num_columns(cell) * kPanelOutputs);
         // No hardware foresees which scales come next.
         constexpr int kCellsAhead = 5;
         if (walks[i]->end - walks[i]->cell > kCellsAhead) {
