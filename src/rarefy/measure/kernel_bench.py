@@ -141,11 +141,11 @@ def bench_kernels(
         progress: called with (runs done, runs in all).
 
     Returns:
-        One row per product: layout, parameters, shape, rows, threads, isa, ms (median), ms_low, ms_high, num_rounds,
-        bytes (of the packed weight in memory, all of which a product reads), layout_bytes (on disk),
-        bandwidth_bytes_per_s (median of the readings with the same threads in the same rounds), bandwidth_fraction
-        (bytes / ms over that), num_copies, cache_multiple (bytes of all copies over the last-level cache; they are cold
-        where it is well above 1, which only tiny weights fail to reach), checked.
+        One row per product: layout, note (of its sample), parameters, shape, rows, threads, isa, ms (median), ms_low,
+        ms_high, num_rounds, bytes (of the packed weight in memory, all of which a product reads), layout_bytes (on
+        disk), bandwidth_bytes_per_s (median of the readings with the same threads in the same rounds),
+        bandwidth_fraction (bytes / ms over that), num_copies, cache_multiple (bytes of all copies over the last-level
+        cache; they are cold where it is well above 1, which only tiny weights fail to reach), checked.
 
     Raises:
         UsageError: an unknown layout, or a number out of range.
@@ -264,6 +264,7 @@ def _row(weight: _Weight, product: _Product, timings: Timings, reading: _Reading
     first = weight.copies.prepared[0]
     return {
         "layout": weight.sample.format,
+        "note": weight.sample.note,
         "parameters": dict(weight.sample.parameters),
         "shape": list(weight.shape),
         "rows": product.x_TI.shape[0],
