@@ -76,6 +76,12 @@ struct CodeSegment {
         }
     }
 
+    // What the segments of a cell read besides their values.
+    static void fetch(const PanelWeights& w, int64_t panel, int32_t cell) {
+        const SegmentGroup group(w, panel, cell_block(cell) * (16 / w.steps_per_segment));
+        prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales + group.offset), 64);
+    }
+
     // kPanels row panels by kOutputs outputs. Sums and zero points have fewer than 16 bits, which one instruction
     // multiplies.
     template <int kPanels, int kOutputs>
@@ -160,8 +166,10 @@ void lanes_panel(const PanelWeights& w, const Rows& rows, const Part& part, int6
         tiles.template multiply<1>(row_panel, num_row_panels);
         values += (halves == 3 ? kBlockInputs : kBlockInputs / 2) * Segment::kColumnBytes;
     };
+    prefetch<0>(w.extra + w.extra_offsets[panel + 1], 256);  // what no stream leads to
     for (int64_t k = 0; k < count; ++k) {
         const int halves = cells[k] & 3;
+        Segment::fetch(w, panel, cells[k + 2 < count ? k + 2 : 0]);
         if (w.steps_per_segment == 8 && halves == 3) {
             take(cell_block(cells[k]), 1);
             take(cell_block(cells[k]), 2);
