@@ -42,7 +42,8 @@ How it was measured:
   wide as the CPU has, huge pages where the system gives them) of a buffer eight times the last-level cache.
 - Weights in 4 bits have a scale for every 64 columns (ggml: 32), int8 one for every row. Contestants marked
   weight-only multiply with bfloat16 activations, the other integer ones quantize the activations to 8 bits first. Of
-  87.5 % zeros, 8 of every 64 columns are kept; other zeros lie anywhere.
+  87.5 % zeros, 8 of every 64 columns are kept; other zeros lie anywhere. Blocks have 16 rows and 64 columns, and so
+  many of them are zero as their line says.
 - **AVX2 only**, **AVX2 and AVX-VNNI**: rarefy, oneDNN (OpenVINO, torch) and torch are told so by their environment
   variables, and ggml is compiled for it. In both oneDNN may use AVX-VNNI, for OpenVINO makes no products of integers
   with less, and what of OpenVINO is not oneDNN may use AVX-512: the second compares like with like.
@@ -170,17 +171,19 @@ def _layout_table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"### {shape}, {', '.join(sorted({row['isa'] for row in rows}))}\n",
         f"Memory by threads: {read}.\n",
-        "| layout | rows | threads | ms | range | GB/s | of memory |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| layout | rows | threads | ms | range | GB/s | of memory | dense of the type over it |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    times = {(row["layout"], row["rows"], row["threads"]): row["ms"] for row in rows}
     for row in sorted(rows, key=lambda row: (row["rows"], row["threads"])):
-        note = "".join(
-            f" {row['parameters']['keep']}:{row['parameters']['group']}" for _ in range("keep" in row["parameters"])
-        )
+        name = f"{row['layout']} {row['note']}".rstrip()
+        dense = f"dense-{row['layout'].split('-')[1]}-v1"
+        dense_ms = None if name == dense else times.get((dense, row["rows"], row["threads"]))
+        compared = "" if dense_ms is None else f"{dense_ms / row['ms']:.2f}"
         lines.append(
-            f"| {row['layout']}{note} | {row['rows']} | {row['threads']} | {row['ms']:.3f} "
+            f"| {name} | {row['rows']} | {row['threads']} | {row['ms']:.3f} "
             f"| {row['ms_low']:.3f} to {row['ms_high']:.3f} | {row['bytes'] / row['ms'] / 1e6:.1f} "
-            f"| {row['bandwidth_fraction']:.0%} |"
+            f"| {row['bandwidth_fraction']:.0%} | {compared} |"
         )
     return [*lines, ""]
 

@@ -63,9 +63,11 @@ struct Rows {
     const int32_t* sums;    // sum of q per half block, (num_rows, num_blocks, 2)
     int64_t num_blocks;
     const float* starts;  // (num_rows): 0, or NaN where a row holds a NaN or an infinity; for weights that skip blocks
+    const void* row_panels;  // row_panels.h; null where no kernel reads them
 };
 
-// Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end); y is (T, O) with the given row stride.
+// Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end), of which the first is a multiple of 16; y is
+// (T, O) with the given row stride.
 struct Part {
     int64_t panel_begin, panel_end;
     int64_t row_begin, row_end;

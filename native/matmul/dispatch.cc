@@ -12,6 +12,7 @@
 #include "common/cpu.h"
 #include "common/pool.h"
 #include "matmul/kernels.h"
+#include "matmul/row_panels.h"
 
 namespace rarefy::matmul {
 namespace {
@@ -34,7 +35,7 @@ constexpr int64_t kTaskRows = 128;
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kSpreadRows = 4;
-constexpr int64_t kRowMultiple = 16;  // whole register tiles of every instruction set
+constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
 
 KernelFunction find_kernel(Encoding encoding, Isa isa) {
     for (const Row& row : kKernels)
@@ -161,10 +162,29 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         }
     }
     Activations activations;
-    activations.floats = {num_rows, stride, copy ? padded : x, nullptr, nullptr, nullptr, nullptr, num_blocks, starts};
-    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts};
+    activations.floats = {num_rows, stride,  copy ? padded : x, nullptr, nullptr,
+                          nullptr,  nullptr, num_blocks,        starts,  nullptr};
+    activations.integers = {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts, nullptr};
     return activations;
 }
+
+#if RAREFY_X86
+// Gives the integers their row panels where a product reads them: blocks of codes, with AVX-512.
+void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
+    const int64_t num_row_panels = rows.num_rows / kPanelRows;
+    const bool wanted = std::any_of(products.begin(), products.end(), [](const Product& product) {
+        return product.weights->encoding() == Encoding::block_int8 && product.weights->isa() == Isa::avx512;
+    });
+    if (!wanted || num_row_panels == 0) return;
+    const int64_t num_bytes = num_row_panels * rows.num_blocks * static_cast<int64_t>(sizeof(CodeBlock));
+    auto* blocks = reinterpret_cast<CodeBlock*>(scratch.reserve(num_bytes));
+    common::parallel_for(static_cast<int>(num_row_panels),
+                         [&](int row_panel) { make_code_blocks_avx512(rows, row_panel, blocks); });
+    rows.row_panels = blocks;
+}
+#else
+void add_row_panels(Rows&, const std::vector<Product>&, Scratch&) {}
+#endif
 
 // A product cut into tasks: a grid of stretches of panels and of rows.
 struct Grid {
@@ -218,7 +238,9 @@ void run_task(const Grid& grid, int64_t task) {
 }
 
 // Multiplies rows that are prepared; the outputs of their first row are at the products' `y`.
-void multiply_prepared(const Activations& activations, const std::vector<Product>& products) {
+void multiply_prepared(Activations activations, const std::vector<Product>& products) {
+    thread_local Scratch panel_scratch;
+    add_row_panels(activations.integers, products, panel_scratch);
     std::vector<Grid> grids;
     grids.reserve(products.size());
     int64_t num_tasks = 0;
@@ -238,6 +260,7 @@ void multiply_prepared(const Activations& activations, const std::vector<Product
             run_task(*grid, task - grid->first_task);
         }
     });
+    panel_scratch.trim();
 }
 
 // Rows [begin, end) of quantized taps, copied side by side out of quantized pixels.

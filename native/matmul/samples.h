@@ -20,8 +20,9 @@ struct SampleSpec {
     bool symmetric;
     double density;  // probability that an entry is kept, where the format has zeros
     unsigned seed;
-    int keep = 0, group = 64;  // of N:M; keep 0: what the density says
-    bool uneven = false;       // other masks: each block of 64 columns is of another kind, see kept_of_uneven
+    int keep = 0, group = 64;                // of N:M; keep 0: what the density says
+    int block_rows = 0, block_columns = 64;  // of blocks; 0 rows: any
+    bool uneven = false;                     // other masks: each 64 columns are of another kind, see kept_of_uneven
     bool is_nm() const { return format.rfind("nm-", 0) == 0; }
     int num_kept() const { return keep > 0 ? keep : std::max(1, static_cast<int>(density * group + 0.5)); }
 };

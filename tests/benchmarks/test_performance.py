@@ -69,10 +69,11 @@ def results(load) -> dict:
 
     setting = {"part": "peers", "shape": [4096, 4096], "rows": 1, "threads": 1, "isa": "default"}
     layout = {
-        "layout": "nm-int4-v1", "parameters": {"keep": 2, "group": 4}, "shape": [4096, 4096], "rows": 1, "threads": 1,
-        "isa": "avx2", "ms": 0.5, "ms_low": 0.4, "ms_high": 0.6, "bytes": 8_000_000, "bandwidth_fraction": 0.4,
-        "bandwidth_bytes_per_s": 40e9,
+        "layout": "nm-int4-v1", "note": "2:4", "parameters": {"keep": 2, "group": 4}, "shape": [4096, 4096], "rows": 1,
+        "threads": 1, "isa": "avx2", "ms": 0.5, "ms_low": 0.4, "ms_high": 0.6, "bytes": 8_000_000,
+        "bandwidth_fraction": 0.4, "bandwidth_bytes_per_s": 40e9,
     }  # fmt: skip
+    dense = {**layout, "layout": "dense-int4-v1", "note": "", "parameters": {}, "ms": 0.9}
     return {
         "machine": {
             "cpu": "CPU <X>", "cpus": 2, "flags": ["avx2"], "last_level_cache_bytes": 1 << 25,
@@ -90,7 +91,7 @@ def results(load) -> dict:
                     row("B", "int8 blocks", 0.8, 2.0),
                 ],
             },
-            {"setting": {"part": "layouts", "shape": [4096, 4096], "isa": "avx2"}, "rows": [layout]},
+            {"setting": {"part": "layouts", "shape": [4096, 4096], "isa": "avx2"}, "rows": [layout, dense]},
         ],
     }  # fmt: skip
 
@@ -104,7 +105,8 @@ def test_the_report_names_losses_and_what_was_left_out(load, tmp_path: Path) -> 
     assert "Left out: ggml (not installed)." in text
     assert "| B | int8 blocks | 0.800 |" in text
     assert "| 2.00 (2.00 to 2.00) |" in text
-    assert "| nm-int4-v1 2:4 | 1 | 1 | 0.500 | 0.400 to 0.600 | 16.0 | 40% |" in text
+    assert "| nm-int4-v1 2:4 | 1 | 1 | 0.500 | 0.400 to 0.600 | 16.0 | 40% | 1.80 |" in text
+    assert "| dense-int4-v1 | 1 | 1 | 0.900 | 0.400 to 0.600 | 8.9 | 40% |  |" in text
     best = text.partition("in any format")[2].partition("## ")[0]
     assert "| 4096 x 4096, one row, one thread | int4 | 0.400 | A int4 | 0.300 | **0.75** | 0.75 to 0.75 |" in best
     assert "| int4 87.5 % zeros | 0.100 | A int4 | 0.300 | **3.00** |" in best

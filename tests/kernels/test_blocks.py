@@ -51,7 +51,7 @@ def test_same_bits_as_the_bitmask_kernels(weight, num_threads, block_shape) -> N
     rng = np.random.default_rng(2)
     for layout_format, group_size in (("block-bf16-v1", None), ("block-int8-v1", 96), ("block-int8-v1", 128)):
         w = weight(layout_format, 75, 420, block_shape=block_shape, group_size=group_size, symmetric=False, density=0.4)
-        x = rng.standard_normal((61, 420)).astype(np.float32)
+        x = rng.standard_normal((125, 420)).astype(np.float32)
         expected = kernels.prepare(w.layout.as_bitmask(), isa=isas[-1]).matmul(x)
         for name in isas:
             prepared = kernels.prepare(w.layout, isa=name)
@@ -62,14 +62,22 @@ def test_same_bits_as_the_bitmask_kernels(weight, num_threads, block_shape) -> N
                 np.testing.assert_array_equal(prepared.matmul(x[3:5]), expected[3:5])
 
 
+def test_same_bits_where_a_cache_holds_only_some_of_the_rows(weight, isa) -> None:
+    w = weight("block-int8-v1", 40, 9000, group_size=128, density=0.3)
+    prepared = kernels.prepare(w.layout, isa=isa)
+    x = np.random.default_rng(3).standard_normal((145, 9000)).astype(np.float32)
+    np.testing.assert_array_equal(prepared.matmul(x), np.stack([prepared.matmul(row) for row in x]))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("layout_format", ["block-bf16-v1", "block-int8-v1"])
 def test_a_non_finite_activation_is_seen_where_its_blocks_are_zero(weight, layout_format, isa, bad) -> None:
     w = weight(layout_format, 40, 200, density=0.0)
     prepared = kernels.prepare(w.layout, isa=isa)
-    x = np.ones((3, 200), np.float32)
-    x[1, 70] = bad
-    y = prepared.matmul(x)
-    assert not y[[0, 2]].any()
-    assert np.isnan(y[1]).all()
-    assert np.isnan(prepared.matmul(x[1])).all()
+    for num_rows in (3, 19):
+        x = np.ones((num_rows, 200), np.float32)
+        x[1, 70] = bad
+        y = prepared.matmul(x)
+        assert not np.delete(y, 1, axis=0).any()
+        assert np.isnan(y[1]).all()
+        assert np.isnan(prepared.matmul(x[1])).all()

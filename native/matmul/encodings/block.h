@@ -171,14 +171,16 @@ namespace rarefy::matmul {
 
 // 1 where an entry is kept, in the order in which the entries are stored: adds `mask` and block_shape. `order`: where
 // each of those stands in the matrix.
-inline std::vector<uint8_t> add_block_mask(Sample& sample, SampleMaker& maker, double density,
+inline std::vector<uint8_t> add_block_mask(Sample& sample, const SampleSpec& spec, SampleMaker& maker,
                                            std::vector<size_t>& order) {
-    const int64_t high = 16 * (1 + maker.below(2)), wide = 32 * (1 + maker.below(3));
+    const bool any = spec.block_rows == 0;
+    const int64_t high = any ? 16 * (1 + maker.below(2)) : spec.block_rows;
+    const int64_t wide = any ? 32 * (1 + maker.below(3)) : spec.block_columns;
     const int64_t down = (sample.num_outputs + high - 1) / high, across = (sample.num_inputs + wide - 1) / wide;
     std::vector<uint8_t> kept, bytes(static_cast<size_t>(down * ((across + 7) / 8)), 0);
     for (int64_t i = 0; i < down; ++i) {
         for (int64_t j = 0; j < across; ++j) {
-            const bool stored = maker.chance(density);
+            const bool stored = maker.chance(spec.density);
             bytes[static_cast<size_t>(i * ((across + 7) / 8) + j / 8)] |= static_cast<uint8_t>(stored << j % 8);
             for (int64_t row = i * high; row < (i + 1) * high && row < sample.num_outputs; ++row) {
                 for (int64_t column = j * wide; column < (j + 1) * wide && column < sample.num_inputs; ++column) {

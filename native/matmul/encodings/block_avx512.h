@@ -1,7 +1,7 @@
 // AVX-512 kernels of the block sparse encodings; see block.h.
 #pragma once
 
-#include "matmul/encodings/block_tiles_avx512.h"
+#include "matmul/encodings/block_lanes_avx512.h"
 
 namespace rarefy::matmul::avx512 {
 
@@ -102,6 +102,7 @@ inline void take_segments(const PanelWeights& w, const Rows& rows, int64_t row, 
     for (int step = 0; step < num_steps; step += 2) {
         UNROLL for (int i = 0; i < kWalks; ++i) {
             const uint8_t* values = walks[i]->values + step * 64;
+            prefetch<4096>(values, 128);
             evens[i] = dot_4(evens[i], load(values), broadcast_4(q[i] + 4 * step));
             odds[i] = dot_4(odds[i], load(values + 64), broadcast_4(q[i] + 4 * step + 4));
         }
@@ -118,7 +119,6 @@ inline void take_cells_int(const PanelWeights& w, const Rows& rows, const Part& 
                            CellWalk* const (&walks)[kWalks]) {
     const int32_t cell = *walks[0]->cell;
     UNROLL for (int i = 0; i < kWalks; ++i) {
-        prefetch<4096>(walks[i]->values, num_columns(cell) * kPanelOutputs);
         // No hardware foresees which scales come next.
         constexpr int kCellsAhead = 5;
         if (walks[i]->end - walks[i]->cell > kCellsAhead) {
@@ -163,24 +163,28 @@ inline void multiply_cells_bf16(const PanelWeights& w, const Rows& rows, const P
         many_rows_cells<true>(kCellFloatTiles, w, rows, part);
 }
 
-template <int kSteps>
-void multiply_cells_int8_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
+template <int kSteps, bool kSymmetric>
+void multiply_cells_int8_as(const PanelWeights& w, const Rows& rows, const Part& part) {
+    const auto tiles = [&](const Part& some) {
+        many_rows_cells<false>(kCellIntTiles<kSteps, kSymmetric>, w, rows, some);
+    };
     if (part.row_end - part.row_begin == 1)
         walk_panels(w, rows, part, walk_cells_int<2, kSteps>, walk_cells_int<1, kSteps>);
-    else if (w.zero_points == nullptr)
-        many_rows_cells<false>(kCellIntTiles<kSteps, true>, w, rows, part);
+    else if (rows.row_panels != nullptr)
+        lanes_by_cells<CodeSegment<kSymmetric>>(w, rows, part, tiles);
     else
-        many_rows_cells<false>(kCellIntTiles<kSteps, false>, w, rows, part);
+        tiles(part);
 }
 
 inline void multiply_cells_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
 #if RAREFY_PASS_AMX
     if (part.row_end - part.row_begin >= kAmxRows) return tile_cells_int8(w, rows, part);
 #endif
+    const bool is_symmetric = w.zero_points == nullptr;
     if (w.steps_per_segment == 16)
-        multiply_cells_int8_steps<16>(w, rows, part);
+        (is_symmetric ? multiply_cells_int8_as<16, true> : multiply_cells_int8_as<16, false>)(w, rows, part);
     else
-        multiply_cells_int8_steps<8>(w, rows, part);
+        (is_symmetric ? multiply_cells_int8_as<8, true> : multiply_cells_int8_as<8, false>)(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512

@@ -59,7 +59,7 @@ Sample samples::block_bf16(const SampleSpec& spec) {
     Sample sample(spec);
     SampleMaker maker(spec.seed);
     std::vector<size_t> order;
-    const std::vector<uint8_t> kept = add_block_mask(sample, maker, spec.density, order);
+    const std::vector<uint8_t> kept = add_block_mask(sample, spec, maker, order);
     SampleArray values{"values", Element::u16, {}};
     sample.floats.resize(kept.size());
     for (size_t i = 0; i < kept.size(); ++i) {

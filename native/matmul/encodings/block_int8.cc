@@ -56,7 +56,7 @@ Sample samples::block_int8(const SampleSpec& spec) {
     Sample sample(spec);
     SampleMaker maker(spec.seed);
     std::vector<size_t> order;
-    const std::vector<uint8_t> kept = add_block_mask(sample, maker, spec.density, order);
+    const std::vector<uint8_t> kept = add_block_mask(sample, spec, maker, order);
     const std::vector<int> zero_points = maker.add_grid(sample, spec, 8);
     SampleArray codes{"codes", Element::u8, {}};
     sample.levels.resize(kept.size());

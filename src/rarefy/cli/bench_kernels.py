@@ -104,10 +104,13 @@ def _packing_table(shape: Sequence[int], rows: Sequence[Mapping[str, Any]]) -> T
     for title in (*STEPS, "isa"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
-        note = f" {row['parameters']['keep']}:{row['parameters']['group']}" if "keep" in row["parameters"] else ""
         cells = [Text("-", style="dim") if row[f"{step}_weights_per_s"] is None else _rate(row, step) for step in STEPS]
-        table.add_row(Text(row["layout"] + note), *cells, row["isa"])
+        table.add_row(Text(_name(row)), *cells, row["isa"])
     return table
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['layout']} {row['note']}".rstrip()
 
 
 def _rate(row: Mapping[str, Any], step: str) -> Text:
@@ -133,10 +136,9 @@ def _table(shape: Sequence[int], products: Sequence[Mapping[str, Any]]) -> Table
         table.add_column(title, justify="right", no_wrap=True)
     products = sorted(products, key=lambda row: (row["rows"], row["threads"]))
     for row in products:
-        note = f" {row['parameters']['keep']}:{row['parameters']['group']}" if "keep" in row["parameters"] else ""
         isa = f" ({row['isa']})" if len(isas) > 1 else ""
         table.add_row(
-            Text(row["layout"] + note + isa),
+            Text(_name(row) + isa),
             str(row["rows"]),
             str(row["threads"]),
             format_number(row["ms"]),

@@ -40,6 +40,8 @@ PERIOD: Final = 509
 _BLOCK_ROWS: Final = 16
 _OTHER_SEED: Final = 1_000_000  # far from the seeds that anyone asks for
 _DENSITY: Final = 0.5
+_DENSITIES: Final[Mapping[str, tuple[float, ...]]] = {"block": (0.5, 0.25)}
+"""Of kinds that are timed with several."""
 _LEVELS: Final[Mapping[str, tuple[type[Ternary | Binary], tuple[int, ...]]]] = {
     "ternary": (Ternary, (-1, 0, 1)),
     "binary": (Binary, (-1, 1)),
@@ -82,13 +84,16 @@ class Sample:
 
     Attributes:
         format: key of FORMATS.
-        note: what tells it from other samples of the format, such as "8:64"; "" where there is only one.
+        note: what tells it from other samples of the format, such as "8:64" or "50 %", the zeros; "" where there is
+            only one.
         parameters: its metadata without the shape and the number of values.
+        density: how much of a mask is kept, of entries or of blocks.
     """
 
     format: str
     note: str
     parameters: Mapping[str, MetaValue]
+    density: float = _DENSITY
 
     @property
     def name(self) -> str:
@@ -124,7 +129,7 @@ class Sample:
         repeated = np.arange(num_rows) % small_shape[0]
         if kind in _LEVELS or kind.startswith("lut"):
             return _make_codebook(kind, self.parameters, small_shape, repeated, rng)
-        mask_PI = _mask(kind, self.parameters, small_shape, rng)
+        mask_PI = _mask(kind, self.parameters, self.density, small_shape, rng)
         rows = _random_rows(values, self.parameters, small_shape, rng)
         every = {name: array[repeated] for name, array in rows.items()}
         return (
@@ -137,7 +142,7 @@ class Sample:
         arrays = dict(rows)
         stored = "codes" if "codes" in arrays else "values"
         if "block_shape" in meta and mask_OI is not None:
-            blocks = _blocks(self.parameters)
+            blocks = _blocks(self.parameters, self.density)
             mask_RC = blocks_of(mask_OI, blocks)
             arrays |= {"mask": pack_mask(mask_RC), stored: to_stream(arrays[stored], mask_RC, blocks)}
             meta["num_values"] = len(arrays[stored])
@@ -151,15 +156,22 @@ class Sample:
 
 
 def samples_of(format: str) -> tuple[Sample, ...]:
-    """What to time of a format: one sample, or one for each of a few N:M patterns; none if the format is not known."""
+    """What to time of a format: one sample, or one for each of a few patterns; none if the format is not known."""
     kind, _, rest = format.partition("-")
     grid = _GRIDS.get(rest.partition("-")[0])
     if grid is None:
         return ()
     return tuple(
-        Sample(format, f"{pattern['keep']}:{pattern['group']}" if "keep" in pattern else "", {**pattern, **grid})
+        Sample(format, _note(pattern, density), {**pattern, **grid}, density)
         for pattern in _PATTERNS.get(kind, ())
+        for density in _DENSITIES.get(kind, (_DENSITY,))
     )
+
+
+def _note(pattern: Mapping[str, MetaValue], density: float) -> str:
+    if "keep" in pattern:
+        return f"{pattern['keep']}:{pattern['group']}"
+    return f"{100 * (1 - density):.0f} %" if "block_shape" in pattern else ""
 
 
 def _make_codebook(
@@ -223,18 +235,18 @@ def _make_sum(parameters: Mapping[str, MetaValue], shape: tuple[int, int], seed:
 
 
 def _mask(
-    kind: str, parameters: Mapping[str, MetaValue], shape: tuple[int, int], rng: np.random.Generator
+    kind: str, parameters: Mapping[str, MetaValue], density: float, shape: tuple[int, int], rng: np.random.Generator
 ) -> _Mask | None:
     if kind == "dense":
         return None
     if kind == "block":
-        blocks = _blocks(parameters)
+        blocks = _blocks(parameters, density)
         random_RC = rng.random(blocks.grid_shape(shape), dtype=np.float32)
-        mask_RC = random_RC <= np.sort(random_RC, axis=None)[math.ceil(random_RC.size * _DENSITY) - 1]
+        mask_RC = random_RC <= np.sort(random_RC, axis=None)[math.ceil(random_RC.size * density) - 1]
         return entry_mask(mask_RC, blocks, shape)
     random_PI = rng.random(shape, dtype=np.float32)
     if kind == "bitmask":
-        return random_PI < _DENSITY
+        return random_PI < density
     pattern = NM(cast(int, parameters["keep"]), cast(int, parameters["group"]))
     mask_PI = np.zeros(shape, dtype=np.bool_)
     num_full, rest = divmod(shape[1], pattern.group)
@@ -245,9 +257,9 @@ def _mask(
     return mask_PI
 
 
-def _blocks(parameters: Mapping[str, MetaValue]) -> Blocks:
+def _blocks(parameters: Mapping[str, MetaValue], density: float) -> Blocks:
     rows, columns = cast("list[int]", parameters["block_shape"])
-    return Blocks((rows, columns), 1.0 - _DENSITY)
+    return Blocks((rows, columns), 1.0 - density)
 
 
 def _keep_smallest(

@@ -37,9 +37,10 @@ def bench_packing(
         progress: called with (layouts done, layouts in all).
 
     Returns:
-        One row per layout and shape: layout, parameters, shape, threads, isa, num_rounds and, for each step,
-        weights_per_s of the median round (entries of the matrix, zeros too; None for `pack` of low-rank pairs and sums,
-        which methods make out of parts) with its _low and _high. Where there is a `pack`, its bytes were compared.
+        One row per layout and shape: layout, note (of its sample), parameters, shape, threads, isa, num_rounds and, for
+        each step, weights_per_s of the median round (entries of the matrix, zeros too; None for `pack` of low-rank
+        pairs and sums, which methods make out of parts) with its _low and _high. Where there is a `pack`, its bytes
+        were compared.
 
     Raises:
         UsageError: an unknown layout, or a shape out of range.
@@ -58,6 +59,7 @@ def bench_packing(
                 layout = cast(AnyLayout, sample.make(shape)[0])
                 row = {
                     "layout": layout.format,
+                    "note": sample.note,
                     "parameters": dict(sample.parameters),
                     "shape": list(shape),
                     "threads": 1,
