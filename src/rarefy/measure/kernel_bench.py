@@ -300,10 +300,10 @@ def _expected(layout: Layout, x_TI: Float32Array, where: str) -> tuple[_Float64A
     """The product in float64, and how far a kernel may be from it.
 
     The expected product is x_hat @ W^T in float64, where W is what the layout stores and x_hat the activations as the
-    reference quantizes them (ADR 0004) or rounds them (ADR 0025), or x itself for other float weights. A kernel's float32
-    sums may differ from it by (n + 4) 2^-24 sum |x_hat w|, to first order, with n additions in a row: one per segment of
-    at least 32 columns of exact integers, and for floats 64 in a block and one per block. A low-rank pair is two such
-    products, the second of what the first one gave, which is checked by itself; a sum adds once more.
+    reference quantizes them (ADR 0004) or rounds them (ADR 0025), or x itself for other float weights. A kernel's
+    float32 sums may differ from it by (n + 4) 2^-24 sum |x_hat w|, to first order, with n additions in a row: one per
+    segment of at least 32 columns of exact integers, and for floats 64 in a block and one per block. A low-rank pair
+    is two such products, the second of what the first one gave, which is checked by itself; a sum adds once more.
     """
     match layout:
         case LowRank():
