@@ -21,11 +21,12 @@ inline bool can_run_avx512(const CpuFlags& cpu) {
     return can_run_avx2(cpu) && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512_vnni &&
            cpu.avx512vbmi && cpu.avx512_vbmi2;
 }
+inline bool can_run_avx512_bf16(const CpuFlags& cpu) { return can_run_avx512(cpu) && cpu.avx512_bf16; }
 #if RAREFY_EMULATE_AMX
-inline bool can_run_amx(const CpuFlags& cpu) { return can_run_avx512(cpu); }
+inline bool can_run_amx(const CpuFlags& cpu) { return can_run_avx512_bf16(cpu); }
 #else
 inline bool can_run_amx(const CpuFlags& cpu) {
-    return can_run_avx512(cpu) && cpu.amx_tile && cpu.amx_int8 && cpu.amx_bf16;
+    return can_run_avx512_bf16(cpu) && cpu.amx_tile && cpu.amx_int8 && cpu.amx_bf16;
 }
 #endif
 inline bool can_run_neon(const CpuFlags& cpu) { return cpu.asimddp; }

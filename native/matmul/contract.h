@@ -10,15 +10,18 @@
 //   bfloat16       32 steps of 2 columns (the even one in the low half of the lane)
 //   integer codes  16 steps of 4 columns (in the order of the lane's bytes)
 //
-// Integer weights are unsigned codes; value = scale * (code - zero_point). Activations are quantized per row and block
-// of 64 columns to [-127, 127] (kernels.h). A segment is the part of a block that lies in one weight group: the whole
-// block, or each half where the group size is an odd multiple of 32. Every kernel computes
+// Activations that meet bfloat16 weights are rounded to bfloat16 first (kernels.h), those that meet other floats are
+// not. Integer weights are unsigned codes; value = scale * (code - zero_point). Activations are quantized per row and
+// block of 64 columns to [-127, 127] (kernels.h). A segment is the part of a block that lies in one weight group: the
+// whole block, or each half where the group size is an odd multiple of 32. Every kernel computes
 //   y = sum over segments, in order:  y = fma(float(sum code * q - zero_point * sum q), s_block * scale, y)
 // and float kernels
-//   y = sum over blocks, in order:    y = y + (sum over columns, in order: part = fma(x, w, part))
-// so all kernels of an encoding give the same bits, for every number of rows and threads. (The float reference emulates
-// fma in double precision and may differ in the last bit where that rounds twice; AMX sums many rows of bfloat16
-// weights in an order of its own, core_amx.h.)
+//   y = sum over blocks, in order:    y = y + (sum over columns 1, 0, 3, 2, ... 63, 62:    part = fma(x, w, part))
+// so all kernels of an encoding give the same bits, for every number of rows and threads. The odd column of two comes
+// first because vdpbf16ps, which does two of these steps at once, takes it first. Three exceptions: vdpbf16ps and AMX
+// count weights and sums of bfloat16 products below 2^-126 as zero; the float reference emulates fma in double
+// precision and may differ in the last bit where that rounds twice; AMX sums many rows of bfloat16 weights in an order
+// of its own (core_amx.h).
 #pragma once
 
 #include <cstdint>
@@ -55,12 +58,13 @@ struct PanelWeights {
 // Activations as the kernels see them, padded with zeros to whole blocks.
 struct Rows {
     int64_t num_rows;
-    int64_t stride;         // elements from row to row of x, q and wide_q
-    const float* x;         // float kernels
-    const int8_t* q;        // integer kernels
-    const int16_t* wide_q;  // codes of more than 4 bits on AVX2: per step the columns 0, 2, 1, 3
-    const float* scales;    // (num_rows, num_blocks)
-    const int32_t* sums;    // sum of q per half block, (num_rows, num_blocks, 2)
+    int64_t stride;          // elements from row to row of x, bf16_x, q and wide_q
+    const float* x;          // float kernels; of bfloat16 weights: rounded to it, and null from avx512_bf16 on
+    const uint16_t* bf16_x;  // the rounded ones as they are; null before avx512
+    const int8_t* q;         // integer kernels
+    const int16_t* wide_q;   // codes of more than 4 bits on AVX2: per step the columns 0, 2, 1, 3
+    const float* scales;     // (num_rows, num_blocks)
+    const int32_t* sums;     // sum of q per half block, (num_rows, num_blocks, 2)
     int64_t num_blocks;
     const float* starts;  // (num_rows): 0, or NaN where a row holds a NaN or an infinity; for weights that skip blocks
     const void* row_panels;  // row_panels.h; null where no kernel reads them

@@ -4,15 +4,13 @@
 // tiles of 32 columns of bfloat16.
 //
 // Codes: the sums of a segment are integers and leave the tile for the scales, so all bits are those of AVX-512.
-// Floats whose values are bfloat16: a float32 activation is the sum of three bfloat16 numbers, its leading 8 bits and
-// twice the 8 bits after, so that no bit of it is lost; the products of the small parts are added first. The sums are
-// in another order than on AVX-512, and numbers below 2^-126 count as zero.
+// bfloat16: the sums of a block leave the tile for the total. Within a block they are in another order than on AVX-512.
 //
 // All of this has run in the emulation of tiles_amx.h, never on hardware: nothing here is tuned.
 #pragma once
 
+#include "matmul/bf16_avx512.h"
 #include "matmul/tiles_amx.h"
-#include "matmul/vectors_avx512.h"
 
 namespace rarefy::matmul::amx {
 
@@ -20,8 +18,7 @@ constexpr int kAmxRows = 8;  // fewer rows are multiplied without tiles
 constexpr int kTileRows = 16;
 constexpr int kTileColumns = 32;  // of bfloat16
 constexpr int kCodeBlocks = 8;    // 8 KiB of expanded codes
-constexpr int kTilePanels = 4;    // of bfloat16, for which activations are split once
-constexpr int kSplits = 3;
+constexpr int kPairBlocks = 8;    // 16 KiB of expanded bfloat16
 
 // Tile 0: sums; 1: `num_rows` rows of activations, `row_bytes` of each; 2: weights.
 inline void configure_tiles(int num_rows, int row_bytes) {
@@ -129,82 +126,42 @@ void tiles_int(const PanelWeights& w, const Rows& rows, const Part& part) {
         tiles_int_steps<Stream, 8>(w, rows, part);
 }
 
-// A block of up to 16 rows of activations: the smallest parts of all numbers first, in tiles.
-struct SplitBlock {
-    alignas(64) uint16_t parts[kSplits][kBlockInputs / kTileColumns][kTileRows][kTileColumns];
-
-    void fill(const float* x, int64_t stride, int num_rows) {
-        for (int r = 0; r < num_rows; ++r, x += stride) {
-            for (int column = 0; column < kBlockInputs; column += kPanelOutputs) {
-                __m512 rest = _mm512_loadu_ps(x + column);
-                for (int split = kSplits - 1; split >= 0; --split) {
-                    const __m512i bits = _mm512_castps_si512(rest);
-                    uint16_t* to = parts[split][column / kTileColumns][r] + column % kTileColumns;
-                    _mm256_store_si256(reinterpret_cast<__m256i*>(to),
-                                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-                    const __m512i upper = _mm512_and_si512(bits, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-                    rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(upper));  // exact; NaN where x is not finite
-                }
-            }
-        }
-    }
-};
-
-// The next block of a panel, in two tiles of pairs of columns.
-template <class Stream>
-void read_pairs(Stream& stream, uint8_t* out) {
-    for (int pair = 0; pair < kBlockInputs / 2; ++pair, out += 64) {
-        if (pair % 8 == 0) stream.fetch(16);
-        __m512 even, odd;
-        stream.next(even, odd);
-        const __m512i upper =
-            _mm512_and_si512(_mm512_castps_si512(odd), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-        _mm512_store_si512(out, _mm512_or_si512(upper, _mm512_srli_epi32(_mm512_castps_si512(even), 16)));
-    }
-}
-
-// Rows [row, row + num_rows) by `num_panels` panels from `panel` on.
-template <class Stream>
-void tile_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int num_panels, int64_t row,
-               int num_rows) {
+// Rows [row, row + num_rows) by the blocks [begin, end) of a panel, whose steps are at `pairs`; the sums start at 0
+// with block 0, else at y.
+inline void tile_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t begin,
+                      int64_t end, const uint8_t* pairs, int64_t row, int num_rows) {
     constexpr int kTileBytes = 16 * 64;
-    alignas(64) uint8_t pairs[2 * kTileBytes];
     alignas(64) float sums[kTileRows][kPanelOutputs];
-    alignas(64) float totals[kTilePanels][kTileRows][kPanelOutputs] = {};
-    SplitBlock split;
-    Stream streams[kTilePanels];
-    for (int p = 0; p < num_panels; ++p) streams[p].start(w, panel + p);
-    for (int64_t block = 0; block < w.num_blocks; ++block) {
-        split.fill(rows.x + row * rows.stride + block * kBlockInputs, rows.stride, num_rows);
-        for (int p = 0; p < num_panels; ++p) {
-            read_pairs(streams[p], pairs);
-            TILE_ZERO(0);
-            for (const auto& part_of_numbers : split.parts) {
-                TILE_LOAD(1, part_of_numbers[0], 64);
-                TILE_LOAD(2, pairs, 64);
-                TILE_DOT_BF16(0, 1, 2);
-                TILE_LOAD(1, part_of_numbers[1], 64);
-                TILE_LOAD(2, pairs + kTileBytes, 64);
-                TILE_DOT_BF16(0, 1, 2);
-            }
-            TILE_STORE(0, sums, 64);
-            for (int r = 0; r < num_rows; ++r)
-                _mm512_store_ps(totals[p][r], _mm512_add_ps(_mm512_load_ps(totals[p][r]), _mm512_load_ps(sums[r])));
+    __m512 totals[kTileRows];
+    for (int r = 0; r < num_rows; ++r) totals[r] = outputs(w, part, row + r, panel).load_unless(begin == 0);
+    const uint16_t* x = rows.bf16_x + row * rows.stride + begin * kBlockInputs;
+    for (int64_t block = begin; block < end; ++block) {
+        TILE_ZERO(0);
+        for (int half = 0; half < 2; ++half, x += kTileColumns, pairs += kTileBytes) {
+            TILE_LOAD(1, x, rows.stride * 2);
+            TILE_LOAD(2, pairs, 64);
+            TILE_DOT_BF16(0, 1, 2);
         }
+        TILE_STORE(0, sums, 64);
+        for (int r = 0; r < num_rows; ++r) totals[r] = _mm512_add_ps(totals[r], _mm512_load_ps(sums[r]));
     }
-    for (int p = 0; p < num_panels; ++p)
-        for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel + p).store(_mm512_load_ps(totals[p][r]));
+    for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel).store(totals[r]);
 }
 
 template <class Stream>
 void tiles_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
-    for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
-        const int num_rows = rows_left(part, row);
-        configure_tiles(num_rows, 64);
-        for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += kTilePanels) {
-            const int64_t left = part.panel_end - panel;
-            tile_bf16<Stream>(w, rows, part, panel, static_cast<int>(left < kTilePanels ? left : kTilePanels), row,
-                              num_rows);
+    alignas(64) uint8_t pairs[kPairBlocks * kBlockInputs * kPanelOutputs * 2];
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        Stream stream;
+        stream.start(w, panel);
+        for (int64_t begin = 0; begin < w.num_blocks; begin += kPairBlocks) {
+            const int64_t end = begin + kPairBlocks < w.num_blocks ? begin + kPairBlocks : w.num_blocks;
+            expand_pairs(stream, end - begin, pairs);
+            for (int64_t row = part.row_begin; row < part.row_end; row += kTileRows) {
+                const int num_rows = rows_left(part, row);
+                configure_tiles(num_rows, 64);
+                tile_bf16(w, rows, part, panel, begin, end, pairs, row, num_rows);
+            }
         }
     }
     TILE_RELEASE();

@@ -116,8 +116,8 @@ void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
                 __m256 even[kHalves], odd[kHalves];
                 streams[p].next(even, odd);
                 UNROLL for (int half = 0; half < kHalves; ++half) {
-                    sums[p][half] = _mm256_fmadd_ps(even_x, even[half], sums[p][half]);
                     sums[p][half] = _mm256_fmadd_ps(odd_x, odd[half], sums[p][half]);
+                    sums[p][half] = _mm256_fmadd_ps(even_x, even[half], sums[p][half]);
                 }
             }
         }

@@ -6,13 +6,18 @@
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
-//   floats: static constexpr bool kIsBf16    all values are bfloat16
-//           void next(__m512& even, __m512& odd)
-// and its kernel is multiply_int<Stream> or multiply_float<Stream>, or a function of its own that may call their two
-// halves, one_row_* and many_rows_*.
+//   floats: void next(__m512& even, __m512& odd)
+//   bfloat16, one step at a time:
+//           static constexpr bool kIsPlain    nothing needs to be decoded
+//           __m512i pairs()
+// and its kernel is multiply_int<Stream>, multiply_float<Stream> or multiply_bf16<Stream>, or a function of its own
+// that may call their two halves, one_row_* and many_rows_*.
 #pragma once
 
 #include "matmul/rows_avx512.h"
+#if RAREFY_PASS_AVX512_BF16
+#include "matmul/bf16_avx512.h"
+#endif
 #if RAREFY_PASS_AMX
 #include "matmul/core_amx.h"
 #endif
@@ -91,8 +96,8 @@ void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m512 even, odd;
                 streams[p].next(even, odd);
-                sums[p] = _mm512_fmadd_ps(even_x, even, sums[p]);
                 sums[p] = _mm512_fmadd_ps(odd_x, odd, sums[p]);
+                sums[p] = _mm512_fmadd_ps(even_x, even, sums[p]);
             }
         }
         UNROLL for (int p = 0; p < kPanels; ++p) { totals[p] = _mm512_add_ps(totals[p], sums[p]); }
@@ -158,11 +163,6 @@ void one_row_float(const PanelWeights& w, const Rows& rows, const Part& part) {
 
 template <class Stream>
 void many_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
-#if RAREFY_PASS_AMX
-    if constexpr (Stream::kIsBf16) {
-        if (part.row_end - part.row_begin >= kAmxRows) return tiles_bf16<Stream>(w, rows, part);
-    }
-#endif
     walk_rows(w, rows, part, kRowsFloat<Stream>);
 }
 
@@ -172,6 +172,30 @@ void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
         many_rows_float<Stream>(w, rows, part);
     else
         one_row_float<Stream>(w, rows, part);
+}
+
+// Without vdpbf16ps bfloat16 is widened, and meets rounded activations that are widened already.
+template <class Stream>
+struct Widened : Stream {
+    void next(__m512& even, __m512& odd) { widen_pairs(this->pairs(), even, odd); }
+};
+
+template <class Stream>
+void multiply_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if RAREFY_PASS_AVX512_BF16
+    const int64_t num_rows = part.row_end - part.row_begin;
+#if RAREFY_PASS_AMX
+    if (num_rows >= kAmxRows) return tiles_bf16<Stream>(w, rows, part);
+#endif
+    if (num_rows == 1)
+        walk_panels(w, rows, part, walk_bf16<Stream, 2>, walk_bf16<Stream, 1>);
+    else if (Stream::kIsPlain || num_rows <= kMaxRows)
+        walk_rows(w, rows, part, kRowsBf16<Stream>);
+    else
+        expand_for_rows<Stream>(w, rows, part);
+#else
+    multiply_float<Widened<Stream> >(w, rows, part);
+#endif
 }
 
 }  // namespace rarefy::matmul::avx512

@@ -128,8 +128,8 @@ inline void add_pair(const float* x, int64_t stride, const Floats (&even)[kQuart
     UNROLL for (int r = 0; r < kRows; ++r) {
         const float32x2_t two = vld1_f32(x + r * stride);
         UNROLL for (int i = 0; i < kQuarters; ++i) {
-            sums[r][i] = vfmaq_lane_f32(sums[r][i], even[i], two, 0);
             sums[r][i] = vfmaq_lane_f32(sums[r][i], odd[i], two, 1);
+            sums[r][i] = vfmaq_lane_f32(sums[r][i], even[i], two, 0);
         }
     }
 }

@@ -35,7 +35,8 @@ void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
             for (int64_t row = part.row_begin; row < part.row_end; ++row) {
                 const float* x = rows.x + row * rows.stride + block * kBlockInputs;
                 float sums[kPanelOutputs] = {};
-                for (int column = 0; column < kBlockInputs; ++column) {
+                for (int i = 0; i < kBlockInputs; ++i) {
+                    const int column = i ^ 1;  // the odd one of two comes first
                     for (int o = 0; o < kPanelOutputs; ++o) {
                         const double product =
                             static_cast<double>(x[column]) * static_cast<double>(values[column * kPanelOutputs + o]);

@@ -3,32 +3,42 @@
 
 #include "matmul/contract.h"
 
-// The instruction sets of an encoding: each list calls macro(name, isa) once for each. The last two on x86-64 need a
-// recent compiler (CMakeLists.txt).
+// The instruction sets of an encoding: each list calls macro(name, isa, namespace of the kernel) once for each. Those
+// of x86-64 behind AVX2 need a recent compiler (CMakeLists.txt). Where nothing is bfloat16, avx512_bf16 is avx512.
 #if RAREFY_AVX_VNNI
-#define RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx_vnni)
+#define RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx_vnni, avx_vnni)
 #else
 #define RAREFY_AVX_VNNI_ISA(macro, name)
 #endif
+#if RAREFY_AVX512_BF16
+#define RAREFY_AVX512_BF16_ISA(macro, name, space) macro(name, avx512_bf16, space)
+#else
+#define RAREFY_AVX512_BF16_ISA(macro, name, space)
+#endif
 #if RAREFY_AMX
-#define RAREFY_AMX_ISA(macro, name) macro(name, amx)
+#define RAREFY_AMX_ISA(macro, name) macro(name, amx, amx)
 #else
 #define RAREFY_AMX_ISA(macro, name)
 #endif
 #if RAREFY_X86
-#define RAREFY_EVERY_ISA(macro, name)                                                             \
-    macro(name, reference) macro(name, avx2) RAREFY_AVX_VNNI_ISA(macro, name) macro(name, avx512) \
-        RAREFY_AMX_ISA(macro, name)
-#elif RAREFY_ARM
-#define RAREFY_EVERY_ISA(macro, name) macro(name, reference) macro(name, neon)
+#define RAREFY_X86_ISAS(macro, name, bf16_space)                                               \
+    macro(name, reference, reference) macro(name, avx2, avx2) RAREFY_AVX_VNNI_ISA(macro, name) \
+        macro(name, avx512, avx512) RAREFY_AVX512_BF16_ISA(macro, name, bf16_space) RAREFY_AMX_ISA(macro, name)
+#define RAREFY_EVERY_ISA(macro, name) RAREFY_X86_ISAS(macro, name, avx512)
+#define RAREFY_EVERY_ISA_AND_BF16(macro, name) RAREFY_X86_ISAS(macro, name, avx512_bf16)
 #else
-#define RAREFY_EVERY_ISA(macro, name) macro(name, reference)
+#if RAREFY_ARM
+#define RAREFY_EVERY_ISA(macro, name) macro(name, reference, reference) macro(name, neon, neon)
+#else
+#define RAREFY_EVERY_ISA(macro, name) macro(name, reference, reference)
+#endif
+#define RAREFY_EVERY_ISA_AND_BF16(macro, name) RAREFY_EVERY_ISA(macro, name)
 #endif
 
 namespace rarefy::matmul {
 
-#define RAREFY_DECLARE(name, isa)                             \
-    namespace isa {                                           \
+#define RAREFY_DECLARE(name, isa, space)                      \
+    namespace space {                                         \
     void name(const PanelWeights&, const Rows&, const Part&); \
     }
 #define RAREFY_ENCODING(name, values, isas, ...) RAREFY_##isas(RAREFY_DECLARE, name)
@@ -48,6 +58,17 @@ void quantize_row_avx2(const float*, int64_t, int8_t*, int16_t*, float*, int32_t
 void quantize_row_avx512(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
 #elif RAREFY_ARM
 void quantize_row_neon(const float*, int64_t, int8_t*, int16_t*, float*, int32_t*);
+#endif
+
+// Rounds one row of `num_inputs` numbers to bfloat16, the nearest, half to even; numbers below 2^-126 become zeros, a
+// NaN or an infinity stays one. Writes whole blocks, of their bits and of the numbers, unless null.
+using RoundFunction = void (*)(const float* x, int64_t num_inputs, uint16_t* bits, float* numbers);
+void round_row_reference(const float*, int64_t, uint16_t*, float*);
+#if RAREFY_X86
+void round_row_avx2(const float*, int64_t, uint16_t*, float*);
+void round_row_avx512(const float*, int64_t, uint16_t*, float*);
+#elif RAREFY_ARM
+void round_row_neon(const float*, int64_t, uint16_t*, float*);
 #endif
 
 }  // namespace rarefy::matmul

@@ -14,8 +14,8 @@
 namespace rarefy::matmul {
 
 // From slowest to fastest; those of other processors than this build's have no kernels.
-enum class Isa { reference, neon, avx2, avx_vnni, avx512, amx };
-constexpr Isa kIsas[] = {Isa::reference, Isa::neon, Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::amx};
+enum class Isa { reference, neon, avx2, avx_vnni, avx512, avx512_bf16, amx };
+constexpr Isa kIsas[] = {Isa::reference, Isa::neon, Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 enum class Element { u8, u16, u32, i8, i16, i32, f32, other };
 
 struct NamedArray {

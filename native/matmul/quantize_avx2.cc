@@ -1,4 +1,4 @@
-// Quantizes activations with AVX2.
+// Quantizes and rounds activations with AVX2.
 #include <immintrin.h>
 
 #include "matmul/kernels.h"
@@ -58,5 +58,8 @@ void quantize_row_avx2(const float* x, int64_t num_inputs, int8_t* q, int16_t* w
         }
     }
 }
+
+void round_row_avx2(const float* x, int64_t num_inputs, uint16_t* bits, float* numbers)
+#include "matmul/round_row.inc"
 
 }  // namespace rarefy::matmul

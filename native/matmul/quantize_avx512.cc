@@ -1,4 +1,4 @@
-// Quantizes activations with AVX-512.
+// Quantizes and rounds activations with AVX-512.
 #include <immintrin.h>
 
 #include "matmul/kernels.h"
@@ -49,5 +49,8 @@ void quantize_row_avx512(const float* x, int64_t num_inputs, int8_t* q, int16_t*
         _mm_storel_epi64(reinterpret_cast<__m128i*>(sums + 2 * block), halves);
     }
 }
+
+void round_row_avx512(const float* x, int64_t num_inputs, uint16_t* bits, float* numbers)
+#include "matmul/round_row.inc"
 
 }  // namespace rarefy::matmul

@@ -1,4 +1,4 @@
-// Quantizes activations with NEON.
+// Quantizes and rounds activations with NEON.
 #include <arm_neon.h>
 
 #include "matmul/kernels.h"
@@ -44,5 +44,8 @@ void quantize_row_neon(const float* x, int64_t num_inputs, int8_t* q, int16_t*, 
         sums[2 * block + 1] = vaddvq_s32(half_sums[1]);
     }
 }
+
+void round_row_neon(const float* x, int64_t num_inputs, uint16_t* bits, float* numbers)
+#include "matmul/round_row.inc"
 
 }  // namespace rarefy::matmul

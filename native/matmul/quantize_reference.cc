@@ -1,4 +1,4 @@
-// Quantizes activations in plain C++.
+// Quantizes and rounds activations in plain C++.
 #include <cmath>
 
 #include "matmul/kernels.h"
@@ -39,5 +39,8 @@ void quantize_row_reference(const float* x, int64_t num_inputs, int8_t* q, int16
         }
     }
 }
+
+void round_row_reference(const float* x, int64_t num_inputs, uint16_t* bits, float* numbers)
+#include "matmul/round_row.inc"
 
 }  // namespace rarefy::matmul

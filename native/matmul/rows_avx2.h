@@ -125,15 +125,15 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
             __m256 even[kHalves], odd[kHalves];
             stream.next(even, odd);
             UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride);
-                UNROLL for (int half = 0; half < kHalves; ++half) {
-                    sums[r][half] = _mm256_fmadd_ps(row_x, even[half], sums[r][half]);
-                }
-            }
-            UNROLL for (int r = 0; r < kRows; ++r) {
                 const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride + 1);
                 UNROLL for (int half = 0; half < kHalves; ++half) {
                     sums[r][half] = _mm256_fmadd_ps(row_x, odd[half], sums[r][half]);
+                }
+            }
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride);
+                UNROLL for (int half = 0; half < kHalves; ++half) {
+                    sums[r][half] = _mm256_fmadd_ps(row_x, even[half], sums[r][half]);
                 }
             }
         }

@@ -129,8 +129,8 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
             UNROLL for (int r = 0; r < kRows; ++r) {
                 const float* row_x = x + r * rows.stride;
                 const __m512 even_x = _mm512_set1_ps(row_x[0]), odd_x = _mm512_set1_ps(row_x[1]);
-                UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_fmadd_ps(even_x, even[p], sums[r][p]); }
                 UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_fmadd_ps(odd_x, odd[p], sums[r][p]); }
+                UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_fmadd_ps(even_x, even[p], sums[r][p]); }
             }
         }
         UNROLL for (int r = 0; r < kRows; ++r) {

@@ -63,7 +63,15 @@ struct Expected {
     std::vector<double> y, bound;
 };
 
-Expected expect(const Sample& sample, bool is_integer, const std::vector<float>& x, int64_t num_rows) {
+// The nearest bfloat16, half to even: 8 bits of a number.
+float rounded_to_bf16(float value) {
+    int exponent;
+    const double mantissa = std::frexp(static_cast<double>(value), &exponent);
+    return static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8));
+}
+
+Expected expect(const Sample& sample, const Weights& weights, const std::vector<float>& x, int64_t num_rows) {
+    const bool is_integer = weights.is_integer();
     Expected expected;
     const int64_t num_inputs = sample.num_inputs;
     const double epsilon = std::ldexp(1.0, -24);
@@ -78,7 +86,8 @@ Expected expect(const Sample& sample, bool is_integer, const std::vector<float>&
             for (int64_t i = begin; i < end; ++i) {
                 const float value = x[static_cast<size_t>(row * num_inputs + i)];
                 const double rounded = amax == 0.0f ? 0.0 : std::nearbyint(value * inverse);
-                activations.push_back(is_integer ? rounded * static_cast<double>(amax / 127.0f) : value);
+                const float exact = weights.is_bf16() ? rounded_to_bf16(value) : value;
+                activations.push_back(is_integer ? rounded * static_cast<double>(amax / 127.0f) : exact);
             }
         }
         const double steps = is_integer ? num_inputs / 32 + 5 : num_inputs + 3;
@@ -115,7 +124,7 @@ void test_products() {
             const Weights weights(sample.packed(), kernel.isa);
             for (const int64_t num_rows : {0, 1, 2, 7, 13, 100}) {
                 const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
-                const Expected expected = expect(sample, weights.is_integer(), x, num_rows);
+                const Expected expected = expect(sample, weights, x, num_rows);
                 // Integers leave no freedom: every instruction set gives the bits of the reference.
                 std::vector<float> first;
                 if (weights.is_integer())
@@ -150,8 +159,9 @@ void test_patterns() {
                   {31, 127, 0, false}, {18, 131, 32, true}, {50, 640, 64, false}, {130, 1091, 128, true}};
     for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
         const bool floats = kernel.format == "nm-bf16-v1";  // compared with those that share their multiply-adds
+        const bool lists = kernel.isa == Isa::avx512 || kernel.isa == Isa::avx512_bf16;
         if (!runs(kernel.isa) || kernel.isa == Isa::reference) continue;
-        if (kernel.format.rfind("nm-int", 0) != 0 && !(floats && kernel.isa == Isa::avx512)) continue;
+        if (kernel.format.rfind("nm-int", 0) != 0 && !(floats && lists)) continue;
         const Isa other = floats ? Isa::avx2 : Isa::reference;
         for (const auto& pattern : kPatterns) {
             for (const auto& c : kCases) {

@@ -79,12 +79,31 @@ struct Lanes {
     __mmask16 lanes;
     Lanes(const PanelWeights& w, int64_t panel, float* where) : y(where), lanes(output_lanes(w, panel)) {}
     __m512 load_unless(bool zero) const { return _mm512_maskz_loadu_ps(zero ? 0 : lanes, y); }
-    void store(__m512 values) const { _mm512_mask_storeu_ps(y, lanes, values); }
+    __m512 load(int64_t offset) const { return _mm512_maskz_loadu_ps(lanes, y + offset); }
+    void store(__m512 values, int64_t offset = 0) const { _mm512_mask_storeu_ps(y + offset, lanes, values); }
 };
 
 inline void widen_pairs(__m512i pairs, __m512& even, __m512& odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+// Two columns of bfloat16 in every lane, weights and activations: sums += odd * odd, then += even * even.
+inline __m512 add_pairs(__m512 sums, __m512i weights, __m512i x) {
+#if RAREFY_PASS_AVX512_BF16
+    return _mm512_dpbf16_ps(sums, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(x));
+#else
+    __m512 even_weights, odd_weights, even_x, odd_x;
+    widen_pairs(weights, even_weights, odd_weights);
+    widen_pairs(x, even_x, odd_x);
+    return _mm512_fmadd_ps(even_x, even_weights, _mm512_fmadd_ps(odd_x, odd_weights, sums));
+#endif
+}
+
+inline __m512i broadcast_pair(const uint16_t* from) {
+    int32_t pair;
+    __builtin_memcpy(&pair, from, 4);
+    return _mm512_set1_epi32(pair);
 }
 
 // Scales and zero points of the group that a segment lies in, walking the segments in order.

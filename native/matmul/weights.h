@@ -10,8 +10,8 @@
 
 namespace rarefy::matmul {
 
-// What the kernels multiply: floats, or codes of so many bits with quantized activations.
-enum class Values { floats = 0, int1 = 1, int2 = 2, int3 = 3, int4 = 4, int8 = 8 };
+// What the kernels multiply: floats, bfloat16 with rounded activations, or codes of so many bits with quantized ones.
+enum class Values { floats = 0, int1 = 1, int2 = 2, int3 = 3, int4 = 4, int8 = 8, bf16 = 16 };
 enum class Encoding {
 #define RAREFY_ENCODING(name, ...) name,
 #include "matmul/kernels.inc"
@@ -27,9 +27,10 @@ public:
     const PanelWeights& view() const { return view_; }
     Isa isa() const { return isa_; }
     Encoding encoding() const { return encoding_; }
-    // 0 for floats.
-    int code_bits() const { return static_cast<int>(values_); }
-    bool is_integer() const { return values_ != Values::floats; }
+    bool is_bf16() const { return values_ == Values::bf16; }
+    bool is_integer() const { return values_ != Values::floats && !is_bf16(); }
+    // 0 for floats and bfloat16.
+    int code_bits() const { return is_integer() ? static_cast<int>(values_) : 0; }
     int64_t num_bytes() const { return num_bytes_; }
 
 private:

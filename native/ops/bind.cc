@@ -71,7 +71,8 @@ public:
     explicit Ops(const std::string& isa) : isa(isa) {
 #if RAREFY_X86
         const common::CpuFlags cpu = common::detect_cpu();
-        if ((isa == "avx512" && common::can_run_avx512(cpu)) || (isa == "amx" && common::can_run_amx(cpu)))
+        if ((isa == "avx512" && common::can_run_avx512(cpu)) ||
+            (isa == "avx512_bf16" && common::can_run_avx512_bf16(cpu)) || (isa == "amx" && common::can_run_amx(cpu)))
             kernels_ = &ops::kAvx512Kernels;
         if ((isa == "avx2" && common::can_run_avx2(cpu)) || (isa == "avx_vnni" && common::can_run_avx_vnni(cpu)))
             kernels_ = &ops::kAvx2Kernels;

@@ -204,7 +204,13 @@ def test_weights_of_16_bits(tiny_models: Models, tmp_path: Path, dtype: torch.dt
     half.save_pretrained(tmp_path)
     engine, full_engine = Engine(tmp_path), Engine(tiny.path)
     widened = type(tiny.model).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert_close(engine.logits(tokens), expected_logits(SimpleNamespace(model=widened), tokens))
+    if dtype == torch.bfloat16:  # its weights meet activations of their kind
+        for module in widened.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, arguments: (arguments[0].bfloat16().float(),))
+    # Where a value lies between two numbers of bfloat16, the last bit of float32 decides.
+    tolerance = 2e-3 if dtype == torch.bfloat16 else 1e-4
+    assert_close(engine.logits(tokens), expected_logits(SimpleNamespace(model=widened), tokens), tolerance)
     if dtype == torch.bfloat16:
         assert engine.nbytes < 0.6 * full_engine.nbytes
 

@@ -28,9 +28,19 @@ class Weight:
     def dense_OI(self) -> np.ndarray:  # noqa: N802 (shape suffix)
         return self.level_OI * self.scale_OI
 
+    def met(self, x: np.ndarray) -> np.ndarray:
+        """The activations that a float weight meets, in float64: bfloat16 meets bfloat16."""
+        return to_eight_bits(x) if "bf16" in self.layout.format else x.astype(np.float64)
+
+
+def to_eight_bits(x: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 numbers of finite normal ones, ties to even, in float64."""
+    mantissa, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.rint(np.ldexp(mantissa, 8)), exponent - 8)
+
 
 def is_integer(layout_format: str) -> bool:
-    """Whether the kernels round activations for weights of this format."""
+    """Whether the kernels quantize activations for weights of this format."""
     return "-int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
 
 
@@ -265,6 +275,11 @@ def int_format(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=[name for name in SIMPLE if not is_integer(name)])
 def float_format(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture(name="to_eight_bits")
+def fixture_to_eight_bits() -> Callable[[np.ndarray], np.ndarray]:
+    return to_eight_bits
 
 
 @pytest.fixture

@@ -38,8 +38,8 @@ def test_products_are_those_of_the_dense_matrix(weight, isa, block_shape) -> Non
         prepared = kernels.prepare(w.layout, isa=isa)
         for num_rows in (1, 2, 13, 25, 50):
             x = rng.standard_normal((num_rows, width)).astype(np.float32)
-            expected = x.astype(np.float64) @ w.dense_OI.T
-            bound = (width + 2) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w.dense_OI).T) * 1.01
+            expected = w.met(x) @ w.dense_OI.T
+            bound = (width + 2) * 2.0**-24 * (np.abs(w.met(x)) @ np.abs(w.dense_OI).T) * 1.01
             assert np.all(np.abs(prepared.matmul(x) - expected) <= bound)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from rarefy.layouts import FORMATS
 AVX2 = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True)
 AVX_VNNI = CpuFlags(avx2=True, fma=True, f16c=True, bmi2=True, avx_vnni=True)
 ARM = CpuFlags(asimddp=True)
-AVX512 = CpuFlags(
+AVX512_BF16 = CpuFlags(
     **{name: True for name in CpuFlags.__dataclass_fields__ if not name.startswith("amx") and name != "asimddp"}
 )
+AVX512 = replace(AVX512_BF16, avx512_bf16=False)
 AMX = CpuFlags(**{name: name != "asimddp" for name in CpuFlags.__dataclass_fields__})
 COMPILED = frozenset(Kernel("matmul", name, isa) for name in FORMATS for isa in ISAS[1:])
 
@@ -28,7 +30,8 @@ def test_the_fastest_that_the_cpu_runs(layout_format: str) -> None:
     def chosen(cpu: CpuFlags, cap: str | None = None) -> str:
         return select("matmul", layout_format, (8, 8), cpu, cap=cap, compiled=COMPILED).isa
 
-    assert chosen(AVX512) == "avx512"
+    assert chosen(AVX512) == chosen(AVX512_BF16, "avx512") == "avx512"
+    assert chosen(AVX512_BF16) == chosen(AMX, "avx512_bf16") == "avx512_bf16"
     assert chosen(AMX) == "amx"
     assert chosen(AMX, "avx512") == "avx512"
     assert chosen(AVX2) == "avx2"
@@ -58,7 +61,7 @@ def test_without_compiled_kernels_numpy_runs() -> None:
 def test_impossible_requests() -> None:
     with pytest.raises(UsageError, match="allowed: matmul"):
         select("conv", "dense-int8-v1", (8, 8), AVX2, compiled=COMPILED)
-    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
+    with pytest.raises(UsageError, match="allowed: numpy, reference, neon, avx2, avx_vnni, avx512, avx512_bf16, amx"):
         select("matmul", "dense-int8-v1", (8, 8), AVX2, cap="sse9", compiled=COMPILED)
     with pytest.raises(UsageError):
         select("matmul", "dense-int8-v1", (-1, 8), AVX2, compiled=COMPILED)
@@ -78,7 +81,9 @@ def test_isa_variable(monkeypatch: pytest.MonkeyPatch, weight) -> None:
     assert kernels.prepare(layout).isa == "numpy"
     assert kernels.describe_cpu()["isa_cap"] == "numpy"
     monkeypatch.setenv("RAREFY_ISA", "sse9")
-    with pytest.raises(UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512, amx"):
+    with pytest.raises(
+        UsageError, match=r"RAREFY_ISA.*allowed: numpy, reference, neon, avx2, avx_vnni, avx512, avx512_bf16, amx"
+    ):
         kernels.prepare(layout)
 
 

@@ -121,9 +121,9 @@ def test_floats(weight, float_format, isa) -> None:
             y = prepared.matmul(x)
             assert y.shape == (num_rows, num_outputs)
             assert y.dtype == np.float32
-            expected = x.astype(np.float64) @ w.dense_OI.T
+            expected = w.met(x) @ w.dense_OI.T
             # One rounding per product and per addition.
-            bound = (num_inputs + 2) * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w.dense_OI).T) * 1.01
+            bound = (num_inputs + 2) * 2.0**-24 * (np.abs(w.met(x)) @ np.abs(w.dense_OI).T) * 1.01
             assert np.all(np.abs(y - expected) <= bound)
 
 
@@ -188,10 +188,13 @@ def test_extreme_activations(weight, layout_format, isa) -> None:
         x[0, 70] = magnitude
         x[1, 131] = -magnitude
         with np.errstate(over="ignore"):
-            expected = (x.astype(np.float64) @ w.dense_OI.T).astype(np.float32)
+            expected = (w.met(x) @ w.dense_OI.T).astype(np.float32)
         y = prepared.matmul(x)
-        if integer and 0 < magnitude < 127 / np.finfo(np.float32).max:
-            np.testing.assert_array_equal(y, np.zeros_like(y))  # below what a block can hold
+        bfloat16 = "bf16" in layout_format
+        if (integer and 0 < magnitude < 127 / np.finfo(np.float32).max) or (bfloat16 and magnitude < 2.0**-126):
+            np.testing.assert_array_equal(y, np.zeros_like(y))  # below what a block can hold, or bfloat16
+        elif bfloat16 and magnitude < 1e38:
+            np.testing.assert_allclose(y, expected, rtol=1e-6, atol=2.0**-126)  # sums below may count as zero
         elif magnitude < 1e38:
             np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-44)
         else:
@@ -246,7 +249,7 @@ def test_numpy_and_native_agree(weight, layout_format, isa) -> None:
         q, scale = quantize_exactly(x)
         bound = 2 * segment_bound(x, scale, q, w.dense_OI)
     else:
-        bound = 2 * 335 * 2.0**-24 * (np.abs(x).astype(np.float64) @ np.abs(w.dense_OI).T)
+        bound = 2 * 335 * 2.0**-24 * (np.abs(w.met(x)) @ np.abs(w.dense_OI).T)
     assert np.all(np.abs(y.astype(np.float64) - expected) <= bound)
 
 
@@ -295,3 +298,30 @@ def test_strided_and_float64_activations(weight) -> None:
     prepared = kernels.prepare(weight("dense-int4-v1", 7, 50).layout)
     x = np.random.default_rng(9).standard_normal((6, 100))
     np.testing.assert_array_equal(prepared.matmul(x[::2, ::2]), prepared.matmul(x[::2, ::2].astype(np.float32)))
+
+
+def test_activations_are_rounded_for_bfloat16_alone(weight, isa) -> None:
+    """One weight of 1, so that the product is the activation as it was met."""
+    halfway = np.float32(1 + 2.0**-8)  # between 1 and the next bfloat16, 1 + 2^-7
+    cases = {
+        float(halfway): 1.0,  # to even
+        1 + 3 * 2.0**-8: 1 + 2.0**-6,
+        float(np.nextafter(halfway, np.float32(2))): 1 + 2.0**-7,
+        -float(np.nextafter(halfway, np.float32(2))): -1 - 2.0**-7,
+        2.0**-126: 2.0**-126,
+        2.0**-126 - 2.0**-149: 0.0,
+        3.4e38: np.inf,
+        np.inf: np.inf,
+        -np.inf: -np.inf,
+    }
+    for layout_format in ("dense-bf16-v1", "dense-f32-v1"):
+        layout = weight(layout_format, 3, 1).layout
+        arrays = layout.arrays()
+        arrays["values"][...] = 0x3F80 if layout_format == "dense-bf16-v1" else 1.0
+        prepared = kernels.prepare(type(layout).from_arrays(layout_format, layout.meta(), arrays), isa=isa)
+        for num_rows in (1, 9):
+            for value, rounded in cases.items():
+                y = prepared.matmul(np.full((num_rows, 1), value, np.float32))
+                expected = rounded if layout_format == "dense-bf16-v1" else np.float32(value)
+                np.testing.assert_array_equal(y, np.full((num_rows, 3), expected, np.float32))
+        assert np.isnan(prepared.matmul(np.full((9, 1), np.nan, np.float32))).all()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rarefy.core.errors import LayoutError, UsageError
-from rarefy.layouts import FORMATS, Layout
+from rarefy.layouts import FORMATS, Layout, LowRank, Sum, Tapwise
 from rarefy.nn import CompressedLinear
 
 Make = Callable[..., CompressedLinear]
@@ -32,14 +32,30 @@ def rounds_activations(format_name: str) -> bool:
 
 
 def tolerance(layer: CompressedLinear, x: torch.Tensor) -> torch.Tensor:
-    """How far the kernel may be from exact arithmetic: float32 summation, and for integer formats 8-bit activations."""
+    """How far the kernel may be from exact arithmetic: float32 summation, and the rounding of activations."""
     weight = torch.from_numpy(layer.layout.to_dense()).double().abs()
     size = x.detach().double().abs() @ weight.T
     if rounds_activations(layer.format_name):
         # A block's activations are rounded to multiples of amax / 127: each is off by at most half of one.
         step = x.detach().double().abs().amax(-1, keepdim=True) / 127
         return 0.5 * step * weight.sum(1) + 1e-5 * size
-    return 1e-5 * size
+    if "bf16" not in layer.format_name and layer.format_name != "sum-v1":
+        return 1e-5 * size
+    # An activation is off by at most 2^-8 of itself, and so is an intermediate of factors.
+    return (2.01 * 2.0**-8 + 1e-5) * through_factors(layer.layout, x.detach().double().abs())
+
+
+def through_factors(layout: Layout, x: torch.Tensor) -> torch.Tensor:
+    """x through the magnitudes of a layout's factors, where it has any."""
+    match layout:
+        case Sum():
+            return sum((through_factors(part, x) for part in layout.parts), start=torch.zeros(()))
+        case LowRank():
+            return through_factors(layout.left, through_factors(layout.right, x))
+        case Tapwise():
+            runs = through_factors(layout.right, x.unflatten(-1, (layout.num_runs, -1)))
+            return through_factors(layout.left, runs.flatten(-2))
+    return x @ torch.from_numpy(layout.to_dense()).double().abs().T
 
 
 def test_forward_is_the_product_with_the_layouts_matrix(make: Make, format_name: str) -> None:

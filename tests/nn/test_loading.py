@@ -62,7 +62,8 @@ def test_a_plain_module_comes_back(tmp_path: Path, layout_for: LayoutFor) -> Non
     assert int(other.bn.num_batches_tracked) == 1
     x = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(other(x), net(x), rtol=1e-4, atol=1e-4)
+        # the hidden layer rounds its inputs to bfloat16
+        torch.testing.assert_close(other(x), net(x), rtol=0, atol=2.0**-7 * float(net(x).abs().max()))
 
 
 @pytest.mark.parametrize(

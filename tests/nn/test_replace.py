@@ -52,7 +52,8 @@ def test_replaced_layers_compute_what_the_dense_ones_did(layout_for: LayoutFor) 
     assert model.first.bias is bias  # the parameter itself: an optimizer may hold it
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), dense(ids), rtol=1e-5, atol=1e-5)
+        # two layers round their inputs to bfloat16
+        torch.testing.assert_close(model(ids), dense(ids), rtol=0, atol=2 * 2.0**-8 * float(dense(ids).abs().max()))
     assert not any(name.endswith("head.values") for name in model.state_dict())
 
 

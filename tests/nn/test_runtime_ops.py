@@ -227,7 +227,7 @@ def test_a_rotary_embedding_with_other_numbers_is_left_alone(changed: str) -> No
 @pytest.fixture
 def model(tmp_path: Path, tiny_model: TinyModel, write_compressed: Write, linear_only: Callable[[str], Any]) -> Any:
     """A Gemma 3 whose embedding is dense and can be trained."""
-    write_compressed(tmp_path / "out", tiny_model("gemma3"), linear_only("nm-bf16-v1"))
+    write_compressed(tmp_path / "out", tiny_model("gemma3"), linear_only("dense-f32-v1"))
     return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 

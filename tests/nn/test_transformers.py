@@ -82,10 +82,12 @@ def rounds_activations(format_name: str) -> bool:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor, format_name: str) -> bool:
-    """Float formats: float32 summation. Integer formats: every layer rounds its inputs to 8 bits."""
+    """Float formats: float32 summation. Others round the inputs of every layer: bfloat16 to 8 bits of each number,
+    integers to 8 bits of the largest of a block."""
     assert got.shape == expected.shape
     relative = float((got - expected).norm() / expected.norm())
-    return relative < (0.05 if rounds_activations(format_name) else 1e-5)  # NaN is not below
+    bfloat16 = "bf16" in format_name or format_name == "sum-v1"
+    return relative < (0.05 if rounds_activations(format_name) else 0.02 if bfloat16 else 1e-5)  # NaN is not below
 
 
 def test_every_format_gives_the_logits_of_the_same_weights(
@@ -98,7 +100,7 @@ def test_every_format_gives_the_logits_of_the_same_weights(
     assert model.dtype == torch.float32
     got = outputs(model, token_ids)
     assert close(got, outputs(dense, token_ids), format_name)
-    assert not close(got + 0.1, outputs(dense, token_ids), "dense-bf16-v1")
+    assert not close(got + 0.1, outputs(dense, token_ids), "dense-f32-v1")
     engine = Engine(tmp_path / "out")
     for row, ids in enumerate(token_ids.tolist()):
         assert torch.equal(torch.from_numpy(engine.logits(ids)), got[row])
@@ -253,7 +255,7 @@ def test_gradients_reach_the_embedding_side_of_every_layer(
 ) -> None:
     dense = tiny_model("qwen2")
     write_compressed(
-        tmp_path / "out", dense, lambda name, m: "nm-bf16-v1" if "layers" in name and type(m) is nn.Linear else None
+        tmp_path / "out", dense, lambda name, m: "dense-f32-v1" if "layers" in name and type(m) is nn.Linear else None
     )
     model = load("qwen2", tmp_path / "out")
     for each in (dense, model):

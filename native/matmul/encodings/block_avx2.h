@@ -54,12 +54,15 @@ void cells_tile_float(const PanelWeights& w, const Rows& rows, const Part& part,
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_ps(); }
         }
-        for (const float* const end = x + num_columns(cell); x != end; ++x, values += 64) {
-            const __m256 low = _mm256_castsi256_ps(load(values)), high = _mm256_castsi256_ps(load(values + 32));
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride);
-                sums[r][0] = _mm256_fmadd_ps(row_x, low, sums[r][0]);
-                sums[r][1] = _mm256_fmadd_ps(row_x, high, sums[r][1]);
+        for (const float* const end = x + num_columns(cell); x != end; x += 2, values += 128) {
+            UNROLL for (int column = 1; column >= 0; --column) {
+                const __m256 low = _mm256_castsi256_ps(load(values + 64 * column));
+                const __m256 high = _mm256_castsi256_ps(load(values + 64 * column + 32));
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m256 row_x = _mm256_broadcast_ss(x + column + r * rows.stride);
+                    sums[r][0] = _mm256_fmadd_ps(row_x, low, sums[r][0]);
+                    sums[r][1] = _mm256_fmadd_ps(row_x, high, sums[r][1]);
+                }
             }
         }
         UNROLL for (int r = 0; r < kRows; ++r) {
@@ -161,8 +164,8 @@ inline void add_pair(const float* x, const uint8_t* values, __m256 (&sums)[kHalv
     UNROLL for (int half = 0; half < kHalves; ++half) {
         __m256 even, odd;
         widen_pairs(load(values + 32 * half), even, odd);
-        sums[half] = _mm256_fmadd_ps(even_x, even, sums[half]);
         sums[half] = _mm256_fmadd_ps(odd_x, odd, sums[half]);
+        sums[half] = _mm256_fmadd_ps(even_x, even, sums[half]);
     }
 }
 

@@ -30,8 +30,8 @@ struct CellWalk {
 
 // kWalks walks take one cell each, of so many columns, so that their chains of additions overlap.
 template <int kWalks>
-inline void take_cells_bf16(const float* row_x, CellWalk* const (&walks)[kWalks], int columns) {
-    const float* x[kWalks];
+inline void take_cells_bf16(const uint16_t* row_x, CellWalk* const (&walks)[kWalks], int columns) {
+    const uint16_t* x[kWalks];
     __m512 sums[kWalks];
     UNROLL for (int i = 0; i < kWalks; ++i) {
         x[i] = row_x + cell_block(*walks[i]->cell) * kBlockInputs + first_column(*walks[i]->cell);
@@ -41,10 +41,7 @@ inline void take_cells_bf16(const float* row_x, CellWalk* const (&walks)[kWalks]
         UNROLL for (int i = 0; i < kWalks; ++i) {
             const uint8_t* values = walks[i]->values + column * 32;
             prefetch<2048>(values, 64);
-            __m512 even, odd;
-            widen_pairs(load(values), even, odd);
-            sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[i][column]), even, sums[i]);
-            sums[i] = _mm512_fmadd_ps(_mm512_set1_ps(x[i][column + 1]), odd, sums[i]);
+            sums[i] = add_pairs(sums[i], load(values), broadcast_pair(x[i] + column));
         }
     }
     UNROLL for (int i = 0; i < kWalks; ++i) {
@@ -54,13 +51,13 @@ inline void take_cells_bf16(const float* row_x, CellWalk* const (&walks)[kWalks]
     }
 }
 
-inline void finish_bf16(const float* row_x, CellWalk& walk) {
+inline void finish_bf16(const uint16_t* row_x, CellWalk& walk) {
     while (walk.cell != walk.end) take_cells_bf16<1>(row_x, {&walk}, num_columns(*walk.cell));
 }
 
 template <int kPanels>
 void walk_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    const float* row_x = rows.x + part.row_begin * rows.stride;
+    const uint16_t* row_x = rows.bf16_x + part.row_begin * rows.stride;
     CellWalk first(w, rows, part, panel);
     if constexpr (kPanels == 2) {
         CellWalk second(w, rows, part, panel + distance);
@@ -160,7 +157,7 @@ inline void multiply_cells_bf16(const PanelWeights& w, const Rows& rows, const P
     if (part.row_end - part.row_begin == 1)
         walk_panels(w, rows, part, walk_cells_bf16<2>, walk_cells_bf16<1>);
     else
-        many_rows_cells<true>(kCellFloatTiles, w, rows, part);
+        many_rows_cells<true>(kCellBf16Tiles, w, rows, part);
 }
 
 template <int kSteps, bool kSymmetric>

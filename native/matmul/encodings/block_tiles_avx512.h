@@ -98,29 +98,42 @@ struct Four {
 
 // kRows rows by the cells of a run.
 template <int kRows>
-void cells_tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const Run& run,
-                      const RowGroup& group) {
+void cells_tile_bf16(const PanelWeights& w, const Rows& rows, const Part& part, const Run& run, const RowGroup& group) {
     CellTotals<kRows> totals(w, rows, part, run, group.row);
     const uint8_t* values = run.values;
     for (int64_t k = 0; k < run.count; ++k) {
         const int32_t cell = run.cells[k];
         const int64_t column = cell_block(cell) * kBlockInputs + first_column(cell);
         if (group.fetches) prefetch<4096>(values, num_columns(cell) * 32);
-        RowBases<float> x(rows.x + group.row * rows.stride + column, rows.stride);
         __m512 sums[kRows];
         UNROLL for (int r = 0; r < kRows; ++r) { sums[r] = _mm512_setzero_ps(); }
+#if RAREFY_PASS_AVX512_BF16
+        RowBases<uint16_t> x(rows.bf16_x + group.row * rows.stride + column, rows.stride);
+        for (int left = num_columns(cell); left > 0; left -= 8, values += 256, x.advance(8)) {
+            const __m512i weights[4] = {load(values), load(values + 64), load(values + 128), load(values + 192)};
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                const Four four(x.row(r), r % 4 == 0);
+                sums[r] = add_pairs(sums[r], weights[0], four.get<0>());
+                sums[r] = add_pairs(sums[r], weights[1], four.get<1>());
+                sums[r] = add_pairs(sums[r], weights[2], four.get<2>());
+                sums[r] = add_pairs(sums[r], weights[3], four.get<3>());
+            }
+        }
+#else
+        RowBases<float> x(rows.x + group.row * rows.stride + column, rows.stride);
         for (int left = num_columns(cell); left > 0; left -= 4, values += 128, x.advance(4)) {
             __m512 weights[4];
             widen_pairs(load(values), weights[0], weights[1]);
             widen_pairs(load(values + 64), weights[2], weights[3]);
             UNROLL for (int r = 0; r < kRows; ++r) {
                 const Four four(x.row(r), r % 2 == 0);
-                sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(four.get<0>()), weights[0], sums[r]);
                 sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(four.get<1>()), weights[1], sums[r]);
-                sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(four.get<2>()), weights[2], sums[r]);
+                sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(four.get<0>()), weights[0], sums[r]);
                 sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(four.get<3>()), weights[3], sums[r]);
+                sums[r] = _mm512_fmadd_ps(_mm512_castsi512_ps(four.get<2>()), weights[2], sums[r]);
             }
         }
+#endif
         UNROLL for (int r = 0; r < kRows; ++r) { totals.set(r, _mm512_add_ps(totals.load(r), sums[r])); }
     }
     totals.store();
@@ -206,11 +219,11 @@ void cells_tile_int(const PanelWeights& w, const Rows& rows, const Part& part, c
 
 using RunFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const Run&, const RowGroup&);
 
-inline constexpr RunFunction kCellFloatTiles[kCellTileRows] = {
-    cells_tile_float<1>,  cells_tile_float<2>,  cells_tile_float<3>,  cells_tile_float<4>,
-    cells_tile_float<5>,  cells_tile_float<6>,  cells_tile_float<7>,  cells_tile_float<8>,
-    cells_tile_float<9>,  cells_tile_float<10>, cells_tile_float<11>, cells_tile_float<12>,
-    cells_tile_float<13>, cells_tile_float<14>, cells_tile_float<15>, cells_tile_float<16>};
+inline constexpr RunFunction kCellBf16Tiles[kCellTileRows] = {
+    cells_tile_bf16<1>,  cells_tile_bf16<2>,  cells_tile_bf16<3>,  cells_tile_bf16<4>,
+    cells_tile_bf16<5>,  cells_tile_bf16<6>,  cells_tile_bf16<7>,  cells_tile_bf16<8>,
+    cells_tile_bf16<9>,  cells_tile_bf16<10>, cells_tile_bf16<11>, cells_tile_bf16<12>,
+    cells_tile_bf16<13>, cells_tile_bf16<14>, cells_tile_bf16<15>, cells_tile_bf16<16>};
 template <int kSteps, bool kSymmetric>
 inline constexpr RunFunction kCellIntTiles[kCellTileRows] = {
     cells_tile_int<1, kSteps, kSymmetric>,  cells_tile_int<2, kSteps, kSymmetric>,

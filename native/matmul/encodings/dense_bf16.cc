@@ -54,17 +54,18 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsBf16 = true;
+    static constexpr bool kIsPlain = true;
     void fetch(int num_columns) const { prefetch<2048>(values, num_columns * 32); }
-    void next(__m512& even, __m512& odd) {
-        widen_pairs(load(values), even, odd);
+    __m512i pairs() {
+        const __m512i next = load(values);
         values += 64;
+        return next;
     }
 };
 
 }  // namespace
 
-void dense_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+void dense_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_bf16<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
 

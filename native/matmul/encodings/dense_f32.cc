@@ -52,7 +52,6 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsBf16 = false;
     void fetch(int num_columns) const { prefetch<2048>(values, num_columns * 64); }
     void next(__m512& even, __m512& odd) {
         even = _mm512_castsi512_ps(load(values));

@@ -142,7 +142,8 @@ void walk_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                     codes[p] = lookup.read(values[p]);
                     values[p] += Lookup::kBytes;
                 }
-                UNROLL for (int c = 0; c < Lookup::kColumns; ++c) {
+                UNROLL for (int at = 0; at < Lookup::kColumns; ++at) {
+                    const int c = at ^ 1;  // the odd one of two comes first
                     const __m512 one_x = _mm512_set1_ps(x[c]);
                     UNROLL for (int p = 0; p < kPanels; ++p) {
                         const __m512 entries = lookup.column(codes[p], c);
@@ -173,7 +174,6 @@ void one_row_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
 // For many rows.
 template <class Lookup>
 struct LutStream : PanelStream {
-    static constexpr bool kIsBf16 = false;
     const PanelWeights* w;
     int64_t panel, half_block;
     int column;

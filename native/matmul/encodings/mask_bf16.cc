@@ -70,22 +70,23 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Stream : PanelStream {
-    static constexpr bool kIsBf16 = true;
+    static constexpr bool kIsPlain = false;
     void fetch(int num_columns) const {
         prefetch<4096>(values, num_columns * 16);
         prefetch<4096>(mask, num_columns * 2);
     }
-    void next(__m512& even, __m512& odd) {
+    __m512i pairs() {
         const uint32_t kept = _cvtmask32_u32(_load_mask32(reinterpret_cast<__mmask32*>(const_cast<uint8_t*>(mask))));
-        widen_pairs(_mm512_mask_expand_epi16(unknown_zero(), kept, load(values)), even, odd);
+        const __m512i expanded = _mm512_mask_expand_epi16(unknown_zero(), kept, load(values));
         values += 2 * _mm_popcnt_u32(kept);
         mask += 4;
+        return expanded;
     }
 };
 
 }  // namespace
 
-void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
+void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_bf16<Stream>(w, rows, part); }
 
 }  // namespace rarefy::matmul::avx512
 

@@ -1,10 +1,11 @@
 // bfloat16 under N:M: lists of entries for AVX-512 and AMX where a block keeps so few that a mask would cost more, or a
 // mask.
 //
-// Every block keeps the same number of entries in every output, in order of their columns. Two by two they make steps
-// of 16 outputs: 32 bytes of columns (of the even entry in the low byte of an output, of the odd one in the high byte),
-// and 64 bytes of values, as in dense_bf16. A block has the columns of all its steps, then their values. Places that no
-// entry takes are zeros at column 0. parameter: steps of a block; 0, and always on other instruction sets: no lists.
+// Every block keeps the same number of entries in every output, in the order in which sums take columns (contract.h).
+// Two by two they make steps of 16 outputs: 32 bytes of columns (of the first entry in the high byte of an output, of
+// the second one in the low byte), and 64 bytes of values in the same order, as vdpbf16ps takes them. A block has the
+// columns of all its steps, then their values. Places that no entry takes are zeros at column 0. parameter: steps of a
+// block; 0, and always on other instruction sets: no lists.
 //
 // Columns that no entry names must not hide a NaN or an infinity: sums start from Rows::starts, as with blocks.
 #include "matmul/encodings/mask.h"
@@ -43,12 +44,17 @@ void packers::nm_bf16(Packing& packing) {
             int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
             uint8_t* columns = values + view.value_offsets[panel];
             for (int64_t block = 0; block < view.num_blocks; ++block, columns += block_bytes) {
-                uint64_t bits = mask.block(first + row, block);
-                for (int place = 0; bits != 0; bits &= bits - 1, ++place, ++cursor) {
-                    const int64_t lane = row * 2 + place % 2;
-                    columns[place / 2 * 32 + lane] = static_cast<uint8_t>(__builtin_ctzll(bits));
-                    std::memcpy(columns + view.parameter * 32 + place / 2 * 64 + lane * 2, entries + cursor * 2, 2);
+                const uint64_t bits = mask.block(first + row, block);
+                constexpr uint64_t kEven = 0x5555555555555555;
+                uint64_t swapped = (bits & kEven) << 1 | (bits >> 1 & kEven);  // the odd column of two comes first
+                for (int place = 0; swapped != 0; swapped &= swapped - 1, ++place) {
+                    const int column = __builtin_ctzll(swapped) ^ 1;
+                    const int64_t entry = cursor + popcount(bits & ((uint64_t{1} << column) - 1));
+                    const int64_t lane = row * 2 + 1 - place % 2;
+                    columns[place / 2 * 32 + lane] = static_cast<uint8_t>(column);
+                    std::memcpy(columns + view.parameter * 32 + place / 2 * 64 + lane * 2, entries + entry * 2, 2);
                 }
+                cursor += popcount(bits);
             }
         }
     });
@@ -71,24 +77,11 @@ void rarefy::matmul::avx2::nm_bf16(const PanelWeights& w, const Rows& rows, cons
 namespace rarefy::matmul::avx512 {
 namespace {
 
-// The activations of a block of one row.
-struct BlockX {
-    __m512 quarters[4];
-    explicit BlockX(const float* x) {
-        UNROLL for (int i = 0; i < 4; ++i) { quarters[i] = _mm512_loadu_ps(x + 16 * i); }
-    }
-    // A permutation of two vectors knows 32 of them: the sixth bit of a column chooses between two.
-    __m512 gather(__m512i columns, __mmask16 upper) const {
-        return _mm512_mask_blend_ps(upper, _mm512_permutex2var_ps(quarters[0], columns, quarters[1]),
-                                    _mm512_permutex2var_ps(quarters[2], columns, quarters[3]));
-    }
-};
-
 // kRows rows from `row` on by kPanels panels, `distance` apart.
 template <int kRows, int kPanels>
 void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel,
                     int64_t distance) {
-    const float* x = rows.x + row * rows.stride;
+    const uint16_t* x = rows.bf16_x + row * rows.stride;
     const uint8_t* lists[kPanels];
     __m512 totals[kRows][kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
@@ -96,25 +89,24 @@ void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part, i
         UNROLL for (int r = 0; r < kRows; ++r) { totals[r][p] = _mm512_set1_ps(rows.starts[row + r]); }
     }
     const int num_steps = static_cast<int>(w.parameter);
-    const __m512i upper_bit = _mm512_set1_epi32(32);
     for (int64_t block = 0; block < w.num_blocks; ++block, x += kBlockInputs) {
+        __m512i first_half[kRows], second_half[kRows];
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            first_half[r] = load(x + r * rows.stride);
+            second_half[r] = load(x + r * rows.stride + kBlockInputs / 2);
+        }
         UNROLL for (int p = 0; p < kPanels; ++p) {
             prefetch<4096>(lists[p], num_steps * kListStepBytes);
             __m512 sums[kRows];
             UNROLL for (int r = 0; r < kRows; ++r) { sums[r] = _mm512_setzero_ps(); }
             const uint8_t* values = lists[p] + num_steps * 32;
             for (int step = 0; step < num_steps; ++step) {
-                const __m512i even =
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lists[p] + step * 32)));
-                const __m512i odd = _mm512_srli_epi32(even, 8);
-                const __mmask16 even_upper = _mm512_test_epi32_mask(even, upper_bit);
-                const __mmask16 odd_upper = _mm512_test_epi32_mask(odd, upper_bit);
-                __m512 even_weights, odd_weights;
-                widen_pairs(load(values + step * 64), even_weights, odd_weights);
+                const __m512i columns =
+                    _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lists[p] + step * 32)));
+                const __m512i weights = load(values + step * 64);
                 UNROLL for (int r = 0; r < kRows; ++r) {
-                    const BlockX block_x(x + r * rows.stride);
-                    sums[r] = _mm512_fmadd_ps(block_x.gather(even, even_upper), even_weights, sums[r]);
-                    sums[r] = _mm512_fmadd_ps(block_x.gather(odd, odd_upper), odd_weights, sums[r]);
+                    const __m512i gathered = _mm512_permutex2var_epi16(first_half[r], columns, second_half[r]);
+                    sums[r] = add_pairs(sums[r], weights, gathered);
                 }
             }
             lists[p] += num_steps * kListStepBytes;

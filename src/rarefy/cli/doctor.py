@@ -29,8 +29,8 @@ def doctor(
 ) -> None:
     """Show the CPU, the kernels chosen for it, threads, memory bandwidth and versions.
 
-    RAREFY_ISA (numpy, reference, neon, avx2, avx_vnni, avx512 or amx) caps the instruction set, RAREFY_NUM_THREADS
-    sets the threads.
+    RAREFY_ISA (numpy, reference, neon, avx2, avx_vnni, avx512, avx512_bf16 or amx) caps the instruction set,
+    RAREFY_NUM_THREADS sets the threads.
 
     Examples:
 

@@ -14,6 +14,7 @@ _AVX2: Final = ("avx2", "fma", "f16c", "bmi2")
 _AVX512: Final = (
     *_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512vbmi", "avx512_vbmi2"
 )  # fmt: skip
+_AVX512_BF16: Final = (*_AVX512, "avx512_bf16")
 _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "numpy": (),
     "reference": (),
@@ -21,7 +22,8 @@ _NEEDS: Final[dict[str, tuple[str, ...]]] = {
     "avx2": _AVX2,
     "avx_vnni": (*_AVX2, "avx_vnni"),
     "avx512": _AVX512,
-    "amx": (*_AVX512, "amx_tile", "amx_int8", "amx_bf16"),
+    "avx512_bf16": _AVX512_BF16,
+    "amx": (*_AVX512_BF16, "amx_tile", "amx_int8", "amx_bf16"),
 }
 # formats that run through the kernels of others; a sum needs those of its parts, so all
 _RUNS_AS: Final[dict[str, tuple[str, ...]]] = {

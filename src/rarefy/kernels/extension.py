@@ -13,7 +13,7 @@ from rarefy.kernels.cpu import MAX_THREADS, CpuFlags, default_num_threads, parse
 from rarefy.kernels.tiles import tiles_agree
 
 ISA_VARIABLE: Final = "RAREFY_ISA"
-ISAS: Final = ("numpy", "reference", "neon", "avx2", "avx_vnni", "avx512", "amx")
+ISAS: Final = ("numpy", "reference", "neon", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx")
 """Instruction sets from slowest to fastest: numpy needs no extension, `reference` is plain C++, `neon` is ARM's."""
 
 

@@ -12,7 +12,7 @@ def has_gram_kernel() -> bool:
     Raises:
         UsageError: RAREFY_ISA names no instruction set.
     """
-    if isa_cap() not in (None, "avx512", "amx") or not extension_status()[0]:
+    if isa_cap() not in (None, "avx512", "avx512_bf16", "amx") or not extension_status()[0]:
         return False
     module = native()
     return module is not None and bool(module.gram_available())

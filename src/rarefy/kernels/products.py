@@ -198,9 +198,9 @@ def prepare(layout: Layout, *, isa: str | None = None) -> Prepared:
 def matmul(x_TI: ArrayLike, w: Layout | Prepared) -> Float32Array:
     """y = x @ W^T.
 
-    Float layouts: float32 sums of exact products' roundings. Int layouts: each row of x is quantized in blocks of 64
-    columns to 8 bits first. Low-rank pairs: x with the right factor, and what comes out with the left one; with
-    tapwise ones each run of x meets the right factor. Sums: the
+    Float layouts: float32 sums of exact products' roundings; with bfloat16 weights of x rounded to bfloat16. Int
+    layouts: each row of x is quantized in blocks of 64 columns to 8 bits first. Low-rank pairs: x with the right
+    factor, and what comes out with the left one; with tapwise ones each run of x meets the right factor. Sums: the
     products with both parts, added in float32. docs/format.md states the arithmetic.
 
     Args:

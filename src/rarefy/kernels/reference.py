@@ -9,6 +9,7 @@ from typing import Final, final
 import numpy as np
 from numpy.typing import NDArray
 
+from rarefy.core.grids import from_bf16_bits, to_bf16_bits
 from rarefy.layouts import Layout
 
 Float32Array = NDArray[np.float32]
@@ -48,9 +49,25 @@ def quantize_activations(x_TI: Float32Array) -> tuple[NDArray[np.int8], Float32A
     return q.reshape(num_rows, num_blocks * BLOCK), scale_TB
 
 
+def round_activations(x_TI: Float32Array) -> Float32Array:
+    """Round each number to bfloat16, the nearest, ties to even; those below 2^-126 become zeros.
+
+    Args:
+        x_TI: float32, any shape; a NaN or an infinity stays one.
+    """
+    rounded_TI = from_bf16_bits(to_bf16_bits(x_TI))
+    rounded_TI[np.abs(x_TI) < np.finfo(np.float32).tiny] = 0
+    return rounded_TI
+
+
 def is_integer(layout_format: str) -> bool:
-    """Whether products with weights of this format round the activations: their values are scale * integer."""
+    """Whether products with weights of this format quantize the activations: their values are scale * integer."""
     return "-int" in layout_format or layout_format in ("ternary-v1", "binary-v1")
+
+
+def is_bf16(layout_format: str) -> bool:
+    """Whether products with weights of this format round the activations to bfloat16, as the weights are."""
+    return "-bf16" in layout_format
 
 
 def integer_levels(layout: Layout) -> tuple[Float32Array, Float32Array, int]:
@@ -81,6 +98,7 @@ class ReferenceWeights:
 
     def __init__(self, layout: Layout) -> None:
         self.shape = layout.shape
+        self._rounds = is_bf16(layout.format)
         self._scale_OG: Float32Array | None = None
         if is_integer(layout.format):
             self._weight_OI, self._scale_OG, self._group_size = integer_levels(layout)
@@ -93,7 +111,8 @@ class ReferenceWeights:
         return self._weight_OI.nbytes + (0 if self._scale_OG is None else self._scale_OG.nbytes)
 
     def matmul(self, x_TI: Float32Array) -> Float32Array:
-        """x @ W^T with float32 sums; int weights meet quantized activations, exactly inside each segment.
+        """x @ W^T with float32 sums; bfloat16 weights meet rounded activations, int weights quantized ones, exactly
+        inside each segment.
 
         A segment is the intersection of a block of 64 columns and a weight group. Its integer sum is below 2^24, so
         float32 holds every partial sum of the BLAS call exactly.
@@ -101,7 +120,7 @@ class ReferenceWeights:
         num_outputs, num_inputs = self.shape
         if self._scale_OG is None:
             with np.errstate(invalid="ignore", over="ignore"):
-                y: Float32Array = x_TI @ self._weight_OI.T
+                y: Float32Array = (round_activations(x_TI) if self._rounds else x_TI) @ self._weight_OI.T
             return y
         y_TO = np.zeros((x_TI.shape[0], num_outputs), np.float32)
         q, s_TB = quantize_activations(x_TI)

@@ -35,5 +35,5 @@ def tiles_agree(module: ModuleType) -> bool:
 
     int8, int8_tiles = (product(isa, "dense-int8-v1", codes=codes_OI, scales=scales_O1) for isa in ("avx512", "amx"))
     bf16, bf16_tiles = (product(isa, "dense-bf16-v1", values=values_OI) for isa in ("avx512", "amx"))
-    # Sums of 200 products of unit size: float32 rounds them by some 1e-5, a lost part of an activation by 1e-2.
+    # Sums of 200 products of unit size: float32 rounds them by some 1e-5, other activations change them by 1e-2.
     return np.array_equal(int8, int8_tiles) and bool(np.abs(bf16 - bf16_tiles).max() < 1e-3)

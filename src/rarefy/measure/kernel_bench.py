@@ -24,7 +24,7 @@ from rarefy.kernels import (
     prepare,
     set_num_threads,
 )
-from rarefy.kernels.reference import BLOCK, is_integer, quantize_activations
+from rarefy.kernels.reference import BLOCK, is_bf16, is_integer, quantize_activations, round_activations
 from rarefy.layouts import FORMATS, Layout, LowRank, Sum, Tapwise
 from rarefy.measure.kernel_samples import Sample, samples_of
 from rarefy.measure.latency import Timings, interleave
@@ -307,10 +307,10 @@ def _expected(layout: Layout, x_TI: Float32Array, where: str) -> tuple[_Float64A
     """The product in float64, and how far a kernel may be from it.
 
     The expected product is x_hat @ W^T in float64, where W is what the layout stores and x_hat the activations as the
-    reference quantizes them (ADR 0004), or x itself for float weights. A kernel's float32 sums may differ from it by
-    (n + 4) 2^-24 sum |x_hat w|, to first order, with n additions in a row: one per segment of at least 32 columns of
-    exact integers, and for floats 64 in a block and one per block. A low-rank pair is two such products, the second of
-    what the first one gave, which is checked by itself; a sum adds once more.
+    reference quantizes them (ADR 0004) or rounds them (ADR 0025), or x itself for other float weights. A kernel's
+    float32 sums may differ from it by (n + 4) 2^-24 sum |x_hat w|, to first order, with n additions in a row: one per
+    segment of at least 32 columns of exact integers, and for floats 64 in a block and one per block. A low-rank pair
+    is two such products, the second of what the first one gave, which is checked by itself; a sum adds once more.
     """
     match layout:
         case LowRank():
@@ -337,6 +337,8 @@ def _expected(layout: Layout, x_TI: Float32Array, where: str) -> tuple[_Float64A
         num_additions = math.ceil(num_inputs / 32)
     else:
         num_additions = 64 + math.ceil(num_inputs / 64)
+        if is_bf16(layout.format):
+            x_hat_TI = round_activations(x_TI).astype(np.float64)
     dense_OI = layout.to_dense().astype(np.float64)
     bound_TO = (num_additions + 4) * 2.0**-24 * 1.01 * (np.abs(x_hat_TI) @ np.abs(dense_OI).T)
     return x_hat_TI @ dense_OI.T, bound_TO
