@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
+from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean, NumTaps
 from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.methods import OBD, OBERT, Taylor
@@ -23,10 +23,10 @@ def problem(rows: int, width: int, seed: int = 0, num_gradients: int = 40):
     return weight_OI, torch.from_numpy(gradient_NOI.astype(np.float32))
 
 
-def stats(gradient_NOI, *statistics):
+def stats(gradient_NOI, *statistics, num_taps=1):
     finished = {}
-    for statistic in statistics:
-        state = statistic.init(tuple(gradient_NOI.shape[1:]))
+    for statistic in (*statistics, NumTaps()):
+        state = statistic.init(tuple(gradient_NOI.shape[1:]), num_taps)
         for gradient in gradient_NOI:
             statistic.add_gradient(state, gradient)
         finished[statistic] = statistic.finish(state)
@@ -113,6 +113,27 @@ def test_scores_are_what_each_weight_costs_after_the_cheaper_ones_of_its_block(s
         for part in (slice(0, size), slice(size, width)):
             expected = greedy(weight_OI[row, part].astype(np.float64), damped(gradient[:, row, part], damp, mean))
             np.testing.assert_allclose(score_OI[row, part], expected, rtol=1e-3)
+
+
+def test_a_block_of_a_convolution_is_the_taps_of_a_channel():
+    """Four taps of three channels, tap after tap in the matrix: blocks of four columns are kernels."""
+    rows, num_taps, channels, damp = 2, 4, 3, 0.01
+    weight_OI, gradient_NOI = problem(rows, num_taps * channels, num_gradients=3)
+    own = stats(gradient_NOI, FisherBlocks(num_taps), num_taps=num_taps)
+    method = OBERT(HALF, block_size=num_taps, percent_damp=damp)
+    score_OI = method.saliency(weight_OI, own, layer="x")
+    value_OI = method.compress(Solution.dense(weight_OI), own, layer="x").weight_OI
+    gradient = gradient_NOI.double().numpy()
+    for row in range(rows):
+        for channel in range(channels):
+            columns = [tap * channels + channel for tap in range(num_taps)]
+            fisher_II = damped(gradient[:, row, columns], damp, np.square(gradient).mean())
+            weight_I = weight_OI[row, columns].astype(np.float64)
+            np.testing.assert_allclose(score_OI[row, columns], greedy(weight_I, fisher_II), rtol=1e-3)
+            kept = np.flatnonzero(value_OI[row, columns])
+            np.testing.assert_allclose(
+                value_OI[row, columns], best_values(weight_I, kept, fisher_II), rtol=1e-3, atol=1e-5
+            )
 
 
 def test_weights_that_stand_in_for_each_other_go_one_at_a_time():

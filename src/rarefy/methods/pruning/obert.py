@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rarefy.calibrate.gradient_statistics import FisherBlocks
+from rarefy.calibrate.gradient_statistics import FisherBlocks, NumTaps, kernels_whole, taps_apart
 from rarefy.calibrate.statistics import Statistic
 from rarefy.core.patterns import WantedPattern
 from rarefy.core.solution import Solution
@@ -63,20 +63,20 @@ class OBERT:
         check_hyperparameters(self)
 
     def needs(self) -> tuple[Statistic, ...]:
-        """F in blocks along each row."""
-        return (FisherBlocks(self.block_size),)
+        """F in blocks along each row, and how the columns run in it."""
+        return FisherBlocks(self.block_size), NumTaps()
 
     def saliency(
         self, weight_OI: npt.NDArray[np.float32], stats: Mapping[Statistic, Tensor], *, layer: str
     ) -> npt.NDArray[np.float32]:
         """The cost at which each weight goes; see `HasSaliency.saliency`."""
-        blocks = _Inverse(self._fisher(stats, weight_OI.shape, layer), weight_OI.shape, self.percent_damp)
+        blocks = self._inverse(stats, weight_OI.shape, layer)
         return blocks.score_OI(weight_OI)
 
     def compress(self, solution: Solution, stats: Mapping[Statistic, Tensor], *, layer: str) -> Solution:
         """Prune one layer; see `LayerMethod.compress`."""
         weight_OI = prunable_weight(solution, layer)
-        blocks = _Inverse(self._fisher(stats, weight_OI.shape, layer), weight_OI.shape, self.percent_damp)
+        blocks = self._inverse(stats, weight_OI.shape, layer)
         earlier_OI = solution.mask_OI
         value_OI = weight_OI if earlier_OI is None else blocks.dropped(weight_OI, ~earlier_OI)
         kept_OI = select(blocks.score_OI(value_OI), self.pattern, earlier_OI, layer)
@@ -87,10 +87,13 @@ class OBERT:
         final = pattern_of(kept_OI, self.pattern, solution.pattern, solution.mask_OI)
         return solution.with_matrix(value_OI, kept_OI, final, solution.grid)
 
-    def _fisher(self, stats: Mapping[Statistic, Tensor], shape: tuple[int, ...], layer: str) -> Tensor:
+    def _inverse(self, stats: Mapping[Statistic, Tensor], shape: tuple[int, ...], layer: str) -> "_Inverse":
         rows, width = shape
         size = max(1, min(self.block_size, width))
-        return finite_statistic(stats, FisherBlocks(self.block_size), (rows, -(-width // size), size, size), layer)
+        shape_of_blocks = (rows, -(-width // size), size, size)
+        fisher = finite_statistic(stats, FisherBlocks(self.block_size), shape_of_blocks, layer)
+        num_taps = int(finite_statistic(stats, NumTaps(), (rows, 1), layer)[0, 0]) if rows else 1
+        return _Inverse(fisher, shape, num_taps, self.percent_damp)
 
 
 @final
@@ -100,10 +103,12 @@ class _Inverse:
     Args:
         fisher: F, float32 (O, G, B, B).
         shape: (O, I).
+        num_taps: how many runs of columns, one column a channel, the matrix has.
         percent_damp: see OBERT.
     """
 
-    def __init__(self, fisher: Tensor, shape: tuple[int, ...], percent_damp: float) -> None:
+    def __init__(self, fisher: Tensor, shape: tuple[int, ...], num_taps: int, percent_damp: float) -> None:
+        self._num_taps = num_taps
         _, self._count, self._size, _ = fisher.shape
         self._shape = shape
         fisher_NBB = fisher.reshape(-1, self._size, self._size)
@@ -156,11 +161,13 @@ class _Inverse:
 
     def _blocks(self, matrix_OI: Tensor) -> Tensor:
         padding = self._count * self._size - self._shape[1]
-        return torch.nn.functional.pad(matrix_OI, (0, padding)).reshape(-1, self._size)
+        own_OI = kernels_whole(matrix_OI, self._num_taps)
+        return torch.nn.functional.pad(own_OI, (0, padding)).reshape(-1, self._size)
 
     def _rows(self, matrix_NB: Tensor) -> FloatArray:
         rows, width = self._shape
-        array: FloatArray = matrix_NB.reshape(rows, -1)[:, :width].contiguous().numpy()
+        own_OI = matrix_NB.reshape(rows, -1)[:, :width]
+        array: FloatArray = taps_apart(own_OI, self._num_taps).contiguous().numpy()
         return array
 
 
