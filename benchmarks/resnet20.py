@@ -39,8 +39,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "obd, global": {"method": "obd", "allocation": "global"},
     "obert, uniform": {"method": "obert"},
     "obert, global": {"method": "obert", "allocation": "global"},
-    "obert 48 x 8, uniform": {"method": "obert", "block_size": 48, "num_steps": 8},
-    "obert 48 x 8, global": {"method": "obert", "block_size": 48, "num_steps": 8, "allocation": "global"},
+    "obert 48, uniform": {"method": "obert", "block_size": 48},
+    "obert 48, global": {"method": "obert", "block_size": 48, "allocation": "global"},
 }
 
 

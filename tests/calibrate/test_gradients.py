@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rarefy.calibrate.calls import Call
 from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
-from rarefy.calibrate.gradients import Gradients, Sample, collect_gradients, samples_of
+from rarefy.calibrate.gradients import Gradients, Sample, chunks_of, collect_gradients, samples_of
 from rarefy.calibrate.losses import negative_log_likelihood
 from rarefy.core.errors import NonFiniteError, UnsupportedModelError, UsageError
 from rarefy.models import load_model
@@ -117,6 +117,8 @@ def test_blocks_are_inverted_as_woodbury_does_it(net, data, block_size):
     for layer in ("grouped.group1", "linear", "lstm.weight_hh_l0"):
         gradient_NOI = gradients_of(net, data, layer).numpy()
         rows, width = gradient_NOI.shape[1:]
+        if layer == "grouped.group1":  # nine taps with both channels become both channels with their nine taps
+            gradient_NOI = gradient_NOI.reshape(-1, rows, 9, 2).swapaxes(2, 3).reshape(-1, rows, width)
         size = min(block_size, width)
         blocks = found[layer][FisherBlocks(block_size)].double().numpy()
         assert blocks.shape == (rows, -(-width // size), size, size)
@@ -145,6 +147,14 @@ def test_blocks_of_more_gradients_than_wait_together():
     expected = torch.einsum("noi,noj->oij", gradient_NOI, gradient_NOI) / 21
     torch.testing.assert_close(value[:, 1], expected[:, 4:8, 4:8])
     torch.testing.assert_close(value[:, 2, :2, :2], expected[:, 8:, 8:])
+
+
+def test_chunks_are_as_few_as_fit_and_alike_in_size():
+    wanted = {str(number): (FisherDiagonal(),) for number in range(7)}
+    shapes = {str(number): (1, 25 if number == 6 else 10) for number in range(7)}
+    assert [len(chunk) for chunk in chunks_of(wanted, shapes, 4 * 60)] == [4, 3]  # not 6 and 1
+    assert [len(chunk) for chunk in chunks_of(wanted, shapes, 4 * 85)] == [7]
+    assert [len(chunk) for chunk in chunks_of(wanted, shapes, 4 * 25)] == [2, 2, 2, 1]
 
 
 def test_the_model_is_as_before(net, data):

@@ -46,7 +46,7 @@ EXAMPLES: dict[str, list[LayerMethod]] = {
     "obd": [OBD(Unstructured(0.7)), OBD(NM(2, 4)), OBD(Blocks((4, 8), 0.5))],
     "obert": [
         OBERT(Unstructured(0.5)),
-        OBERT(NM(2, 4), block_size=7, num_steps=3),
+        OBERT(NM(2, 4), block_size=7),
         OBERT(Blocks((4, 8), 0.5), block_size=1),
         OBERT(Lines("rows", 0.5), block_size=512),
     ],

@@ -191,7 +191,8 @@ def test_gradients_take_the_model_and_passes_of_their_own() -> None:
     assert first.seconds_parts["gradients"] == second.seconds_parts["gradients"] > 0
     assert first.seconds_parts["forward passes"] == 0
     weights = sum(row.shape[0] * row.shape[1] for row in first.layers)
+    rows = sum(row.shape[0] for row in first.layers)
     # of every weight a sum of one number, or of a row of its block and the gradients that wait
-    assert second.memory_parts["gradients"] - first.memory_parts["gradients"] == 4 * (16 + 8 - 1) * weights
+    assert second.memory_parts["gradients"] - first.memory_parts["gradients"] == 4 * (16 + 4 - 1) * weights + 4 * rows
     both = make_plan(Recipe((Step(Wanda(half)), Step(Taylor(half)))), model, rates=RATES)
     assert both.seconds_parts["forward passes"] > 0

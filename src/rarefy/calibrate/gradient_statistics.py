@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rarefy.calibrate.statistics import Sum
 
-# Gradients that FisherBlocks multiplies at once: its sums are then read and written once for so many.
-_GRADIENTS_PER_PRODUCT = 8
+# Gradients that wait until FisherBlocks multiplies them at once: its sums are then read and written once for all.
+_GRADIENTS_PER_PRODUCT = 4
 
 
 class _GradientMean:
@@ -24,8 +24,9 @@ class _GradientMean:
         """The number, float32 (O, I), from a float32 gradient."""
         raise NotImplementedError
 
-    def init(self, shape: tuple[int, int]) -> Sum:
+    def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
         """An empty sum."""
+        del num_taps
         return Sum(torch.zeros(shape, dtype=torch.float32))
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
@@ -77,11 +78,54 @@ class FisherDiagonal(_GradientMean):
         return gradient_OI.square()
 
 
+@final
+@dataclass(frozen=True)
+class NumTaps:
+    """How many taps the kernel of each row has, (O, 1): 1 but in convolutions. Of the layer, whatever its gradients."""
+
+    def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
+        """The number."""
+        return Sum(torch.full((shape[0], 1), float(num_taps)))
+
+    def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
+        """Nothing to add."""
+        del gradient_OI
+        return state
+
+    def merge(self, a: Sum, b: Sum) -> Sum:
+        """Either."""
+        del b
+        return a
+
+    def finish(self, state: Sum) -> Tensor:
+        """The number, float32 (O, 1)."""
+        return state.total
+
+    def num_floats(self, shape: tuple[int, int]) -> int:
+        """One for each row."""
+        return shape[0]
+
+
+def kernels_whole(matrix_OI: Tensor, num_taps: int) -> Tensor:
+    """The columns in the parameter's own order: the taps of a channel side by side, channel after channel."""
+    if num_taps == 1:
+        return matrix_OI
+    return matrix_OI.reshape(len(matrix_OI), num_taps, -1).transpose(1, 2).flatten(1)
+
+
+def taps_apart(matrix_OI: Tensor, num_taps: int) -> Tensor:
+    """What `kernels_whole` undoes: tap after tap, each with all channels."""
+    if num_taps == 1:
+        return matrix_OI
+    return matrix_OI.reshape(len(matrix_OI), -1, num_taps).transpose(1, 2).flatten(1)
+
+
 @dataclass
 class _BlockSum(Sum):
     """A sum of outer products, and gradients that are still to be added."""
 
     waiting: list[Tensor] = field(default_factory=list)
+    num_taps: int = 1
 
 
 @final
@@ -89,21 +133,22 @@ class _BlockSum(Sum):
 class FisherBlocks:
     """Blocks of the empirical Fisher matrix along each row: mean over samples of g g^T for runs of columns.
 
-    Its result is float32 (O, G, B, B): of row o the columns from g * B on, where B is `block_size`, or all columns if
-    there are fewer. The last block of a row is filled up with zeros.
+    The columns run as they do in the parameter (`kernels_whole`): a convolution's taps of a channel, which have most to
+    do with each other, are in one block. Its result is float32 (O, G, B, B): of row o the columns from g * B on, where
+    B is `block_size`, or all columns if there are fewer. The last block of a row is filled up with zeros.
     """
 
     block_size: int
 
-    def init(self, shape: tuple[int, int]) -> Sum:
+    def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
         """An empty sum."""
         size, count = self._blocks(shape[1])
-        return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32))
+        return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32), num_taps=num_taps)
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
         """Add the outer products of one gradient, together with those of some later ones."""
         assert isinstance(state, _BlockSum)
-        state.waiting.append(gradient_OI.clone())
+        state.waiting.append(kernels_whole(gradient_OI, state.num_taps).clone())
         state.num_tokens += 1
         if len(state.waiting) == _GRADIENTS_PER_PRODUCT:
             _add_waiting(state)
@@ -115,7 +160,7 @@ class FisherBlocks:
         assert isinstance(b, _BlockSum)
         _add_waiting(a)
         _add_waiting(b)
-        return _BlockSum(a.total + b.total, a.num_tokens + b.num_tokens)
+        return _BlockSum(a.total + b.total, a.num_tokens + b.num_tokens, num_taps=a.num_taps)
 
     def finish(self, state: Sum) -> Tensor:
         """The mean; the sum itself, which is not to be used any more."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +33,9 @@ from rarefy.models.loaded import LoadedModel
 from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Structure
 from rarefy.nn import Weight, find_weight
+from rarefy.nn.matrices import Matrix
 
-_MOST_BYTES = 4 << 30
+_MOST_BYTES = 2 << 30
 _SHARE_OF_MEMORY = 4
 
 
@@ -101,7 +103,7 @@ def collect_gradients(
         NonFiniteError: a loss or a layer's gradient is NaN or infinite.
     """
     states = {
-        layer: {statistic: statistic.init(weights[layer].matrix.shape) for statistic in statistics}
+        layer: {statistic: _empty(statistic, weights[layer].matrix) for statistic in statistics}
         for layer, statistics in wanted.items()
     }
     seen: set[str] = set()
@@ -121,6 +123,10 @@ def collect_gradients(
                 value.backward()  # type: ignore[no-untyped-call]
             tick()
     return {layer: _finished(layer, weights[layer], states.pop(layer)) for layer in wanted if layer in seen}
+
+
+def _empty(statistic: GradientStatistic, matrix: Matrix) -> Sum:
+    return statistic.init(matrix.shape, math.prod(matrix.taps))
 
 
 @contextmanager
@@ -190,7 +196,7 @@ class Gradients:
         dtype: of the passes.
         loss: see `collect_gradients`.
         seed: of labels that are drawn.
-        budget_bytes: for the sums that are held at once; None: a quarter of the machine's memory, at most 4 GiB.
+        budget_bytes: for the sums that are held at once; None: a quarter of the machine's memory, at most 2 GiB.
         tick: told how many samples are done, of how many.
 
     Raises:
@@ -297,24 +303,40 @@ def most_bytes() -> int:
 def chunks_of(
     wanted: Mapping[str, Sequence[GradientStatistic]], shapes: Mapping[str, tuple[int, int]], budget: int
 ) -> list[list[str]]:
-    """Runs of layers whose sums fit a budget together.
+    """Runs of layers whose sums fit a budget together: as few as there can be, and of those with the smallest largest.
 
     Raises:
         UsageError: the blocks of one layer alone are more than the budget.
     """
-    chunks: list[list[str]] = []
-    used = 0
+    size_of: dict[str, int] = {}
     for layer, statistics in wanted.items():
-        num_bytes = sum(sum_bytes(statistic, shapes[layer]) for statistic in statistics)
+        size_of[layer] = sum(sum_bytes(statistic, shapes[layer]) for statistic in statistics)
         for statistic in statistics:
             if isinstance(statistic, FisherBlocks) and sum_bytes(statistic, shapes[layer]) > budget:
                 raise _too_large(layer, statistic, shapes[layer], budget)
-        if not chunks or used + num_bytes > budget:
-            chunks.append([])
-            used = 0
-        chunks[-1].append(layer)
-        used += num_bytes
+    chunks = _runs(size_of, budget)
+    low, high = 0, budget
+    while high - low > 1:
+        middle = (low + high) // 2
+        tighter = _runs(size_of, middle)
+        if len(tighter) > len(chunks):
+            low = middle
+        else:
+            chunks, high = tighter, middle
     return chunks
+
+
+def _runs(size_of: Mapping[str, int], most: int) -> list[list[str]]:
+    """Runs of layers that are at most so large, or have one layer that is larger alone."""
+    runs: list[list[str]] = []
+    used = 0
+    for layer, size in size_of.items():
+        if not runs or used + size > most:
+            runs.append([])
+            used = 0
+        runs[-1].append(layer)
+        used += size
+    return runs
 
 
 def sum_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rarefy.calibrate.calls import Call
 from rarefy.core.errors import UnsupportedModelError, UsageError
+
+_PREDICTIONS_AT_ONCE = 64
 
 # The model's output and the labels (None where there are none), to a scalar.
 Loss = Callable[[Any, Tensor | None], Tensor]
@@ -47,7 +50,7 @@ def negative_log_likelihood(
     if isinstance(own, Tensor) and labels is None:
         return own.float()
     logits = getattr(output, "logits", None)
-    prediction = (_first_tensor(model, output) if logits is None else logits).float()
+    prediction: Tensor = _first_tensor(model, output) if logits is None else logits
     if labels is not None:
         return _against(prediction, labels)
     ids = call.kwargs.get("input_ids")
@@ -58,10 +61,10 @@ def negative_log_likelihood(
             return _cross_entropy(prediction[:, :-1], ids[:, 1:])
     with torch.no_grad():
         if isinstance(logits, Tensor):
-            chances = torch.softmax(prediction, dim=-1).flatten(0, -2)
+            chances = torch.softmax(prediction.float(), dim=-1).flatten(0, -2)
             drawn = torch.multinomial(chances, 1, generator=generator).view(prediction.shape[:-1])
         else:
-            drawn = prediction + torch.randn(prediction.shape, generator=generator)
+            drawn = prediction.float() + torch.randn(prediction.shape, generator=generator)
     return _against(prediction, drawn)
 
 
@@ -71,7 +74,7 @@ def _against(prediction: Tensor, labels: Tensor) -> Tensor:
             raise UsageError(
                 "labels", f"numbers of shape {tuple(labels.shape)}", allowed=f"the output's {tuple(prediction.shape)}"
             )
-        return 0.5 * nn.functional.mse_loss(prediction, labels.float())
+        return 0.5 * nn.functional.mse_loss(prediction.float(), labels.float())
     if prediction.ndim < 2 or labels.shape != prediction.shape[:-1]:
         raise UsageError(
             "labels",
@@ -84,7 +87,15 @@ def _against(prediction: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy(prediction: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(prediction.flatten(0, -2), labels.flatten().long())
+    """The mean over predictions, in float32. A few are worked on at a time, and once more in the backward pass: over a
+    large vocabulary what one would hold of all at once is more than everything else that a sample needs."""
+    pieces = [torch.split(each, _PREDICTIONS_AT_ONCE) for each in (prediction.flatten(0, -2), labels.flatten().long())]
+    total = sum(checkpoint(_piece_of_loss, *piece, use_reentrant=False) for piece in zip(*pieces, strict=True))
+    return torch.as_tensor(total) / labels.numel()
+
+
+def _piece_of_loss(prediction_TV: Tensor, label_T: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(prediction_TV.float(), label_T, reduction="sum")
 
 
 def _predicts_the_next_token(model: nn.Module) -> bool:

@@ -55,8 +55,8 @@ class InputStatistic(Protocol):
 class GradientStatistic(Protocol):
     """A quantity summed over gradients of the loss by a layer's matrix; `merge` adds the sums of two machines."""
 
-    def init(self, shape: tuple[int, int]) -> Sum:
-        """An empty sum for a matrix of shape (O, I)."""
+    def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
+        """An empty sum for a matrix of shape (O, I), whose columns are so many taps, each with all channels."""
         ...
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
