@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.core.errors import UnsupportedModelError, UsageError
 
 _PREDICTIONS_AT_ONCE = 64
