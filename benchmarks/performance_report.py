@@ -40,10 +40,11 @@ How it was measured:
 - **Of memory**: bytes of the packed weight over the time, over the bandwidth of the same rounds with the same threads.
   That bandwidth is the best of nine ways to read (1 to 12 streams per thread, several prefetch distances, vectors as
   wide as the CPU has, huge pages where the system gives them) of a buffer eight times the last-level cache.
-- Weights in 4 bits have a scale for every 64 columns (ggml: 32), int8 one for every row. Contestants marked
-  weight-only multiply with bfloat16 activations, the other integer ones quantize the activations to 8 bits first. Of
-  87.5 % zeros, 8 of every 64 columns are kept; other zeros lie anywhere. Blocks have 16 rows and 64 columns, and so
-  many of them are zero as their line says.
+- Weights in 4 bits have a scale for every 64 columns (ggml: 32), int8 one for every row. In the tables of every layout
+  those of 4 bits and less have zero points as well, which dense are 3 % more bytes. Contestants marked weight-only
+  multiply with bfloat16 activations, the other integer ones quantize the activations to 8 bits first. Of 87.5 % zeros,
+  8 of every 64 columns are kept; other zeros lie anywhere. Blocks have 16 rows and 64 columns, and so many of them are
+  zero as their line says.
 - **AVX2 only**, **AVX2 and AVX-VNNI**: rarefy, oneDNN (OpenVINO, torch) and torch are told so by their environment
   variables, and ggml is compiled for it. In both oneDNN may use AVX-VNNI, for OpenVINO makes no products of integers
   with less, and what of OpenVINO is not oneDNN may use AVX-512: the second compares like with like.

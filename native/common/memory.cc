@@ -28,10 +28,11 @@ uint8_t* map(int64_t num_bytes) {
     return static_cast<uint8_t*>(memory);
 }
 void unmap(uint8_t* memory, int64_t) { std::free(memory); }
+void give_back(uint8_t*, int64_t) {}
 
 #else
 
-constexpr int64_t kSlabBytes = 4 * kHugePage;
+constexpr int64_t kSlabBytes = 32 * kHugePage;
 
 // Aligned to a huge page, so that whole ones fit. The system has cleared it.
 uint8_t* map(int64_t num_bytes) {
@@ -47,6 +48,14 @@ uint8_t* map(int64_t num_bytes) {
     return reinterpret_cast<uint8_t*>(wanted);
 }
 void unmap(uint8_t* memory, int64_t num_bytes) { munmap(memory, static_cast<size_t>(num_bytes)); }
+
+// The pages that lie in these bytes alone; nobody may read them again.
+void give_back(uint8_t* memory, int64_t num_bytes) {
+    const auto page = static_cast<uintptr_t>(kPage), begin = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t first = (begin + page - 1) / page * page,
+                    last = (begin + static_cast<uintptr_t>(num_bytes)) / page * page;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+}
 
 #endif
 
@@ -77,12 +86,14 @@ private:
     int64_t size_, used_ = 0;
 };
 
+void ReleaseSlab::operator()(uint8_t* bytes) const { give_back(bytes, num_bytes); }
+
 AlignedBytes allocate_aligned(int64_t num_bytes) {
     if (num_bytes > kMaxBytes) throw std::bad_alloc();
     const int64_t size = round_up(num_bytes > 0 ? num_bytes : 1, 64);
-    if (size > kSlabBytes / 2) {
+    if (size > kSlabBytes / 4) {
         const auto slab = std::make_shared<Slab>(round_up(size, kSlabBytes > 0 ? kPage : 64));
-        return AlignedBytes(slab->take(size), {slab});
+        return AlignedBytes(slab->take(size), {slab, size});
     }
     static std::weak_ptr<Slab> current;
     static const int registered = pthread_atfork(lock, unlock, unlock);
@@ -95,7 +106,7 @@ AlignedBytes allocate_aligned(int64_t num_bytes) {
         current = slab;
         bytes = slab->take(size);
     }
-    return AlignedBytes(bytes, {slab});
+    return AlignedBytes(bytes, {slab, size});
 }
 
 }  // namespace rarefy::common

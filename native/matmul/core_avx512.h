@@ -5,6 +5,7 @@
 //   void start(w, panel)
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
+//           static constexpr int kFetchSteps  if there is one: of one row, how many steps to fetch at once
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
 //   floats: void next(__m512& even, __m512& odd)
 //   bfloat16, one step at a time:
@@ -24,6 +25,16 @@
 
 namespace rarefy::matmul::avx512 {
 
+// A segment at once, unless the stream says how many steps.
+template <class Stream, int kSteps>
+constexpr int fetch_steps(decltype(&Stream::kFetchSteps)) {
+    return Stream::kFetchSteps;
+}
+template <class Stream, int kSteps>
+constexpr int fetch_steps(...) {
+    return kSteps;
+}
+
 // One row of activations by kPanels panels, `distance` apart, straight from the packed bytes. kSymmetric: all zero
 // points are the same.
 template <class Stream, int kPanels, int kSteps, bool kSymmetric>
@@ -38,6 +49,7 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
         streams[p].start(w, panel + p * distance);
         totals[p] = _mm512_setzero_ps();
     }
+    constexpr int kFetchSteps = fetch_steps<Stream, kSteps>(nullptr);
     const int64_t num_segments = w.num_blocks * (16 / kSteps);
     const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
     const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
@@ -51,10 +63,12 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
             evens[p] = times(zero_points, -sum);
             odds[p] = Sums{};
-            streams[p].fetch(kSteps);
             groups.fetch(panel + p * distance);
         }
         UNROLL for (int pair = 0; pair < kSteps / 2; ++pair, q += 8) {
+            if (2 * pair % kFetchSteps == 0) {
+                UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(kFetchSteps); }
+            }
             const __m512i even_q = broadcast_4(q), odd_q = broadcast_4(q + 4);
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m512i even, odd;
