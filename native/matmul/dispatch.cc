@@ -171,11 +171,14 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
 #if RAREFY_X86
 // Gives the integers their row panels where a product reads them: blocks of codes, with AVX-512.
 void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
+    // Fewer rows fill no tile, and panels of fewer blocks are done before turning their sums around has paid.
+    constexpr int64_t kFewestRows = 4 * kPanelRows, kFewestBlocks = 33;
+    if (rows.num_rows < kFewestRows || rows.num_blocks < kFewestBlocks) return;
     const int64_t num_row_panels = rows.num_rows / kPanelRows;
     const bool wanted = std::any_of(products.begin(), products.end(), [](const Product& product) {
         return product.weights->encoding() == Encoding::block_int8 && product.weights->isa() == Isa::avx512;
     });
-    if (!wanted || num_row_panels == 0) return;
+    if (!wanted) return;
     const int64_t num_bytes = num_row_panels * rows.num_blocks * static_cast<int64_t>(sizeof(CodeBlock));
     auto* blocks = reinterpret_cast<CodeBlock*>(scratch.reserve(num_bytes));
     common::parallel_for(static_cast<int>(num_row_panels),
