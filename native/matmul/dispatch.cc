@@ -1,5 +1,7 @@
 #include "matmul/dispatch.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -63,9 +65,15 @@ public:
     uint8_t* reserve(int64_t num_bytes) {
         if (num_bytes > size_) {
             bytes_ = nullptr;  // first, so that both never exist together
-            bytes_.reset(
-                static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(num_bytes, 64) * 64))));
+            // Large pages, where the system has them: pages that lie anywhere displace each other from the L2 cache.
+            constexpr int64_t kPage = int64_t{2} << 20;
+            const int64_t multiple = num_bytes >= kPage / 4 ? kPage : 64;
+            const auto size = static_cast<size_t>(round_up(num_bytes, multiple));
+            bytes_.reset(static_cast<uint8_t*>(std::aligned_alloc(static_cast<size_t>(multiple), size)));
             if (bytes_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+            if (multiple == kPage) madvise(bytes_.get(), size, MADV_HUGEPAGE);  // refused: small pages do as well
+#endif
             size_ = num_bytes;
         }
         return bytes_.get();
@@ -300,7 +308,7 @@ Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t
         for (int64_t row = chunk * kChunkRows; row < std::min(num_rows, (chunk + 1) * kChunkRows); ++row)
             gather_row(row);
     });
-    return {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts};
+    return {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts, nullptr};
 }
 
 }  // namespace
