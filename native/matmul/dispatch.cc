@@ -1,5 +1,7 @@
 #include "matmul/dispatch.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -74,9 +76,15 @@ public:
     uint8_t* reserve(int64_t num_bytes) {
         if (num_bytes > size_) {
             bytes_ = nullptr;  // first, so that both never exist together
-            bytes_.reset(
-                static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(num_bytes, 64) * 64))));
+            // Large pages, where the system has them: pages that lie anywhere displace each other from the L2 cache.
+            constexpr int64_t kPage = int64_t{2} << 20;
+            const int64_t multiple = num_bytes >= kPage / 4 ? kPage : 64;
+            const auto size = static_cast<size_t>(round_up(num_bytes, multiple));
+            bytes_.reset(static_cast<uint8_t*>(std::aligned_alloc(static_cast<size_t>(multiple), size)));
             if (bytes_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+            if (multiple == kPage) madvise(bytes_.get(), size, MADV_HUGEPAGE);  // refused: small pages do as well
+#endif
             size_ = num_bytes;
         }
         return bytes_.get();
@@ -253,12 +261,15 @@ const Rows& rows_for(const Weights& weights, const Activations& activations) {
 #if RAREFY_X86
 // Gives the integers their row panels where a product reads them: blocks of codes, with AVX-512.
 void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
+    // Fewer rows fill no tile, and panels of fewer blocks are done before turning their sums around has paid.
+    constexpr int64_t kFewestRows = 4 * kPanelRows, kFewestBlocks = 33;
+    if (rows.num_rows < kFewestRows || rows.num_blocks < kFewestBlocks) return;
     const int64_t num_row_panels = rows.num_rows / kPanelRows;
     const bool wanted = std::any_of(products.begin(), products.end(), [](const Product& product) {
         const Isa isa = product.weights->isa();
         return product.weights->encoding() == Encoding::block_int8 && (isa == Isa::avx512 || isa == Isa::avx512_bf16);
     });
-    if (!wanted || num_row_panels == 0) return;
+    if (!wanted) return;
     const int64_t num_bytes = num_row_panels * rows.num_blocks * static_cast<int64_t>(sizeof(CodeBlock));
     auto* blocks = reinterpret_cast<CodeBlock*>(scratch.reserve(num_bytes));
     common::parallel_for(static_cast<int>(num_row_panels),

@@ -62,11 +62,25 @@ def test_same_bits_as_the_bitmask_kernels(weight, num_threads, block_shape) -> N
                 np.testing.assert_array_equal(prepared.matmul(x[3:5]), expected[3:5])
 
 
-def test_same_bits_where_a_cache_holds_only_some_of_the_rows(weight, isa) -> None:
-    w = weight("block-int8-v1", 40, 9000, group_size=128, density=0.3)
-    prepared = kernels.prepare(w.layout, isa=isa)
-    x = np.random.default_rng(3).standard_normal((145, 9000)).astype(np.float32)
-    np.testing.assert_array_equal(prepared.matmul(x), np.stack([prepared.matmul(row) for row in x]))
+@pytest.mark.parametrize("block_shape", [(16, 64), (32, 32), (16, 96)], ids=str)
+@pytest.mark.parametrize(("group_size", "symmetric"), [(None, True), (64, False), (96, True), (32, False)])
+def test_many_rows_of_wide_weights(weight, isa, num_threads, block_shape, group_size, symmetric) -> None:
+    """Whole tiles and what is left of them, and more activations than a cache holds: the bits of every row alone."""
+    num_threads(2)
+    for num_rows, width in ((127, 2200), (100, 9000)):
+        w = weight(
+            "block-int8-v1",
+            40,
+            width,
+            block_shape=block_shape,
+            group_size=group_size,
+            symmetric=symmetric,
+            density=0.3,
+        )
+        prepared = kernels.prepare(w.layout, isa=isa)
+        x = np.random.default_rng(3).standard_normal((num_rows, width)).astype(np.float32)
+        x[5, 70] = np.nan
+        np.testing.assert_array_equal(prepared.matmul(x), np.stack([prepared.matmul(row) for row in x]))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
