@@ -1,0 +1,60 @@
+// Activations in the forms that the kernels read them in, made once per call.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "matmul/dispatch.h"
+
+namespace rarefy::matmul {
+
+// Memory that a thread keeps from call to call, so that small products allocate nothing.
+class Scratch {
+public:
+    uint8_t* reserve(int64_t num_bytes) {
+        if (num_bytes > size_) {
+            bytes_ = nullptr;  // first, so that both never exist together
+            bytes_.reset(
+                static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(ceil_div(num_bytes, 64) * 64))));
+            if (bytes_ == nullptr) throw std::bad_alloc();
+            size_ = num_bytes;
+        }
+        return bytes_.get();
+    }
+    // Gives large memory back, so that one long prompt does not hold it for ever.
+    void trim() {
+        constexpr int64_t kKeep = int64_t{32} << 20;
+        if (size_ <= kKeep) return;
+        bytes_ = nullptr;
+        size_ = 0;
+    }
+
+private:
+    struct Free {
+        void operator()(uint8_t* pointer) const { std::free(pointer); }
+    };
+    std::unique_ptr<uint8_t[], Free> bytes_;
+    int64_t size_ = 0;
+};
+
+struct Activations {
+    Rows floats{};
+    Rows bf16{};
+    Rows integers{};
+};
+
+// Copied, rounded and quantized as the products need them. They lie in `scratch`, or are x itself.
+Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
+                         Scratch& scratch);
+
+inline const Rows& rows_for(const Weights& weights, const Activations& activations) {
+    return weights.is_integer() ? activations.integers : weights.is_bf16() ? activations.bf16 : activations.floats;
+}
+
+// Rows [begin, end) of quantized taps, copied side by side out of quantized pixels.
+Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t end, bool skips, Scratch& scratch);
+
+}  // namespace rarefy::matmul
