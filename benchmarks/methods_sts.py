@@ -24,6 +24,7 @@ HALF = {"sparsity": 0.5}
 LOW = {"ratio": 0.5}
 INT4 = {"num_bits": 4, "group_size": 64}
 COLUMNS, MLP_OUT = {"axis": "columns", "sparsity": 0.25}, "encoder.layer.?.output.dense"
+WORDS = "embeddings.word_embeddings"
 # rank and zeros that take 8.00 bits a weight together, as the factors of half of the parameters do
 BESIDE, REST = {"ratio": 0.125}, {"sparsity": 0.6875}
 
@@ -48,6 +49,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "wanda-50 + rescale": _one("wanda", pattern=HALF) + _one("rescale"),
     "wanda-50 + refit": _one("wanda", pattern=HALF) + _one("refit"),
     **{f"{name}-half": _one(name, rank=LOW) for name in ("svd", "svt", "asvd", "svd-llm", "drone", "scaled-gd")},
+    **{f"{name}-embedding-half": _one(name, rank=LOW, targets=WORDS) for name in ("svd", "frequency-svd")},
     "svd-llm + sparsegpt": _one("svd-llm", rank=BESIDE, remainder="keep") + _one("sparsegpt", pattern=REST),
     "svd-llm + alps": _one("svd-llm", rank=BESIDE, remainder="keep") + _one("alps", pattern=REST),
     "sparsegpt + svd-llm": _one("sparsegpt", pattern=REST) + _one("svd-llm", rank=BESIDE),

@@ -123,7 +123,7 @@ def test_a_run_that_is_interrupted_again_and_again_gives_the_same_bytes(compress
 def test_nothing_is_solved_again_after_an_interruption_at_the_end(compress, solved, monkeypatch, tmp_path):
     compress(out="whole")
     with monkeypatch.context() as patch:
-        patch.setattr("rarefy.run._documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("rarefy.run.documents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             compress()
     solved.clear()

@@ -282,3 +282,15 @@ def test_a_group_wider_than_a_depthwise_kernel_is_refused_before_work_begins():
     with pytest.raises(RecipeError, match="input axis 9 is smaller than the group of 16"):
         rarefy.compress(built(Net), {"steps": steps}, measure=False)
     assert NM(8, 16)  # the pattern itself is fine
+
+
+def test_a_plan_counts_the_positions_of_images():
+    torch.manual_seed(0)
+    recipe = {"steps": [SPARSE]}
+    plans = []
+    images = [torch.randn(2, 3, 32, 32) for _ in range(3)]
+    rarefy.compress(Net(), recipe, calibration=iter(images), samples=2, measure=False, announce=plans.append)
+    few, many = (rarefy.run.plan(Net(), recipe, calibration=[torch.randn(2, 3, size, size)] * 2) for size in (32, 128))
+    assert plans[0].memory_parts == few.memory_parts
+    assert "first example" in few.basis
+    assert many.seconds_parts["statistics"] > 4 * few.seconds_parts["statistics"]

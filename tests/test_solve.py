@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rarefy.calibrate import Gram, SquaredNorm
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.calibrate.inputs import example_calls, text_calls
 from rarefy.core.errors import NonFiniteError
 from rarefy.core.patterns import Unstructured

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <tuple>
 
@@ -78,11 +79,35 @@ void multiply(const Input& x, const nb::sequence& weights, const nb::sequence& o
     matmul::multiply(x.data(), num_rows, num_inputs, products);
 }
 
+using Places = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void multiply_taps(const Input& pixels, const Places& row_starts, const Places& tap_offsets, const Weights& weights,
+                   const Output& y) {
+    const auto num_pixels = static_cast<int64_t>(pixels.shape(0)), num_channels = static_cast<int64_t>(pixels.shape(1));
+    const matmul::TapRows taps{row_starts.data(), static_cast<int64_t>(row_starts.shape(0)), tap_offsets.data(),
+                               static_cast<int64_t>(tap_offsets.shape(0))};
+    if (!weights.is_integer() || num_channels % matmul::kBlockInputs != 0)
+        throw std::invalid_argument("taps want integer weights and a multiple of 64 channels");
+    if (weights.view().num_inputs != taps.num_taps * num_channels ||
+        static_cast<int64_t>(y.shape(0)) != taps.num_rows ||
+        static_cast<int64_t>(y.shape(1)) != weights.view().num_outputs)
+        throw std::invalid_argument("shapes of pixels, taps, weight and output do not fit");
+    if (taps.num_rows == 0) return;
+    const auto [first_row, last_row] = std::minmax_element(taps.row_starts, taps.row_starts + taps.num_rows);
+    const auto [first_tap, last_tap] = std::minmax_element(taps.tap_offsets, taps.tap_offsets + taps.num_taps);
+    if (taps.num_taps > 0 && (*first_row < 0 || *last_row >= num_pixels || *first_tap < 0 || *last_tap >= num_pixels ||
+                              *last_row + *last_tap >= num_pixels))
+        throw std::invalid_argument("a tap lies outside of the pixels");
+    const nb::gil_scoped_release unlocked;
+    matmul::multiply_taps(pixels.data(), num_pixels, num_channels, taps, {{&weights, y.data()}});
+}
+
 }  // namespace
 
 void bind_matmul(nb::module_& module) {
     nb::class_<Weights>(module, "Weights")
         .def_prop_ro("nbytes", &Weights::num_bytes)
+        .def_prop_ro("is_integer", &Weights::is_integer)
         .def_prop_ro("isa", [](const Weights& weights) { return matmul::name(weights.isa()); })
         .def_prop_ro("shape", [](const Weights& weights) {
             return std::make_pair(weights.view().num_outputs, weights.view().num_inputs);
@@ -90,6 +115,8 @@ void bind_matmul(nb::module_& module) {
     module.def("prepare", &prepare, nb::arg("format"), nb::arg("isa"), nb::arg("num_outputs"), nb::arg("num_inputs"),
                nb::arg("integers"), nb::arg("arrays"));
     module.def("matmul", &multiply, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outputs"));
+    module.def("matmul_taps", &multiply_taps, nb::arg("pixels").noconvert(), nb::arg("row_starts").noconvert(),
+               nb::arg("tap_offsets").noconvert(), nb::arg("weights"), nb::arg("output").noconvert());
     module.def("kernel_list", [] {
         std::vector<std::tuple<std::string, std::string, std::string>> rows;
         for (const matmul::ListedKernel& kernel : matmul::list_kernels())

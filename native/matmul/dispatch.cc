@@ -217,6 +217,66 @@ void run_task(const Grid& grid, int64_t task) {
         std::fill(part.y + row * part.y_stride + first, part.y + row * part.y_stride + last, 0.0f);
 }
 
+// Multiplies rows that are prepared; the outputs of their first row are at the products' `y`.
+void multiply_prepared(const Activations& activations, const std::vector<Product>& products) {
+    std::vector<Grid> grids;
+    grids.reserve(products.size());
+    int64_t num_tasks = 0;
+    for (const Product& product : products) {
+        const bool integer = product.weights->is_integer();
+        grids.push_back(make_grid(product, integer ? activations.integers : activations.floats, num_tasks));
+        num_tasks += grids.back().num_tasks;
+    }
+    constexpr int64_t kMaxChunks = 32768;
+    const int64_t tasks_per_chunk = std::max<int64_t>(1, ceil_div(num_tasks, kMaxChunks));
+    common::parallel_for(static_cast<int>(ceil_div(num_tasks, tasks_per_chunk)), [&](int chunk) {
+        const int64_t end = std::min(num_tasks, (chunk + 1) * tasks_per_chunk);
+        for (int64_t task = chunk * tasks_per_chunk; task < end; ++task) {
+            const auto grid = std::find_if(grids.begin(), grids.end(), [&](const Grid& candidate) {
+                return task < candidate.first_task + candidate.num_tasks;
+            });
+            run_task(*grid, task - grid->first_task);
+        }
+    });
+}
+
+// Rows [begin, end) of quantized taps, copied side by side out of quantized pixels.
+Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t end, bool skips, Scratch& scratch) {
+    const int64_t num_rows = end - begin, num_blocks = taps.num_taps * pixels.num_blocks;
+    const int64_t width = pixels.num_blocks * kBlockInputs;
+    const int64_t stride = num_blocks * kBlockInputs + (num_blocks % 2 == 0 ? kBlockInputs : 0);  // see prepare_rows
+    const int64_t q_bytes = num_rows * stride;
+    const int64_t wide_bytes = pixels.wide_q == nullptr ? 0 : 2 * q_bytes;
+    const int64_t block_bytes = ceil_div(num_rows * num_blocks * 4, 64) * 64;
+    uint8_t* memory = scratch.reserve(q_bytes + wide_bytes + 3 * block_bytes + num_rows * 4);
+    auto* q = reinterpret_cast<int8_t*>(memory);
+    auto* wide_q = wide_bytes == 0 ? nullptr : reinterpret_cast<int16_t*>(memory + q_bytes);
+    auto* scales = reinterpret_cast<float*>(memory + q_bytes + wide_bytes);
+    auto* sums = reinterpret_cast<int32_t*>(memory + q_bytes + wide_bytes + block_bytes);
+    auto* starts = reinterpret_cast<float*>(memory + q_bytes + wide_bytes + 3 * block_bytes);
+    const auto gather_row = [&](int64_t row) {
+        starts[row] = 0.0f;
+        for (int64_t tap = 0; tap < taps.num_taps; ++tap) {
+            const int64_t pixel = taps.row_starts[begin + row] + taps.tap_offsets[tap];
+            const int64_t to = row * stride + tap * width, from = pixel * pixels.stride;
+            std::memcpy(q + to, pixels.q + from, static_cast<size_t>(width));
+            if (wide_q != nullptr) std::memcpy(wide_q + to, pixels.wide_q + from, static_cast<size_t>(width) * 2);
+            const int64_t block_to = row * num_blocks + tap * pixels.num_blocks, block_from = pixel * pixels.num_blocks;
+            for (int64_t block = 0; block < pixels.num_blocks; ++block) {
+                scales[block_to + block] = pixels.scales[block_from + block];
+                std::memcpy(sums + 2 * (block_to + block), pixels.sums + 2 * (block_from + block), 8);
+            }
+            if (skips) starts[row] += pixels.starts[pixel];  // NaN stays NaN
+        }
+    };
+    constexpr int64_t kChunkRows = 64;
+    common::parallel_for(static_cast<int>(ceil_div(num_rows, kChunkRows)), [&](int chunk) {
+        for (int64_t row = chunk * kChunkRows; row < std::min(num_rows, (chunk + 1) * kChunkRows); ++row)
+            gather_row(row);
+    });
+    return {num_rows, stride, nullptr, q, wide_q, scales, sums, num_blocks, starts};
+}
+
 }  // namespace
 
 const char* name(Isa isa) {
@@ -269,26 +329,30 @@ std::vector<ListedKernel> list_kernels() {
 void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products) {
     thread_local Scratch scratch;
     const Activations activations = prepare_rows(x, num_rows, num_inputs, products, scratch);
-    std::vector<Grid> grids;
-    grids.reserve(products.size());
-    int64_t num_tasks = 0;
-    for (const Product& product : products) {
-        const bool integer = product.weights->is_integer();
-        grids.push_back(make_grid(product, integer ? activations.integers : activations.floats, num_tasks));
-        num_tasks += grids.back().num_tasks;
-    }
-    constexpr int64_t kMaxChunks = 32768;
-    const int64_t tasks_per_chunk = std::max<int64_t>(1, ceil_div(num_tasks, kMaxChunks));
-    common::parallel_for(static_cast<int>(ceil_div(num_tasks, tasks_per_chunk)), [&](int chunk) {
-        const int64_t end = std::min(num_tasks, (chunk + 1) * tasks_per_chunk);
-        for (int64_t task = chunk * tasks_per_chunk; task < end; ++task) {
-            const auto grid = std::find_if(grids.begin(), grids.end(), [&](const Grid& candidate) {
-                return task < candidate.first_task + candidate.num_tasks;
-            });
-            run_task(*grid, task - grid->first_task);
-        }
-    });
+    multiply_prepared(activations, products);
     scratch.trim();
+}
+
+void multiply_taps(const float* pixels, int64_t num_pixels, int64_t num_channels, const TapRows& taps,
+                   const std::vector<Product>& products) {
+    thread_local Scratch pixel_scratch, row_scratch;
+    const Activations image = prepare_rows(pixels, num_pixels, num_channels, products, pixel_scratch);
+    const bool skips = std::any_of(products.begin(), products.end(),
+                                   [](const Product& product) { return product.weights->view().skips_blocks; });
+    // A piece of rows is still in a cache when it is multiplied.
+    constexpr int64_t kPieceBytes = int64_t{1} << 19;
+    const int64_t width = taps.num_taps * num_channels;
+    const int64_t piece = std::max(kTaskRows, kPieceBytes / std::max<int64_t>(1, width) / kTaskRows * kTaskRows);
+    for (int64_t begin = 0; begin < taps.num_rows; begin += piece) {
+        const int64_t end = std::min(begin + piece, taps.num_rows);
+        Activations rows;
+        rows.integers = gather_taps(image.integers, taps, begin, end, skips, row_scratch);
+        std::vector<Product> parts = products;
+        for (Product& part : parts) part.y += begin * part.weights->view().num_outputs;
+        multiply_prepared(rows, parts);
+    }
+    pixel_scratch.trim();
+    row_scratch.trim();
 }
 
 }  // namespace rarefy::matmul

@@ -32,4 +32,17 @@ struct Product {
 // y = x W^T for every product, x (T, I) contiguous. Quantizes x once, forks and joins once. All weights have I inputs.
 void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products);
 
+// Rows that are pixels side by side: row r has those at row_starts[r] + tap_offsets[t].
+struct TapRows {
+    const int64_t* row_starts;
+    int64_t num_rows;
+    const int64_t* tap_offsets;
+    int64_t num_taps;
+};
+
+// The same for the patches of a convolution and integer weights, where pixels (P, C) have a multiple of 64 channels:
+// the blocks that are quantized together then lie within a pixel, and each is quantized once for all taps that meet it.
+void multiply_taps(const float* pixels, int64_t num_pixels, int64_t num_channels, const TapRows& taps,
+                   const std::vector<Product>& products);
+
 }  // namespace rarefy::matmul

@@ -324,6 +324,35 @@ void test_pool() {
     check(common::measure_fork_join() > 0, "fork and join take time");
 }
 
+// Rows of taps are the same rows as those written out, to the last bit, over more than one piece of them.
+void test_taps() {
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (!runs(kernel.isa)) continue;
+        constexpr int64_t kChannels = 128, kPixels = 1500, kRows = 1400;
+        const std::vector<int64_t> offsets = {0, 1, 40, 99};
+        const auto num_inputs = kChannels * static_cast<int64_t>(offsets.size());
+        const Sample sample = matmul::make_sample({kernel.format, 20, num_inputs, 64, false, 0.5, 3});
+        const Weights weights(sample.packed(), kernel.isa);
+        if (!weights.is_integer()) continue;
+        const std::vector<float> pixels = random_rows(kPixels * kChannels, 5);
+        std::vector<int64_t> starts;
+        std::vector<float> x;
+        for (int64_t row = 0; row < kRows; ++row) {
+            starts.push_back((row * 7) % (kPixels - 99));
+            for (const int64_t offset : offsets) {
+                const auto from = pixels.begin() + (starts.back() + offset) * kChannels;
+                x.insert(x.end(), from, from + kChannels);
+            }
+        }
+        std::vector<float> y(static_cast<size_t>(kRows * 20 + 1), 12345.0f);
+        const matmul::TapRows taps{starts.data(), kRows, offsets.data(), static_cast<int64_t>(offsets.size())};
+        matmul::multiply_taps(pixels.data(), kPixels, kChannels, taps, {{&weights, y.data()}});
+        check(y.back() == 12345.0f, "nothing is written behind the outputs of taps");
+        y.pop_back();
+        check(y == product(weights, x, kRows, num_inputs), kernel.format + " taps on " + matmul::name(kernel.isa));
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -333,6 +362,7 @@ int main() {
     test_groups_that_keep_too_many();
     test_damaged_arrays();
     test_non_finite_rows();
+    test_taps();
     std::printf("%d checks, %d failures, on", num_checks, num_failures);
     for (const Isa isa : matmul::kIsas)
         if (runs(isa)) std::printf(" %s", matmul::name(isa));

@@ -34,6 +34,8 @@ class Weights:
     @property
     def isa(self) -> str: ...
     @property
+    def is_integer(self) -> bool: ...
+    @property
     def shape(self) -> tuple[int, int]: ...
 
 def prepare(
@@ -45,6 +47,13 @@ def prepare(
     arrays: Mapping[str, NDArray[np.generic]],
 ) -> Weights: ...
 def matmul(x: Float32Array, weights: Sequence[Weights], outputs: Sequence[Float32Array]) -> None: ...
+def matmul_taps(
+    pixels: Float32Array,
+    row_starts: NDArray[np.int64],
+    tap_offsets: NDArray[np.int64],
+    weights: Weights,
+    output: Float32Array,
+) -> None: ...
 
 @final
 class Ops:

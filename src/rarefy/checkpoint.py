@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rarefy.artifact import read_artifact, write_artifact
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.core.errors import DamagedFileError, NonFiniteError, PathError, RarefyError, UsageError
 from rarefy.core.grids import Float32Array
 from rarefy.core.results import LayerResult

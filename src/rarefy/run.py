@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
-import json
+import itertools
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,16 +18,17 @@ import torch
 import transformers
 from torch import nn
 
-import rarefy
 from rarefy.allocate import allocate
 from rarefy.artifact import check_output, write_artifact
 from rarefy.calibrate.attention import fast_attention
 from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
-from rarefy.calibrate.collect import Call
-from rarefy.calibrate.data import CalibrationData, Examples, fitting_length, gather
+from rarefy.calibrate.calls import Call
+from rarefy.calibrate.data import Examples, fitting_length, gather
 from rarefy.calibrate.gradients import dense_gradients
+from rarefy.calibrate.inputs import example_calls
 from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype
+from rarefy.calibrate.rows import count_rows
 from rarefy.checkpoint import (
     Checkpoint,
     can_resume,
@@ -39,20 +38,19 @@ from rarefy.checkpoint import (
     removed_if_hopeless,
 )
 from rarefy.core.errors import RecipeError, UsageError
-from rarefy.core.results import Metric, RunReport, UntouchedLayer
-from rarefy.kernels import describe_cpu, detect_cpu
+from rarefy.core.results import Metric, RunReport
+from rarefy.kernels import detect_cpu
 from rarefy.layouts import AnyLayout
-from rarefy.measure.memory import peak_memory_bytes
 from rarefy.methods.allocation import ModelAllocation
 from rarefy.models.load import load_model
 from rarefy.models.loaded import LoadedModel
-from rarefy.models.structure import LayerRef, Structure
+from rarefy.models.structure import Structure
 from rarefy.nn import find_weight, replace_linear
 from rarefy.nn.biases import set_biases
 from rarefy.plan import Plan, make_plan
-from rarefy.recipe import Recipe, amounts_in_words, load_recipe, notes, resolve
-from rarefy.report import render_html, render_model_card
-from rarefy.solve import Progress, Solved, Task, solve_model
+from rarefy.recipe import Recipe, amounts_in_words, load_recipe, resolve
+from rarefy.run_record import Facts, computation, documents
+from rarefy.solve import Progress, Task, solve_model
 from rarefy.verdict import Baseline, judge, measure_before
 
 
@@ -158,8 +156,10 @@ def compress(
         layers = resolve(parsed, structure)
         _check_batch_norm(parsed, loaded)
     dtype = _dtype_for(loaded, compute_dtype)
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        calibration = list(itertools.islice(calibration, samples))
     if announce is not None:
-        announce(_plan_of(loaded, structure, parsed, samples, sequence_length, dtype))
+        announce(_plan_of(loaded, structure, parsed, calibration, samples, sequence_length, dtype))
     with clock.phase("calibration data"):
         methods = [method for layer in layers for _, method in layer.steps]
         needs_data = (
@@ -171,7 +171,7 @@ def compress(
     checkpoint: Checkpoint | None = None
     if out is not None and can_resume(loaded, parsed) and loss is None:
         own = [Call((each,), {}) for each in data.labels if each is not None]
-        identity = identity_of(loaded, parsed, [*data.calls, *own], _computation(dtype))
+        identity = identity_of(loaded, parsed, [*data.calls, *own], computation(dtype))
         checkpoint = open_checkpoint(partial_path(out), identity, force=force, tell=tell or (lambda _: None))
     baseline: Baseline | None = None
     if measure:
@@ -218,7 +218,7 @@ def compress(
             del packed
         tensors |= {name: value.numpy() for name, value in batch_norm.items()}
     amounts = amounts_in_words(parsed, layers, final=True)
-    facts = _Facts(loaded, structure, parsed, seed, data, dtype, solved, amounts)
+    facts = Facts(loaded, structure, parsed, seed, data, dtype, solved, amounts)
 
     def write(path: Path, extra: Mapping[str, bytes]) -> None:
         write_artifact(
@@ -250,7 +250,7 @@ def compress(
     if out is not None:
         with clock.phase("write"):
             path = Path(out)
-            write(path, _documents(report, parsed))
+            write(path, documents(report, parsed))
         if checkpoint is not None:
             checkpoint.remove()
     return RunResult(report, solved.layouts, tied, path, loaded, solved.biases, batch_norm)
@@ -278,11 +278,14 @@ def plan(
     source: str | os.PathLike[str] | nn.Module,
     recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
     *,
+    calibration: str | os.PathLike[str] | Examples | None = None,
     samples: int = 128,
     sequence_length: int = 512,
     compute_dtype: ComputeDtype = "auto",
 ) -> Plan:
     """Say what `compress` would do with the same arguments, without reading a weight.
+
+    Of example inputs the first is run through a module in memory, which shows how many rows its layers meet.
 
     Raises:
         UsageError: a wrong path, recipe or option (see its subclasses).
@@ -292,7 +295,7 @@ def plan(
     loaded = load_model(source, stream=True)
     _check_batch_norm(parsed, loaded)
     dtype = _dtype_for(loaded, compute_dtype)
-    return _plan_of(loaded, loaded.structure(), parsed, samples, sequence_length, dtype)
+    return _plan_of(loaded, loaded.structure(), parsed, calibration, samples, sequence_length, dtype)
 
 
 def _check_batch_norm(recipe: Recipe, loaded: LoadedModel) -> None:
@@ -306,11 +309,20 @@ def _dtype_for(loaded: LoadedModel, wanted: ComputeDtype) -> torch.dtype:
 
 
 def _plan_of(
-    loaded: LoadedModel, structure: Structure, recipe: Recipe, samples: int, sequence_length: int, dtype: torch.dtype
+    loaded: LoadedModel,
+    structure: Structure,
+    recipe: Recipe,
+    calibration: str | os.PathLike[str] | Examples | None,
+    samples: int,
+    sequence_length: int,
+    dtype: torch.dtype,
 ) -> Plan:
     length, _ = fitting_length(loaded, sequence_length)
+    num_rows: Mapping[str, int] | None = None
+    if calibration is not None and not isinstance(calibration, str | os.PathLike) and not loaded.streams:
+        num_rows = count_rows(loaded.model, example_calls(calibration, samples))
     half = dtype == torch.bfloat16
-    return make_plan(recipe, structure, num_samples=samples, sequence_length=length, bfloat16=half)
+    return make_plan(recipe, structure, num_samples=samples, sequence_length=length, bfloat16=half, num_rows=num_rows)
 
 
 def _rest(
@@ -329,109 +341,6 @@ def _rest(
         else:
             rest[name] = tensor.contiguous().numpy()
     return rest
-
-
-@final
-@dataclass(frozen=True)
-class _Facts:
-    """What the report is made of, apart from measurements."""
-
-    loaded: LoadedModel
-    structure: Structure
-    recipe: Recipe
-    seed: int
-    data: CalibrationData
-    dtype: torch.dtype
-    solved: Solved
-    amounts: tuple[str, ...]
-
-    def report(self, metrics: tuple[Metric, ...], warnings: tuple[str, ...], seconds: Mapping[str, float]) -> RunReport:
-        """The report of the run."""
-        own = list(self.loaded.notes)
-        if self.solved.num_resumed:
-            own.append(
-                f"an interrupted run had finished {self.solved.num_resumed} of the blocks; the time of compression is "
-                "that of the others"
-            )
-        own += self._uncorrected()
-        own += [f"{name} was left alone: {why}" for name, why in self.solved.skipped.items()]
-        return RunReport(
-            model=_shown_name(self.loaded),
-            architecture=self.loaded.architecture,
-            num_parameters=self.loaded.num_parameters(),
-            num_blocks=len(self.structure.blocks),
-            recipe=self.recipe.to_dict(),
-            seed=self.seed,
-            calibration=self.data.info,
-            machine=self._machine(),
-            versions=_versions(),
-            layers=tuple(self.solved.results[x.name] for x in self.structure.layers if x.name in self.solved.results),
-            untouched=tuple(self._untouched()),
-            metrics=metrics,
-            warnings=(*own, *warnings),
-            seconds=dict(seconds),
-            peak_memory_bytes=peak_memory_bytes(),
-            notes=(*notes(self.recipe, self.structure), *self.amounts),
-        )
-
-    def _uncorrected(self) -> Iterator[str]:
-        for plan in resolve(self.recipe, self.structure):
-            done = self.solved.results[plan.layer].steps if plan.layer in self.solved.results else None
-            if done is not None and len(done) < len(plan.steps):
-                yield f"bias-correction left {plan.layer} as it was: it has no bias, and can be given none"
-
-    def _untouched(self) -> Iterator[UntouchedLayer]:
-        for layer in self.structure.layers:
-            if layer.name in self.solved.layouts or layer.tied_to in self.solved.layouts:
-                continue
-            yield UntouchedLayer(layer.name, layer.kind, layer.shape, layer.num_bytes, self._why(layer))
-
-    def _why(self, layer: LayerRef) -> str:
-        return self.solved.skipped.get(layer.name) or layer.reason or "no step of the recipe targets it"
-
-    def _machine(self) -> dict[str, str | int | float]:
-        cpu = describe_cpu()
-        return {
-            "cpu": str(cpu["model"]),
-            "cpus": int(cpu["cpus"]),
-            "num_threads": int(cpu["num_threads"]),
-            "flags": " ".join(cpu["flags"]),
-            "system": f"{platform.system()} {platform.machine()}",
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-        }
-
-
-def _shown_name(loaded: LoadedModel) -> str:
-    """The model's name for readers: the last part of a path, since the rest is one machine's business."""
-    return loaded.source if loaded.kind == "module" else Path(loaded.source).name or loaded.source
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
-    return {
-        "rarefy": rarefy.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def _computation(dtype: torch.dtype) -> dict[str, Any]:
-    """What besides the data may move the last bit of a result."""
-    cpu = describe_cpu()
-    return {
-        "dtype": str(dtype),
-        "versions": _versions(),
-        "cpu": [str(cpu["model"]), list(cpu["flags"]), int(cpu["num_threads"]), torch.get_num_threads()],
-    }
-
-
-def _documents(report: RunReport, recipe: Recipe) -> dict[str, bytes]:
-    return {
-        "recipe.yaml": recipe.to_yaml().encode(),
-        "report.json": (json.dumps(report.to_json(), indent=2) + "\n").encode(),
-        "report.html": render_html(report).encode(),
-        "README.md": render_model_card(report).encode(),
-    }
 
 
 @contextlib.contextmanager

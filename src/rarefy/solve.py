@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.calls import Call, calibration_mode
+from rarefy.calibrate.collect import collect_statistics
 from rarefy.calibrate.gradients import Gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters, modules_outside
 from rarefy.calibrate.row_counts import RowCounts
 from rarefy.calibrate.statistics import GradientStatistic, InputStatistic, Statistic, bfloat16_products
+from rarefy.calibrate.walk import BlockWalk
 from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.grids import Float32Array
 from rarefy.core.results import LayerResult

@@ -9,7 +9,7 @@ from torch import nn
 
 import rarefy
 from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.core.errors import CalibrationError, NonFiniteError, RecipeError, UsageError
 
 

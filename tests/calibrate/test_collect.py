@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from rarefy.calibrate import Gram, SquaredNorm
-from rarefy.calibrate.collect import BlockWalk, Call, calibration_mode, collect_statistics
+from rarefy.calibrate.calls import Call, calibration_mode
+from rarefy.calibrate.collect import collect_statistics
 from rarefy.calibrate.inputs import cast_inputs, example_calls, text_calls, without_cache
 from rarefy.calibrate.precision import cast_parameters, choose_dtype
+from rarefy.calibrate.walk import BlockWalk
 from rarefy.core.errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from rarefy.kernels.cpu import CpuFlags
 from rarefy.models import discover

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
 from rarefy.calibrate.gradients import Gradients, Sample, collect_gradients, samples_of
 from rarefy.calibrate.losses import negative_log_likelihood

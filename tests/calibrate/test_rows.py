@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from rarefy.calibrate import Gram, SquaredNorm
-from rarefy.calibrate.collect import Call, collect_statistics
+from rarefy.calibrate.calls import Call
+from rarefy.calibrate.collect import collect_statistics
+from rarefy.calibrate.rows import count_rows
 from rarefy.nn import find_weight
 
 
@@ -135,3 +137,16 @@ def test_a_projection_meets_the_state_before_it_is_projected():
         x_TI = (torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(g))).double()
     got = gram["0.weight_hr_l0"][Gram()].double()
     torch.testing.assert_close(got, x_TI.T @ x_TI / 4, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_rows_are_counted_by_position_and_for_all_examples(groups):
+    model = nn.Sequential(
+        nn.Conv2d(6, 12, 3, stride=2, groups=groups), nn.Flatten(), nn.Linear(12 * 4 * 3, 5), nn.LSTM(5, 7)
+    )
+    counts = count_rows(model, [Call((torch.randn(4, 6, 9, 8),), {}), Call((torch.randn(2, 6, 9, 8),), {})])
+    convolution = {"0"} if groups in (1, 6) else {"0.group0", "0.group1"}
+    assert {layer: counts[layer] for layer in convolution} == dict.fromkeys(convolution, 6 * 4 * 3)
+    assert counts["2"] == 6
+    assert {counts[f"3.weight_{side}_l0"] for side in ("ih", "hh")} == {6}
+    assert not model[0]._forward_pre_hooks

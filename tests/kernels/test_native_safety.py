@@ -219,3 +219,25 @@ def test_cpp_tests_under_sanitizers(tmp_path: Path) -> None:
         assert run.returncode == 0, f"{command[0].name}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
     wrong = subprocess.run([fuzzers[0], "--runs", "-1"], capture_output=True, check=False)
     assert wrong.returncode == 2
+
+
+def test_taps_outside_of_the_pixels_and_shapes_that_do_not_fit(weight) -> None:
+    prepared = native.prepare(**arguments(weight("dense-int8-v1", 5, 128)))
+    pixels, y = np.ones((6, 64), np.float32), np.zeros((3, 5), np.float32)
+    rows, taps = np.array([0, 2, 4]), np.array([0, 1])
+    native.matmul_taps(pixels, rows, taps, prepared, y)
+    assert (y == y[0]).all()
+    floats = native.prepare(**arguments(weight("dense-bf16-v1", 5, 128)))
+    wrong = [
+        (pixels, rows + 1, taps, prepared, y), (pixels, rows - 1, taps, prepared, y),
+        (pixels, rows, taps - 1, prepared, y), (pixels, rows, taps + 2**62, prepared, y),
+        (pixels, rows + 2**62, taps + 2**62, prepared, y), (pixels[:5], rows, taps, prepared, y),
+        (pixels[:0], rows, taps, prepared, y), (pixels, rows[:2], taps, prepared, y),
+        (pixels, rows, taps[:1], prepared, y), (pixels, rows, taps[:0], prepared, y),
+        (np.ones((6, 32), np.float32), rows, np.arange(4), prepared, y), (pixels, rows, taps, floats, y),
+        (pixels, rows, taps, prepared, y[:, :4].copy()),
+    ]  # fmt: skip
+    for damaged in wrong:
+        with pytest.raises(ValueError):  # noqa: PT011 (several messages)
+            native.matmul_taps(*damaged)
+    native.matmul_taps(pixels, rows[:0], taps, prepared, y[:0])

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy.core.errors import LayoutError, UnsupportedModelError, UsageError
+from rarefy.kernels import Prepared
+from rarefy.kernels.extension import native
 from rarefy.layouts import FORMATS, Layout
 from rarefy.nn import PackedConv, PackedDepthwiseConv, PackedGroupedConv, patches, replace_linear
 from rarefy.nn.holder import LayoutHolder
@@ -142,6 +144,49 @@ def test_patches_come_in_pieces_of_bounded_size(
     assert sum(rows for rows, _ in sizes) == 4 * 7 * 6
     assert all(width == 45 and rows * width <= max(numbers, 6 * 45) for rows, width in sizes)
     assert (len(sizes) == 1) == (numbers == 1 << 20)
+
+
+INTEGERS = [
+    "dense-int8-v1",
+    "dense-int4-v1",
+    "bitmask-int8-v1",
+    "block-int8-v1",
+    "ternary-v1",
+    "lowrank-int8-v1",
+    "sum-v1",
+]
+
+
+@pytest.mark.parametrize("format_name", INTEGERS)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pixels_that_are_quantized_once_give_the_same_bits(
+    layout_for: LayoutFor, monkeypatch: pytest.MonkeyPatch, format_name: str, groups: int
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(64 * groups, 32 * groups, (3, 2), (2, 1), (1, 0), (1, 2), groups)
+    x = torch.randn(3, 64 * groups, 41, 40)
+    layer, _ = packed(layout_for, conv, format_name)
+    holders = [layer] if isinstance(layer, PackedConv) else layer._holders()
+    takes_taps = [holder.prepared.takes_taps for holder in holders]
+    with torch.no_grad():
+        got = layer(x)
+        monkeypatch.setattr(Prepared, "takes_taps", False)
+        written_out = layer(x)
+    assert torch.equal(got, written_out)
+    assert all(takes_taps) or native() is None or format_name == "sum-v1"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_every_output_whose_taps_meet_it(layout_for: LayoutFor, bad: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 7, 6)
+    x[0, 5, 3, 2] = bad
+    for format_name in ("dense-int8-v1", "block-int8-v1"):
+        layer, _ = packed(layout_for, nn.Conv2d(64, 32, 3, padding=1, bias=False), format_name)
+        with torch.no_grad():
+            is_nan = layer(x)[0].isnan()
+        assert bool(is_nan[:, 2:5, 1:4].all())
+        assert int(is_nan.sum()) == 32 * 9
 
 
 def test_a_pointwise_convolution_copies_nothing() -> None:

@@ -167,6 +167,16 @@ def test_the_estimate_says_that_it_is_for_a_quiet_machine() -> None:
     assert "on a quiet machine" in make_plan(load_recipe("int8"), decoder(), rates=RATES).basis
 
 
+def test_work_follows_the_rows_that_layers_meet() -> None:
+    recipe = Recipe((Step(SparseGPT(Unstructured(0.5))),))
+    tokens = make_plan(recipe, one_layer(64, 64), num_samples=4, sequence_length=8, rates=RATES)
+    counted = make_plan(recipe, one_layer(64, 64), num_samples=4, rates=RATES, num_rows={"linear": 4 * 8})
+    images = make_plan(recipe, one_layer(64, 64), num_samples=4, rates=RATES, num_rows={"linear": 4 * 8 * 100})
+    assert counted.seconds_parts == tokens.seconds_parts
+    assert images.seconds_parts["statistics"] == pytest.approx(100 * tokens.seconds_parts["statistics"])
+    assert images.memory_parts["activations between blocks"] > tokens.memory_parts["activations between blocks"]
+
+
 def test_rates_are_measured_when_none_are_given() -> None:
     plan = make_plan(load_recipe("int8"), decoder())
     assert "GFLOP/s" in plan.basis

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rarefy.calibrate.collect import Call, calibration_mode
+from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.core.errors import CalibrationError, NonFiniteError
 
 

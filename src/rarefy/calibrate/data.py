@@ -13,7 +13,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.calibrate.inputs import example_calls, example_labels, num_rows, text_calls
 from rarefy.calibrate.text import DEFAULT_SOURCE, Windows, default_text, make_windows, read_text
 from rarefy.core.errors import CalibrationError

@@ -20,7 +20,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibrate.collect import Call, calibration_mode
+from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.data import CalibrationData
 from rarefy.calibrate.gradient_statistics import FisherBlocks
 from rarefy.calibrate.inputs import cast_inputs, without_cache

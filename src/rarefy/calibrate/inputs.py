@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.core.errors import CalibrationError
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from rarefy.calibrate.collect import Call
+from rarefy.calibrate.calls import Call
 from rarefy.core.errors import UnsupportedModelError, UsageError
 
 # The model's output and the labels (None where there are none), to a scalar.

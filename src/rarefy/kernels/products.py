@@ -91,9 +91,49 @@ class Prepared:
         """The right and the left factor of a tapwise weight, which a convolution meets one after the other."""
         return (self.weights.inner, self.weights.outer) if isinstance(self.weights, _Tapwise) else None
 
+    @property
+    def takes_taps(self) -> bool:
+        """Whether `matmul_taps` will do: activations that x itself is quantized to, in blocks of 64 columns."""
+        match self.weights:
+            case ReferenceWeights() | _Tapwise():
+                return False
+            case _Chain(inner, _):
+                return inner.takes_taps
+            case _Sum(first, second):
+                return first.takes_taps and second.takes_taps
+            case weights:
+                return bool(weights.is_integer)
+
     def matmul(self, x_TI: ArrayLike) -> Float32Array:
         """x @ W^T in float32; see `matmul`."""
         return matmul_many(x_TI, (self,))[0]
+
+    def matmul_taps(
+        self, x_PC: Float32Array, row_starts_T: NDArray[np.int64], tap_offsets_K: NDArray[np.int64]
+    ) -> Float32Array:
+        """The product of rows that are pixels side by side, of which each is quantized once.
+
+        Args:
+            x_PC: pixels, float32, C-contiguous; the number of channels C is a multiple of 64, and I = K * C.
+            row_starts_T: for each row the place that its taps count from.
+            tap_offsets_K: where each tap lies from there.
+
+        Returns:
+            float32 (T, O): the bits of `matmul` on the rows written out.
+        """
+        match self.weights:
+            case _Chain(inner, outer):
+                return outer.matmul(inner.matmul_taps(x_PC, row_starts_T, tap_offsets_K))
+            case _Sum(first, second):
+                y_TO = first.matmul_taps(x_PC, row_starts_T, tap_offsets_K)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    return np.add(y_TO, second.matmul_taps(x_PC, row_starts_T, tap_offsets_K), out=y_TO)
+            case weights:
+                module = native()
+                assert module is not None
+                y_TO = np.empty((len(row_starts_T), self.shape[0]), np.float32)
+                module.matmul_taps(x_PC, row_starts_T, tap_offsets_K, weights, y_TO)
+                return y_TO
 
 
 def _prepare_as(part: Layout, kernel: Kernel) -> Prepared:

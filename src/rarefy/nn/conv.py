@@ -12,6 +12,7 @@ from math import prod
 from typing import Any, final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,8 +26,8 @@ from rarefy.nn.patches import ConvModule, Geometry
 from rarefy.nn.product import ProductHolder, require_cpu
 from rarefy.nn.weight import PackedWeight
 
-# Outputs of a panel, the unit of the kernels.
-_PANEL = 16
+# Outputs of a panel, the unit of the kernels, and inputs that are quantized together.
+_PANEL, _BLOCK = 16, 64
 _SUPPORTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION = (*_SUPPORTED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -83,10 +84,9 @@ class PackedConv(ProductHolder):
         factors = self.prepared.tap_factors
         parts = None if factors is None else self.geometry.split(int(self.meta["num_runs"]))
         if factors is None or parts is None:
-            return (_Stage(self.geometry, (self.product,), self.out_channels),)
-        inner_rank = factors[0].shape[0]
-        first = _Stage(parts[0], (_product_of(factors[0]),), inner_rank)
-        return first, _Stage(parts[1], (_product_of(factors[1]),), self.out_channels)
+            return (_Stage(self.geometry, (self.prepared,), self.out_channels),)
+        first = _Stage(parts[0], factors[:1], factors[0].shape[0])
+        return first, _Stage(parts[1], factors[1:], self.out_channels)
 
     def extra_repr(self) -> str:
         """Shape, format and kernel."""
@@ -143,8 +143,8 @@ class PackedGroupedConv(nn.Module):
         """Return the convolution of x; see `PackedConv.forward`."""
         if self.out_channels < _PANEL * self.groups:
             return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
-        products = tuple(holder.product for holder in self._holders())
-        stages = (_Stage(self.geometry, products, self.out_channels),)
+        weights = tuple(holder.prepared for holder in self._holders())
+        stages = (_Stage(self.geometry, weights, self.out_channels),)
         return _forward(x, self.in_channels, self.geometry, stages, self.dequantized_parameter, self.bias)
 
     def _holders(self) -> list[CompressedLinear]:
@@ -192,21 +192,14 @@ def _decoded(x: Tensor, num_channels: int, geometry: Geometry, weight: Tensor, b
     return y if batch is x else y[0]
 
 
-Product = Callable[[Tensor], Tensor]
-
-
 @final
 @dataclass(frozen=True)
 class _Stage:
-    """One of the convolutions that follow each other: where its taps fall, the product of each group, its outputs."""
+    """One of the convolutions that follow each other: where its taps fall, the weight of each group, its outputs."""
 
     geometry: Geometry
-    products: Sequence[Product]
+    weights: Sequence[Prepared]
     num_outputs: int
-
-
-def _product_of(weight: Prepared) -> Product:
-    return lambda x_TI: torch.from_numpy(weight.matmul(x_TI.numpy()))
 
 
 def _forward(
@@ -247,17 +240,32 @@ def _convolve(x: Tensor, stage: _Stage, bias: Tensor | None) -> Tensor:
             "convolution input", f"shape {tuple(x.shape)}", allowed=f"at least the kernel {geometry.kernel}"
         )
     rows_per_group = num_outputs // geometry.groups
-    y_TO = torch.empty(x.shape[0] * prod(size), num_outputs)
     # In numpy, because torch would start threads of its own between two products.
-    y, bias_O = y_TO.numpy(), np.zeros(num_outputs, np.float32) if bias is None else bias.detach().float().numpy()
-    for group, product in enumerate(stage.products):
+    y_TO = np.empty((x.shape[0] * prod(size), num_outputs), np.float32)
+    bias_O = np.zeros(num_outputs, np.float32) if bias is None else bias.detach().float().numpy()
+    for group, weight in enumerate(stage.weights):
         own = slice(group * rows_per_group, (group + 1) * rows_per_group)
         done = 0
-        for rows_TI in geometry.pieces(padded, group):
-            piece = slice(done, done + len(rows_TI))
-            np.add(product(rows_TI).numpy(), bias_O[own], out=y[piece, own])
-            done += len(rows_TI)
-    return y_TO.reshape(x.shape[0], *size, num_outputs).movedim(-1, 1)
+        for product_TO in _products(weight, padded, geometry, group):
+            if product_TO.shape == y_TO.shape:
+                y_TO = np.add(product_TO, bias_O, out=product_TO)
+                continue
+            piece = slice(done, done + len(product_TO))
+            np.add(product_TO, bias_O[own], out=y_TO[piece, own])
+            done += len(product_TO)
+    return torch.from_numpy(y_TO).reshape(x.shape[0], *size, num_outputs).movedim(-1, 1)
+
+
+def _products(weight: Prepared, padded: Tensor, geometry: Geometry, group: int) -> Iterator[npt.NDArray[np.float32]]:
+    """The rows of one group of channels times its weight, in pieces, in the order of the output's places."""
+    num_channels = padded.shape[-1] // geometry.groups
+    if num_channels % _BLOCK == 0 and prod(geometry.kernel) > 1 and weight.takes_taps:
+        x_PC = padded.detach().numpy().reshape(-1, padded.shape[-1])
+        own = slice(group * num_channels, (group + 1) * num_channels)
+        yield weight.matmul_taps(np.ascontiguousarray(x_PC[:, own]), *geometry.taps(padded))
+        return
+    for rows_TI in geometry.pieces(padded, group):
+        yield weight.matmul(rows_TI.numpy())
 
 
 def _is_channels_last(x: Tensor) -> bool:

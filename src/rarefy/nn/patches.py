@@ -6,12 +6,13 @@ of patches is filled by plain copies at the speed of the cache.
 Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, K taps, T rows, I inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -142,6 +143,14 @@ class Geometry:
                     rows_TI.view(part.shape).copy_(part)
                 yield rows_TI
 
+    def taps(self, padded: Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Where rows find their pixels in `padded`, as (pixels, C): each row its first one, and each tap from there."""
+        steps = [prod(padded.shape[axis + 1 : -1]) for axis in range(padded.ndim - 1)]
+        sizes = (padded.shape[0], *self.output_size(padded))
+        strides = (steps[0], *(step * stride for step, stride in zip(steps[1:], self.stride, strict=True)))
+        dilations = [step * dilation for step, dilation in zip(steps[1:], self.dilation, strict=True)]
+        return _places(sizes, strides), _places(self.kernel, dilations)
+
     def _patches(self, padded: Tensor, first_channel: int, num_channels: int) -> Tensor:
         """(B, *P, *K, C) over the memory of `padded`."""
         batch_stride, *strides, channel_stride = padded.stride()
@@ -174,3 +183,11 @@ class Geometry:
         padding = [pair[0] if symmetric else 0 for pair in self.padding]
         y: Tensor = function(x, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
         return y
+
+
+def _places(sizes: Sequence[int], steps: Sequence[int]) -> npt.NDArray[np.int64]:
+    """The sum of index times step for every index, the last one changing first."""
+    places = np.zeros(1, np.int64)
+    for size, step in zip(sizes, steps, strict=True):
+        places = np.add.outer(places, step * np.arange(size, dtype=np.int64)).reshape(-1)
+    return places

@@ -1,7 +1,10 @@
 """Making a plan from shapes alone: no weight is read. Shape suffixes: O out, I in."""
 
 from collections import defaultdict
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol, final
 
 from rarefy.calibrate.statistics import GradientStatistic, Gram
 from rarefy.core.grids import IntGrid
@@ -38,6 +41,23 @@ class StoredLayer(LayerRef, Protocol):
         ...
 
 
+@final
+@dataclass(frozen=True)
+class _Rows:
+    """How many rows of inputs layers meet in all calibration data.
+
+    Args:
+        num_tokens: of a layer that was not counted.
+        counted: by layer; None: nothing was counted, and every layer meets each token once.
+    """
+
+    num_tokens: int
+    counted: Mapping[str, int] | None
+
+    def of(self, layer: str) -> int:
+        return self.num_tokens if self.counted is None else self.counted.get(layer, self.num_tokens)
+
+
 def make_plan(
     recipe: Recipe,
     structure: Structure,
@@ -46,6 +66,7 @@ def make_plan(
     sequence_length: int = 512,
     bfloat16: bool = True,
     rates: Rates | None = None,
+    num_rows: Mapping[str, int] | None = None,
 ) -> Plan:
     """Say what a recipe will do to a model, how large the result will be, and what the run will take.
 
@@ -56,6 +77,7 @@ def make_plan(
         sequence_length: tokens of a window.
         bfloat16: whether forward passes compute in bfloat16.
         rates: of this machine; None: measured now.
+        num_rows: rows of inputs that each layer meets in all calibration data; None: its tokens.
 
     Raises:
         RecipeError: the recipe does not fit the model.
@@ -77,14 +99,14 @@ def make_plan(
     rest_bytes = sum(_rest_bytes(layer, layer.name in targeted, float_format) for layer in structure.layers)
     num_tensors = 3 * len(planned) + len(structure.layers)
     rates = rates or measure_rates()
-    num_tokens = num_samples * sequence_length
-    memory_parts = _memory(layers, structure, planned, rest_bytes, num_tokens, bfloat16)
+    rows = _Rows(num_samples * sequence_length, num_rows)
+    memory_parts = _memory(layers, structure, planned, rest_bytes, rows, bfloat16)
     num_weights = sum(_block_weights(structure).values())
-    forward = _pass_seconds(num_weights, num_tokens, rates, bfloat16)
+    forward = _pass_seconds(structure.layers, rows, rates, bfloat16)
     gradient_bytes, gradient_seconds = gradient_costs(recipe, layers, num_weights, 2 if bfloat16 else 4, forward)
     if gradient_bytes:
         memory_parts["gradients"] = gradient_bytes
-    seconds_parts = _seconds(recipe, layers, structure, num_tokens, rates, bfloat16)
+    seconds_parts = _seconds(recipe, layers, structure, rows, rates, bfloat16)
     if gradient_seconds:
         seconds_parts["gradients"] = gradient_seconds
     return Plan(
@@ -99,7 +121,11 @@ def make_plan(
         basis=(
             f"bytes: from shapes; time: on a quiet machine, from a matrix product timed on this one just now "
             f"({rates.float32_flops / 1e9:.0f} GFLOP/s float32, {rates.bfloat16_flops / 1e9:.0f} bfloat16), "
-            f"operations counted for {num_samples} windows of {sequence_length} tokens"
+            + (
+                f"operations counted for {num_samples} x {sequence_length} tokens"
+                if num_rows is None
+                else "operations counted in a call with the first example"
+            )
         ),
         notes=(*notes(recipe, structure), *amounts_in_words(recipe, layers, final=False)),
     )
@@ -155,10 +181,7 @@ def _num_bytes(layer: LayerRef) -> int:
 
 
 def _num_weights(layer: LayerRef) -> int:
-    count = 1
-    for size in layer.shape:
-        count *= size
-    return count if layer.shape else 0
+    return prod(layer.shape) if layer.shape else 0
 
 
 def _item_bytes(layer: LayerRef) -> int | None:
@@ -194,7 +217,7 @@ def _memory(
     structure: Structure,
     planned: tuple[PlannedLayer, ...],
     rest_bytes: int,
-    num_tokens: int,
+    rows: _Rows,
     bfloat16: bool,
 ) -> dict[str, int]:
     blocks = _block_weights(structure)
@@ -207,14 +230,17 @@ def _memory(
         if _needs_gram(layer):
             grams[block_of[layer.layer]] += 4 * layer.shape[1] ** 2
     widest = max((layer.shape[1] for layer in needs_data if _needs_gram(layer)), default=0)
-    hidden = min((layer.shape[1] for layer in needs_data), default=0)
+    # what a block is given; of a convolution a number for each channel, and not for each tap too
+    shapes = {layer.name: layer.shape for layer in structure.layers}
+    given = [rows.of(layer.layer) * shapes[layer.layer][1] for layer in needs_data]
+    between = min(given, default=0) if rows.counted is None else max(given, default=0)
     # float32 matrices of a layer's size that its methods hold at once: a solver several, rounding by rows three
     held = max((layer.shape[0] * layer.shape[1] * (8 if _needs_gram(layer) else 3) for layer in layers), default=0)
     return {
         "libraries": _LIBRARY_BYTES,
         "one block": (4 + item) * max(blocks.values(), default=outside),
         "layers outside of the blocks": (item if blocks and needs_data else 0) * outside,
-        "activations between blocks": 2 * item * hidden * num_tokens,
+        "activations between blocks": 2 * item * between,
         "statistics of one block": max(grams.values(), default=0),
         "solver": 4 * held + 40 * widest**2,
         "result": sum(layer.packed_bytes for layer in planned) + rest_bytes,
@@ -229,30 +255,31 @@ def _reads_inputs(method: LayerMethod) -> bool:
     return any(not isinstance(statistic, GradientStatistic) for statistic in method.needs())
 
 
-def _pass_seconds(num_weights: int, num_tokens: int, rates: Rates, bfloat16: bool) -> float:
-    """Time of a forward pass."""
+def _pass_seconds(layers: Iterable[LayerRef], rows: _Rows, rates: Rates, bfloat16: bool) -> float:
+    """Time of a forward pass through some layers."""
     speed = rates.bfloat16_flops if bfloat16 else rates.float32_flops
-    return 2 * num_weights * num_tokens / speed * _FORWARD_OVERHEAD
+    return sum(2 * _num_weights(layer) * rows.of(layer.name) for layer in layers) / speed * _FORWARD_OVERHEAD
 
 
 def _seconds(
     recipe: Recipe,
     layers: tuple[LayerPlan, ...],
     structure: Structure,
-    num_tokens: int,
+    rows: _Rows,
     rates: Rates,
     bfloat16: bool,
 ) -> dict[str, float]:
     needs_data = any(_reads_inputs(method) for layer in layers for _, method in layer.steps)
-    in_blocks = sum(size for name, size in _block_weights(structure).items() if name)
     speed = rates.bfloat16_flops if bfloat16 else rates.float32_flops
-    one_pass = _pass_seconds(in_blocks, num_tokens, rates, bfloat16)
+    one_pass = _pass_seconds((layer for layer in structure.layers if layer.block), rows, rates, bfloat16)
     num_walks_in_all = sum(num_walks(step.looks_at()) for step in recipe.steps)
-    gram_widths = {(layer.layer.rpartition(".")[0], layer.shape[1]) for layer in layers if _needs_gram(layer)}
+    grams = {
+        (layer.layer.rpartition(".")[0], layer.shape[1]): rows.of(layer.layer) for layer in layers if _needs_gram(layer)
+    }
     return {
         # over each block: one to collect statistics, one to pass on what the compressed block computes
         "forward passes": 2 * one_pass if needs_data else 0.0,
         "allocation": num_walks_in_all * one_pass,
-        "statistics": sum(gram_seconds(width, num_tokens, speed) for _, width in gram_widths),
+        "statistics": sum(gram_seconds(width, num_rows, speed) for (_, width), num_rows in grams.items()),
         "solving": sum(solve_seconds(layer, rates) for layer in layers),
     }

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rarefy.calibrate.collect import Call, calibration_mode
+from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.precision import cast_parameters
 from rarefy.core.errors import UnsupportedModelError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rarefy.calibrate.collect import Call, calibration_mode
+from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.inputs import without_cache
 from rarefy.calibrate.precision import cast_parameters
 from rarefy.core.results import Metric
