@@ -81,9 +81,14 @@ def test_an_embedding_alone(name, tiny_bert_dir, text_file, tmp_path):
     table = loaded.embeddings.word_embeddings
     assert np.array_equal(table(torch.tensor(IDS)).numpy(), table.layout.to_dense()[IDS])
     engine = rarefy.Engine(tmp_path / "OUT").hidden_states([IDS])[0]
+    # The engine multiplies what is not compressed as it is stored, in bfloat16, and rounds what it meets (ADR 0025).
+    for module in loaded.modules():
+        if type(module) is torch.nn.Linear:
+            module.register_forward_pre_hook(lambda _, arguments: (arguments[0].bfloat16().float(),))
     with torch.no_grad():
+        # A sum that differs in its last bit may be rounded to another neighbour, 2^-8 of it away, and meets small weights.
         torch.testing.assert_close(
-            torch.from_numpy(engine), loaded(torch.tensor([IDS])).last_hidden_state[0], atol=1e-4, rtol=0
+            torch.from_numpy(engine), loaded(torch.tensor([IDS])).last_hidden_state[0], atol=2.0**-10, rtol=0
         )
 
 
