@@ -86,7 +86,7 @@ def test_an_embedding_alone(name, tiny_bert_dir, text_file, tmp_path):
         if type(module) is torch.nn.Linear:
             module.register_forward_pre_hook(lambda _, arguments: (arguments[0].bfloat16().float(),))
     with torch.no_grad():
-        # A sum that differs in its last bit may be rounded to another neighbour, 2^-8 of it away, and meets small weights.
+        # A sum that differs in its last bit may be rounded to another neighbour, 2^-8 away, and meets small weights.
         torch.testing.assert_close(
             torch.from_numpy(engine), loaded(torch.tensor([IDS])).last_hidden_state[0], atol=2.0**-10, rtol=0
         )
