@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <new>
 
@@ -202,24 +203,36 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
 }
 
 #if RAREFY_X86
-void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
-    // Fewer rows fill no tile, and panels of fewer blocks are done before turning their sums around has paid.
-    constexpr int64_t kFewestRows = 4 * kPanelRows, kFewestBlocks = 33;
-    if (rows.num_rows < kFewestRows || rows.num_blocks < kFewestBlocks) return;
+namespace {
+
+template <class Block>
+void add_blocks(Rows& rows, void (*make)(const Rows&, int64_t, Block*), Scratch& scratch) {
     const int64_t num_row_panels = rows.num_rows / kPanelRows;
-    const bool wanted = std::any_of(products.begin(), products.end(), [](const Product& product) {
-        const Isa isa = product.weights->isa();
-        return product.weights->encoding() == Encoding::block_int8 && (isa == Isa::avx512 || isa == Isa::avx512_bf16);
-    });
-    if (!wanted) return;
-    const int64_t num_bytes = num_row_panels * rows.num_blocks * static_cast<int64_t>(sizeof(CodeBlock));
-    auto* blocks = reinterpret_cast<CodeBlock*>(scratch.reserve(num_bytes));
-    common::parallel_for(static_cast<int>(num_row_panels),
-                         [&](int row_panel) { make_code_blocks_avx512(rows, row_panel, blocks); });
+    const int64_t num_bytes = num_row_panels * rows.num_blocks * static_cast<int64_t>(sizeof(Block));
+    auto* blocks = reinterpret_cast<Block*>(scratch.reserve(num_bytes));
+    common::parallel_for(static_cast<int>(num_row_panels), [&](int row_panel) { make(rows, row_panel, blocks); });
     rows.row_panels = blocks;
 }
+
+}  // namespace
+
+void add_row_panels(Activations& activations, const std::vector<Product>& products, PanelScratch& scratch) {
+    const auto reads = [&](const Rows& rows, Encoding encoding, std::initializer_list<Isa> isas) {
+        // Fewer rows fill no tile, and panels of fewer blocks are done before turning their sums around has paid.
+        constexpr int64_t kFewestRows = 4 * kPanelRows, kFewestBlocks = 33;
+        if (rows.num_rows < kFewestRows || rows.num_blocks < kFewestBlocks) return false;
+        return std::any_of(products.begin(), products.end(), [&](const Product& product) {
+            const Weights& weights = *product.weights;
+            return weights.encoding() == encoding && std::find(isas.begin(), isas.end(), weights.isa()) != isas.end();
+        });
+    };
+    if (reads(activations.integers, Encoding::block_int8, {Isa::avx512, Isa::avx512_bf16}))
+        add_blocks(activations.integers, make_code_blocks_avx512, scratch.integers);
+    if (reads(activations.bf16, Encoding::block_bf16, {Isa::avx512_bf16}))
+        add_blocks(activations.bf16, make_pair_blocks_avx512, scratch.bf16);
+}
 #else
-void add_row_panels(Rows&, const std::vector<Product>&, Scratch&) {}
+void add_row_panels(Activations&, const std::vector<Product>&, PanelScratch&) {}
 #endif
 
 Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t end, bool skips, Scratch& scratch) {

@@ -40,8 +40,16 @@ struct Activations {
 Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
                          Scratch& scratch);
 
-// Gives the integers their row panels (row_panels.h) where a product reads them: blocks of codes, with AVX-512.
-void add_row_panels(Rows& rows, const std::vector<Product>& products, Scratch& scratch);
+struct PanelScratch {
+    Scratch integers, bf16;
+    void trim() {
+        integers.trim();
+        bf16.trim();
+    }
+};
+
+// Gives integers and bfloat16 their row panels (row_panels.h) where a product reads them: blocks, with AVX-512.
+void add_row_panels(Activations& activations, const std::vector<Product>& products, PanelScratch& scratch);
 
 inline const Rows& rows_for(const Weights& weights, const Activations& activations) {
     return weights.is_integer() ? activations.integers : weights.is_bf16() ? activations.bf16 : activations.floats;

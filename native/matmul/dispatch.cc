@@ -91,8 +91,8 @@ void run_task(const Grid& grid, int64_t task) {
 
 // Multiplies rows that are prepared; the outputs of their first row are at the products' `y`.
 void multiply_prepared(Activations activations, const std::vector<Product>& products) {
-    thread_local Scratch panel_scratch;
-    add_row_panels(activations.integers, products, panel_scratch);
+    thread_local PanelScratch panel_scratch;
+    add_row_panels(activations, products, panel_scratch);
     std::vector<Grid> grids;
     grids.reserve(products.size());
     int64_t num_tasks = 0;

@@ -17,9 +17,16 @@ struct CodeBlock {
 };
 static_assert(sizeof(CodeBlock) % 64 == 0);
 
+// The same of bfloat16, in pairs of columns.
+struct PairBlock {
+    uint16_t x[kBlockInputs / 2][kPanelRows][2];
+};
+static_assert(sizeof(PairBlock) % 64 == 0);
+
 #if RAREFY_X86
 // All blocks of one row panel.
 void make_code_blocks_avx512(const Rows& rows, int64_t row_panel, CodeBlock* blocks);
+void make_pair_blocks_avx512(const Rows& rows, int64_t row_panel, PairBlock* blocks);
 #endif
 
 }  // namespace rarefy::matmul

@@ -28,4 +28,21 @@ void make_code_blocks_avx512(const Rows& rows, int64_t row_panel, CodeBlock* blo
     }
 }
 
+void make_pair_blocks_avx512(const Rows& rows, int64_t row_panel, PairBlock* blocks) {
+    using namespace avx512;
+    const int64_t num_row_panels = rows.num_rows / kPanelRows;
+    const uint16_t* x = rows.bf16_x + row_panel * kPanelRows * rows.stride;
+    for (int64_t block = 0; block < rows.num_blocks; ++block) {
+        PairBlock& out = blocks[block * num_row_panels + row_panel];
+        for (int half = 0; half < 2; ++half) {
+            __m512i pairs[kPanelRows];
+            UNROLL for (int r = 0; r < kPanelRows; ++r) {
+                pairs[r] = load(x + r * rows.stride + block * kBlockInputs + half * (kBlockInputs / 2));
+            }
+            transpose(pairs);
+            UNROLL for (int i = 0; i < kPanelRows; ++i) { _mm512_store_si512(out.x[half * kPanelRows + i], pairs[i]); }
+        }
+    }
+}
+
 }  // namespace rarefy::matmul

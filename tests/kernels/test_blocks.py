@@ -63,13 +63,22 @@ def test_same_bits_as_the_bitmask_kernels(weight, num_threads, block_shape) -> N
 
 
 @pytest.mark.parametrize("block_shape", [(16, 64), (32, 32), (16, 96)], ids=str)
-@pytest.mark.parametrize(("group_size", "symmetric"), [(None, True), (64, False), (96, True), (32, False)])
-def test_many_rows_of_wide_weights(weight, isa, num_threads, block_shape, group_size, symmetric) -> None:
+@pytest.mark.parametrize(
+    ("layout_format", "group_size", "symmetric"),
+    [
+        ("block-int8-v1", None, True),
+        ("block-int8-v1", 64, False),
+        ("block-int8-v1", 96, True),
+        ("block-int8-v1", 32, False),
+        ("block-bf16-v1", None, True),
+    ],
+)
+def test_many_rows_of_wide_weights(weight, isa, num_threads, block_shape, layout_format, group_size, symmetric) -> None:
     """Whole tiles and what is left of them, and more activations than a cache holds: the bits of every row alone."""
     num_threads(2)
     for num_rows, width in ((127, 2200), (100, 9000)):
         w = weight(
-            "block-int8-v1",
+            layout_format,
             40,
             width,
             block_shape=block_shape,

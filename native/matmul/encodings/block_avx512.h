@@ -156,6 +156,9 @@ void walk_cells_int(const PanelWeights& w, const Rows& rows, const Part& part, i
 inline void multiply_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin == 1)
         walk_panels(w, rows, part, walk_cells_bf16<2>, walk_cells_bf16<1>);
+    else if (rows.row_panels != nullptr)
+        lanes_by_cells<PairSegment>(w, rows, part,
+                                    [&](const Part& some) { many_rows_cells<true>(kCellBf16Tiles, w, rows, some); });
     else
         many_rows_cells<true>(kCellBf16Tiles, w, rows, part);
 }

@@ -117,6 +117,48 @@ struct CodeSegment {
     }
 };
 
+// A cell of bfloat16.
+struct PairSegment {
+    using Block = PairBlock;
+    static constexpr int kColumnBytes = 2 * kPanelOutputs;
+
+    const PairBlock* blocks;  // of the row panels
+    int first, num_steps;
+
+    // The stored `halves` of a block.
+    PairSegment(const PanelWeights&, int64_t, int64_t, int halves, const PairBlock* row_blocks, int)
+        : blocks(row_blocks), first(halves == 2 ? 16 : 0), num_steps(halves == 3 ? 32 : 16) {}
+
+    static void fetch(const PanelWeights&, int64_t, int32_t) {}
+
+    // kPanels row panels by kOutputs outputs.
+    template <int kPanels, int kOutputs>
+    void multiply(const uint8_t* values, int row_panel, int output, LaneTotals& totals) const {
+        const PairBlock* from = blocks + row_panel;
+        __m512 sums[kOutputs][kPanels];
+        UNROLL for (int o = 0; o < kOutputs; ++o) {
+            UNROLL for (int p = 0; p < kPanels; ++p) { sums[o][p] = _mm512_setzero_ps(); }
+        }
+        values += output * 4;
+        for (int step = first; step < first + num_steps; step += 4, values += 256) {
+            UNROLL for (int s = 0; s < 4; ++s) {
+                __m512i x[kPanels];
+                UNROLL for (int p = 0; p < kPanels; ++p) { x[p] = load(from[p].x[step + s]); }
+                UNROLL for (int o = 0; o < kOutputs; ++o) {
+                    const __m512i weights = broadcast_pair(reinterpret_cast<const uint16_t*>(values + 64 * s + 4 * o));
+                    UNROLL for (int p = 0; p < kPanels; ++p) { sums[o][p] = add_pairs(sums[o][p], weights, x[p]); }
+                }
+            }
+        }
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            UNROLL for (int o = 0; o < kOutputs; ++o) {
+                float* total = totals.sums[output + o] + (row_panel + p) * kPanelRows;
+                _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sums[o][p]));
+            }
+        }
+    }
+};
+
 // Row panels by the columns of one segment, in tiles of 16 sums; with each tile `num_stores` rows of the panel before
 // leave, and its share of what a later segment reads is fetched.
 template <class Segment>
