@@ -50,6 +50,7 @@ RECIPES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "magnitude-50": _step("magnitude", pattern={"sparsity": 0.5}),
     "wanda-50": _step("wanda", pattern={"sparsity": 0.5}),
+    **{f"{name}-50": _step(name, pattern={"sparsity": 0.5}) for name in ("taylor", "obd", "obert")},
     "wanda-50-erk": _step("wanda", pattern={"sparsity": 0.5}, allocation="erk"),
     "wanda-50-owl": _step("wanda", pattern={"sparsity": 0.5}, allocation="owl"),
     "wanda-50-global": _step("wanda", pattern={"sparsity": 0.5}, allocation="global"),
