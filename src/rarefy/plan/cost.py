@@ -105,7 +105,8 @@ def _method_seconds(method: LayerMethod, rows: int, width: int, rates: Rates) ->
         case Lasso():
             return (method.num_steps + method.refit_steps) * (product + 8 * rows * width * _SECONDS_PER_PASS)
         case OBERT():
-            return 2 * rows * width * (2 * method.block_size + 20) * _SECONDS_PER_PASS
+            # every weight of a block in turn, once to score and once to drop, over the columns that are left
+            return 20 * rows * width * method.block_size * _SECONDS_PER_PASS
         case Refit():
             return method.num_steps * product
         case SVD() | SVT() | ASVD() | SVDLLM() | DRONE() | FrequencySVD() | Spatial() | Tucker():
