@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from rarefy.core.errors import LayoutError, UnsupportedModelError, UsageError
-from rarefy.kernels import Prepared
+from rarefy.kernels import Prepared, prepare
 from rarefy.kernels.extension import native
-from rarefy.layouts import FORMATS, Layout
+from rarefy.layouts import FORMATS, Layout, Sum
 from rarefy.nn import PackedConv, PackedDepthwiseConv, PackedGroupedConv, patches, replace_linear
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.replace import weights_of
@@ -157,7 +157,6 @@ INTEGERS = [
     "block-int8-v1",
     "ternary-v1",
     "lowrank-int8-v1",
-    "sum-v1",
 ]
 
 
@@ -177,7 +176,21 @@ def test_pixels_that_are_quantized_once_give_the_same_bits(
         monkeypatch.setattr(Prepared, "takes_taps", False)
         written_out = layer(x)
     assert torch.equal(got, written_out)
-    assert all(takes_taps) or native() is None or format_name == "sum-v1"
+    assert all(takes_taps) or native() is None
+
+
+def test_a_sum_of_integers_takes_taps_and_one_with_floats_does_not(layout_for: LayoutFor) -> None:
+    if native() is None:
+        pytest.skip("the extension is not built")
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((20, 128)).astype(np.float32)
+    parts = [layout_for(name, matrix) for name in ("dense-int8-v1", "lowrank-int8-v1", "dense-bf16-v1")]
+    assert not prepare(Sum(parts[0], parts[2])).takes_taps
+    both = prepare(Sum(parts[0], parts[1]))
+    assert both.takes_taps
+    x_PC, starts, offsets = rng.standard_normal((9, 64)).astype(np.float32), np.array([0, 3, 7]), np.array([0, 1])
+    rows_TI = np.stack([x_PC[start + offsets].reshape(-1) for start in starts])
+    np.testing.assert_array_equal(both.matmul_taps(x_PC, starts, offsets), both.matmul(rows_TI))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
