@@ -86,6 +86,7 @@ def results(load) -> dict:
                 "left_out": {"ggml": "not installed"},
                 "rows": [
                     row("rarefy", "int4", 0.4, 1.0),
+                    row("rarefy", "int8", 0.4, 1.0),
                     row("rarefy", "int4 87.5 % zeros", 0.1, 1.0),
                     row("A", "int4", 0.3, 0.75),
                     row("B", "int8 blocks", 0.8, 2.0),
@@ -110,12 +111,15 @@ def test_the_report_names_losses_and_what_was_left_out(load, tmp_path: Path) -> 
     best = text.partition("in any format")[2].partition("## ")[0]
     assert "| 4096 x 4096, one row, one thread | int4 | 0.400 | A int4 | 0.300 | **0.75** | 0.75 to 0.75 |" in best
     assert "| int4 87.5 % zeros | 0.100 | A int4 | 0.300 | **3.00** |" in best
+    # Half of the bandwidth is reached, so that twice the ratio is all that there is.
+    assert "**0.75** | 0.75 to 0.75 | 1.50 |" in best
+    assert "| 2.00 (2.00 to 2.00) | 4.00 |" in text
     svg = ElementTree.parse(tmp_path / "performance-roofline.svg").getroot()
-    assert sum(element.tag.endswith("circle") for element in svg) == 4 + 5  # the points and the legend
+    assert sum(element.tag.endswith("circle") for element in svg) == 5 + 5  # the points and the legend
 
 
 def test_a_report_without_a_loss_says_so(load, tmp_path: Path) -> None:
     known = results(load)
-    known["results"][0]["rows"].pop(2)
+    known["results"][0]["rows"].pop(3)
     load("performance_report").write_report(known, tmp_path)
     assert "Nowhere in these tables." in (tmp_path / "performance.md").read_text()
