@@ -17,6 +17,7 @@ import rarefy
 from rarefy.core.errors import CalibrationError, PathError, RecipeError, UsageError
 from rarefy.core.results import RunReport
 from rarefy.nn.holder import LayoutHolder
+from rarefy.run import plan
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 
@@ -363,3 +364,14 @@ def test_minilm_keeps_its_embeddings(minilm_dir):
     metrics = {metric.name: metric for metric in result.report.metrics}
     assert metrics["fidelity"].after.median > 0.85
     assert len(result.layers) == 36
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_plan_for_examples_counts_their_tokens(masked, tiny_llama_dir):
+    """Of a model on disk too, whose weights are not read; a mask is looked at, which only its values allow."""
+    ids = torch.ones(2, 24, dtype=torch.int64)
+    examples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} if masked else {"input_ids": ids}] * 3
+    planned = plan(tiny_llama_dir, SPARSE, calibration=examples)
+    text = plan(tiny_llama_dir, SPARSE, samples=3, sequence_length=48)
+    assert planned.memory_parts["activations between blocks"] == text.memory_parts["activations between blocks"]
+    assert "3 x 48 tokens" in planned.basis if masked else "the first example" in planned.basis

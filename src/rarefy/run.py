@@ -28,7 +28,7 @@ from rarefy.calibrate.gradients import dense_gradients
 from rarefy.calibrate.inputs import example_calls
 from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype
-from rarefy.calibrate.rows import count_rows
+from rarefy.calibrate.rows import count_rows, count_tokens
 from rarefy.checkpoint import (
     Checkpoint,
     can_resume,
@@ -285,7 +285,7 @@ def plan(
 ) -> Plan:
     """Say what `compress` would do with the same arguments, without reading a weight.
 
-    Of example inputs the first is run through a module in memory, which shows how many rows its layers meet.
+    Of example inputs the first is run, which shows how many rows layers meet; where the weights are on disk, its shape.
 
     Raises:
         UsageError: a wrong path, recipe or option (see its subclasses).
@@ -319,8 +319,12 @@ def _plan_of(
 ) -> Plan:
     length, _ = fitting_length(loaded, sequence_length)
     num_rows: Mapping[str, int] | None = None
-    if calibration is not None and not isinstance(calibration, str | os.PathLike) and not loaded.streams:
-        num_rows = count_rows(loaded.model, example_calls(calibration, samples))
+    if calibration is not None and not isinstance(calibration, str | os.PathLike):
+        calls = example_calls(calibration, samples)
+        num_rows = count_rows(loaded.model, calls)
+        num_tokens = count_tokens(calls) if num_rows is None else None
+        if num_tokens is not None:
+            samples, length = len(calls), round(num_tokens / len(calls))
     half = dtype == torch.bfloat16
     return make_plan(recipe, structure, num_samples=samples, sequence_length=length, bfloat16=half, num_rows=num_rows)
 

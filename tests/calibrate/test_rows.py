@@ -9,7 +9,7 @@ from torch import nn
 from rarefy.calibrate import Gram, SquaredNorm
 from rarefy.calibrate.calls import Call
 from rarefy.calibrate.collect import collect_statistics
-from rarefy.calibrate.rows import count_rows
+from rarefy.calibrate.rows import count_rows, count_tokens
 from rarefy.nn import find_weight
 
 
@@ -150,3 +150,22 @@ def test_rows_are_counted_by_position_and_for_all_examples(groups):
     assert counts["2"] == 6
     assert {counts[f"3.weight_{side}_l0"] for side in ("ih", "hh")} == {6}
     assert not model[0]._forward_pre_hooks
+
+
+def test_rows_are_counted_without_weights_in_memory():
+    calls = [Call((torch.randn(2, 1, 8, 8),), {}), Call((torch.randn(1, 1, 8, 8),), {})]
+    assert count_rows(tiny.cnn().to("meta"), calls) == count_rows(tiny.cnn(), calls)
+
+
+def test_where_a_model_looks_at_values_tokens_are_counted():
+    class Looks(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if bool((x >= 0).all()) else x
+
+    model = Looks(nn.Embedding(10, 4), nn.Linear(4, 4))
+    calls = [Call((torch.ones(3, 7, dtype=torch.int64),), {}), Call((torch.ones(1, 5, dtype=torch.int64),), {})]
+    assert count_rows(model, calls[:1]) == {"0": 21, "1": 21}
+    assert count_rows(model.to("meta"), calls) is None
+    assert count_tokens(calls) == 26
+    assert count_tokens([Call((), {"input_ids": torch.ones(2, 3, dtype=torch.int32)})]) == 6
+    assert count_tokens([Call((torch.randn(2, 3),), {})]) is None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.inputs import num_rows
@@ -14,17 +16,46 @@ from rarefy.nn.matrices import Kind
 from rarefy.nn.replace import all_weights
 
 
-def count_rows(model: nn.Module, calls: Sequence[Call]) -> dict[str, int]:
+def count_rows(model: nn.Module, calls: Sequence[Call]) -> dict[str, int] | None:
     """Count the rows that each layer meets in all calls; the first of them is run, and stands for the others.
 
     Args:
-        model: the module, with its weights in memory.
+        model: the module; where its weights are not in memory (on torch's meta device), shapes alone are run.
         calls: its arguments for each batch; at least one.
 
     Returns:
         Rows by layer; of a matrix whose rows meet inputs of their own in groups, those of one group. A layer that the
-        model does not call has 0.
+        model does not call has 0. None where shapes alone do not show it, for the model looks at values.
     """
+    first = calls[0]
+    if all(parameter.is_meta for parameter in model.parameters()):
+        model = copy.deepcopy(model).to("meta")
+        first = Call(
+            tuple(_without_values(each) for each in first.args),
+            {key: _without_values(each) for key, each in first.kwargs.items()},
+        )
+        try:
+            counts = _count(model, first)
+        except RuntimeError:  # also NotImplementedError, where an operation has no shapes alone
+            return None
+    else:
+        counts = _count(model, first)
+    share = sum(map(num_rows, calls)) / max(1, num_rows(first))
+    return {layer: round(count * share) for layer, count in counts.items()}
+
+
+def _without_values(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+def count_tokens(calls: Sequence[Call]) -> int | None:
+    """The tokens of all calls, where token ids are what they have."""
+    ids = [call.kwargs.get("input_ids", next(iter(call.args), None)) for call in calls]
+    counts = [each.numel() for each in ids if isinstance(each, Tensor) and each.dtype in (torch.int64, torch.int32)]
+    return sum(counts) if len(counts) == len(calls) else None
+
+
+def _count(model: nn.Module, call: Call) -> Counter[str]:
     counts: Counter[str] = Counter()
     watched: dict[int, tuple[nn.Module, Kind, dict[str, str]]] = {}
     for weight in all_weights(model):
@@ -45,9 +76,8 @@ def count_rows(model: nn.Module, calls: Sequence[Call]) -> dict[str, int]:
     ]
     try:
         with calibration_mode(model):
-            model(*calls[0].args, **calls[0].kwargs)
+            model(*call.args, **call.kwargs)
     finally:
         for handle in handles:
             handle.remove()
-    share = sum(map(num_rows, calls)) / max(1, num_rows(calls[0]))
-    return {layer: round(count * share) for layer, count in counts.items()}
+    return counts

@@ -106,7 +106,7 @@ class EmbeddingKind:
         """The indices, int64 (T, 1): an embedding multiplies with nothing, but how often each row is read is known."""
         del module
         for name in names:
-            yield name, 0, first_input(args, kwargs).detach().reshape(-1, 1).to("cpu", torch.int64)
+            yield name, 0, first_input(args, kwargs).detach().reshape(-1, 1).to(torch.int64)
 
     def pack(
         self, module: nn.Module, packed: Mapping[str, Packed], device: torch.device | str

@@ -95,11 +95,11 @@ class Geometry:
             return nn.functional.pad(x, self._pads(), mode=self.padding_mode).movedim(1, -1).to(dtype).contiguous()
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
         inside = tuple(slice(pair[0], pair[0] + size) for size, pair in zip(x.shape[2:], self.padding, strict=True))
-        if x.dtype == dtype == torch.float32 and x.movedim(1, -1).is_contiguous():  # torch would start its threads
+        if _in_float32(x) and dtype == torch.float32 and x.movedim(1, -1).is_contiguous():  # torch would start threads
             bare = np.zeros((x.shape[0], *sizes, x.shape[1]), np.float32)
             bare[(slice(None), *inside)] = x.detach().movedim(1, -1).numpy()
             return torch.from_numpy(bare)
-        around = torch.zeros(x.shape[0], *sizes, x.shape[1], dtype=dtype)
+        around = torch.zeros(x.shape[0], *sizes, x.shape[1], dtype=dtype, device=x.device)
         around[(slice(None), *inside)] = x.movedim(1, -1)
         return around
 
@@ -133,11 +133,11 @@ class Geometry:
         num_images = max(1, PIECE_NUMBERS // max(1, prod(places) * width))
         num_lines = max(1, PIECE_NUMBERS // max(1, prod(places[1:]) * width))
         largest = min(num_images, patches.shape[0]) * min(num_lines, places[0]) * prod(places[1:])
-        buffer = torch.empty(largest, width, dtype=padded.dtype)
+        buffer = torch.empty(largest, width, dtype=padded.dtype, device=padded.device)
         for images in torch.split(patches, num_images):
             for part in torch.split(images, num_lines, dim=1):
                 rows_TI = buffer[: prod(part.shape[: 1 + len(places)])]
-                if rows_TI.dtype == torch.float32:
+                if _in_float32(rows_TI):
                     copy_strided(part.detach().numpy(), rows_TI.numpy())
                 else:
                     rows_TI.view(part.shape).copy_(part)
@@ -183,6 +183,11 @@ class Geometry:
         padding = [pair[0] if symmetric else 0 for pair in self.padding]
         y: Tensor = function(x, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
         return y
+
+
+def _in_float32(x: Tensor) -> bool:
+    """Whether numpy can see its numbers as float32; those of the meta device are nowhere."""
+    return x.dtype == torch.float32 and not x.is_meta
 
 
 def _places(sizes: Sequence[int], steps: Sequence[int]) -> npt.NDArray[np.int64]:

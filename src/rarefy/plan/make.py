@@ -230,10 +230,13 @@ def _memory(
         if _needs_gram(layer):
             grams[block_of[layer.layer]] += 4 * layer.shape[1] ** 2
     widest = max((layer.shape[1] for layer in needs_data if _needs_gram(layer)), default=0)
-    # what a block is given; of a convolution a number for each channel, and not for each tap too
-    shapes = {layer.name: layer.shape for layer in structure.layers}
-    given = [rows.of(layer.layer) * shapes[layer.layer][1] for layer in needs_data]
-    between = min(given, default=0) if rows.counted is None else max(given, default=0)
+    # what the first layer of a block is given; of a convolution a number for each channel, and not for each tap too
+    first: dict[str, int] = {}
+    for ref in structure.layers if needs_data else ():
+        if len(ref.shape) >= 2:
+            first.setdefault(ref.block or "", rows.of(ref.name) * ref.shape[1])
+    outermost = first.pop("", 0)
+    between = max(first.values(), default=outermost)
     # float32 matrices of a layer's size that its methods hold at once: a solver several, rounding by rows three
     held = max((layer.shape[0] * layer.shape[1] * (8 if _needs_gram(layer) else 3) for layer in layers), default=0)
     return {
