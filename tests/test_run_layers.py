@@ -294,3 +294,45 @@ def test_a_plan_counts_the_positions_of_images():
     assert plans[0].memory_parts == few.memory_parts
     assert "first example" in few.basis
     assert many.seconds_parts["statistics"] > 4 * few.seconds_parts["statistics"]
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "obert"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_model_of_transformers_with_batch_norms(method, dtype):
+    """Their parameters stay in the type of their statistics while the others are in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    data = [{"pixel_values": torch.randn(2, 3, 32, 32, generator=generator)} for _ in range(3)]
+    steps = [{"method": method, "pattern": {"sparsity": 0.5}}]
+    result = rarefy.compress(tiny.resnet(), {"steps": steps}, calibration=data, measure=False, compute_dtype=dtype)
+    assert len(result.layers) >= 4
+    assert all(layer.sparsity == pytest.approx(0.5, abs=0.02) for layer in result.report.layers)
+    with torch.no_grad():
+        assert bool(torch.isfinite(result.model()(**data[0]).logits).all())
+
+
+class Padded(nn.Module):
+    """Pads for its convolutions itself, by what they say of themselves, as models made for TensorFlow do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(64, 64, 3, dilation=2, groups=groups, padding="valid") for groups in (1, 2, 64)
+        )
+
+    def forward(self, x):
+        for conv in self.convs:
+            reach = conv.dilation[0] * (conv.kernel_size[0] - 1)
+            assert conv.padding == "valid"
+            assert conv.padding_mode == "zeros"
+            assert conv.in_channels // conv.groups == conv.weight.shape[1]
+            x = conv(nn.functional.pad(x, (reach // 2, reach - reach // 2) * 2))
+        return x
+
+
+def test_packed_layers_keep_the_attributes_of_those_that_they_replace():
+    torch.manual_seed(0)
+    model, x = Padded().eval(), torch.randn(2, 64, 6, 5)
+    steps = [{**INT8, "targets": "convs.*"}]
+    result = rarefy.compress(model, {"steps": steps}, measure=False)
+    with torch.no_grad():
+        torch.testing.assert_close(result.model()(x), model(x), rtol=0.05, atol=0.02)

@@ -155,7 +155,7 @@ def compress(
         structure = loaded.structure()
         layers = resolve(parsed, structure)
         _check_batch_norm(parsed, loaded)
-    dtype = _dtype_for(loaded, compute_dtype)
+    dtype = choose_dtype(compute_dtype, loaded.model, detect_cpu())
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         calibration = list(itertools.islice(calibration, samples))
     if announce is not None:
@@ -294,18 +294,13 @@ def plan(
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     loaded = load_model(source, stream=True)
     _check_batch_norm(parsed, loaded)
-    dtype = _dtype_for(loaded, compute_dtype)
+    dtype = choose_dtype(compute_dtype, loaded.model, detect_cpu())
     return _plan_of(loaded, loaded.structure(), parsed, calibration, samples, sequence_length, dtype)
 
 
 def _check_batch_norm(recipe: Recipe, loaded: LoadedModel) -> None:
     if recipe.reestimate_batch_norm and not has_batch_norm(loaded.model):
         raise RecipeError("reestimate_batch_norm", f"{loaded.architecture} has no batch norm", allowed="false")
-
-
-def _dtype_for(loaded: LoadedModel, wanted: ComputeDtype) -> torch.dtype:
-    is_transformer = isinstance(loaded.model, transformers.PreTrainedModel)
-    return choose_dtype(wanted, is_transformer=is_transformer, cpu=detect_cpu())
 
 
 def _plan_of(

@@ -293,10 +293,11 @@ def test_floating_inputs_are_cast_and_ids_are_not():
 
 def test_the_forward_type_follows_the_flags():
     fast, slow = CpuFlags(avx512_bf16=True), CpuFlags(avx2=True, avx512f=True)
-    assert choose_dtype("auto", is_transformer=True, cpu=fast) is torch.bfloat16
-    assert choose_dtype("auto", is_transformer=True, cpu=slow) is torch.float32
-    assert choose_dtype("auto", is_transformer=False, cpu=fast) is torch.float32
-    assert choose_dtype("bfloat16", is_transformer=False, cpu=slow) is torch.bfloat16
+    assert choose_dtype("auto", tiny.llama(), fast) is torch.bfloat16
+    assert choose_dtype("auto", tiny.llama(), slow) is torch.float32
+    assert choose_dtype("auto", tiny.mlp(), fast) is torch.float32
+    assert choose_dtype("bfloat16", tiny.mlp(), slow) is torch.bfloat16
+    assert choose_dtype("auto", tiny.resnet(), fast) is torch.float32  # its batch norms store statistics
 
 
 def test_casting_restores_exactly_and_spares_buffers():

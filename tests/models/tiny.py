@@ -105,6 +105,11 @@ def whisper() -> nn.Module:
     return _seeded(tf.WhisperForConditionalGeneration, config)
 
 
+def resnet() -> nn.Module:
+    config = tf.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")
+    return _seeded(tf.ResNetForImageClassification, config)
+
+
 def cnn() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(

@@ -7,26 +7,38 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+import transformers
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from rarefy.kernels.cpu import CpuFlags
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
-def choose_dtype(requested: ComputeDtype, *, is_transformer: bool, cpu: CpuFlags) -> torch.dtype:
+def choose_dtype(requested: ComputeDtype, model: nn.Module, cpu: CpuFlags) -> torch.dtype:
     """The type of the forward passes.
 
     Args:
-        requested: a type, or "auto": bfloat16 for transformers where the CPU multiplies it in hardware.
-        is_transformer: whether the model is one of transformers' classes. Others may hold statistics or constants that
-            bfloat16 breaks, so "auto" leaves them in float32.
+        requested: a type, or "auto": bfloat16 where the CPU multiplies it in hardware, for models of transformers'
+            classes without statistics or constants of floating-point numbers (those of batch norm, for one) among
+            what they store. Others may have more that bfloat16 breaks, so that "auto" leaves them in float32.
+        model: the model.
         cpu: what the CPU can do. Flags decide and not a timing, so that one machine always gives the same bytes.
     """
     if requested != "auto":
         return torch.bfloat16 if requested == "bfloat16" else torch.float32
     fast = cpu.avx512_bf16 or cpu.amx_bf16
-    return torch.bfloat16 if fast and is_transformer else torch.float32
+    known = isinstance(model, transformers.PreTrainedModel) and not _stores_constants(model)
+    return torch.bfloat16 if fast and known else torch.float32
+
+
+def _stores_constants(model: nn.Module) -> bool:
+    return any(
+        value.is_floating_point() and not isinstance(value, nn.Parameter)
+        for value in model.state_dict(keep_vars=True).values()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def modules_outside(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
@@ -45,7 +57,8 @@ def cast_parameters(
 ) -> Iterator[None]:
     """Hold the floating-point parameters of modules in another type.
 
-    Buffers stay as they are: rotary frequencies in bfloat16 would put tokens at wrong positions.
+    Buffers stay as they are: rotary frequencies in bfloat16 would put tokens at wrong positions. So do the parameters
+    of batch norms, which torch wants in the type of their statistics.
 
     Args:
         modules: whose parameters; ones on the meta device are left alone.
@@ -54,8 +67,9 @@ def cast_parameters(
         recurse: whether the parameters of the modules inside count.
     """
     originals: dict[int, tuple[nn.Parameter, torch.Tensor]] = {}
-    for module in modules:
-        for parameter in module.parameters(recurse=recurse):
+    owners = (owner for module in modules for owner in (module.modules() if recurse else (module,)))
+    for owner in owners:
+        for parameter in () if isinstance(owner, _NormBase) else owner.parameters(recurse=False):
             if parameter.is_meta or not parameter.is_floating_point() or parameter.dtype == dtype:
                 continue
             if restore:

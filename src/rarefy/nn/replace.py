@@ -124,12 +124,20 @@ def replace_with_empty(
             new, made = replaced[id(old)]
             for weight in own:
                 made[weight.matrix.name].set_compute_dtype(weight.parameter.dtype)
+            _hand_on_attributes(old, new)
             new.train(old.training)
         new, made = replaced[id(old)]
         holders |= {weight.layer: made[weight.matrix.name] for weight in own}
         parent, _, child = module_name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
     return holders
+
+
+def _hand_on_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Give a layer what its predecessor says of itself: models read the dilation of a convolution, to pad by it."""
+    for name, value in vars(old).items():
+        if not name.startswith("_") and not hasattr(new, name):
+            setattr(new, name, value)
 
 
 def _by_module(weights: Mapping[str, Weight]) -> dict[str, list[Weight]]:
