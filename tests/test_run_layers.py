@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import rarefy
 from rarefy.artifact import read_artifact
 from rarefy.calibrate import Gram
-from rarefy.core.errors import RecipeError
+from rarefy.core.errors import RecipeError, UnsupportedModelError
 from rarefy.core.patterns import NM, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.methods import SparseGPT
@@ -336,3 +337,25 @@ def test_packed_layers_keep_the_attributes_of_those_that_they_replace():
     result = rarefy.compress(model, {"steps": steps}, measure=False)
     with torch.no_grad():
         torch.testing.assert_close(result.model()(x), model(x), rtol=0.05, atol=0.02)
+
+
+class Floats(transformers.PreTrainedModel):
+    """Makes numbers of its own in float32, which a layer in bfloat16 does not take."""
+
+    config_class = transformers.BertConfig
+
+    def __init__(self, config) -> None:
+        super().__init__(config)
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.layer(torch.ones(x.shape[0], 64) + self.layer(x).float())
+
+
+def test_a_model_that_fails_in_bfloat16_says_what_to_do(tmp_path):
+    model, data = Floats(transformers.BertConfig()), [torch.randn(4, 64)] * 3
+    with pytest.raises(UnsupportedModelError, match=r"Floats: .*bfloat16.*--compute-dtype float32"):
+        rarefy.compress(model, {"steps": [SPARSE]}, calibration=data, compute_dtype="bfloat16", out=tmp_path / "OUT")
+    assert not list(tmp_path.iterdir())
+    result = rarefy.compress(model, {"steps": [SPARSE]}, calibration=data, compute_dtype="float32", measure=False)
+    assert list(result.layers) == ["layer"]

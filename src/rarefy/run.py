@@ -27,7 +27,7 @@ from rarefy.calibrate.data import Examples, fitting_length, gather
 from rarefy.calibrate.gradients import dense_gradients
 from rarefy.calibrate.inputs import example_calls
 from rarefy.calibrate.losses import Loss
-from rarefy.calibrate.precision import ComputeDtype, choose_dtype
+from rarefy.calibrate.precision import ComputeDtype, choose_dtype, explained
 from rarefy.calibrate.rows import count_rows, count_tokens
 from rarefy.checkpoint import (
     Checkpoint,
@@ -175,13 +175,13 @@ def compress(
         checkpoint = open_checkpoint(partial_path(out), identity, force=force, tell=tell or (lambda _: None))
     baseline: Baseline | None = None
     if measure:
-        with clock.phase("measure before"):
+        with clock.phase("measure before"), explained(dtype, loaded.model), removed_if_hopeless(checkpoint):
             baseline = measure_before(loaded, data.held_out, data.windows_NL, source=data.source, dtype=dtype)
     steps_of = {layer.layer: [parsed.steps[place] for place in layer.places] for layer in layers}
     wanted = {name: [each for step in steps for each in step.statistics()] for name, steps in steps_of.items()}
     gradients = dense_gradients(loaded, structure, wanted, data, dtype=dtype, loss=loss, seed=seed, progress=progress)
     if any(isinstance(step.allocation, ModelAllocation) for step in parsed.steps):
-        with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint):
+        with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint), explained(dtype, loaded.model):
             layers = allocate(
                 loaded,
                 structure,
@@ -194,7 +194,7 @@ def compress(
                 progress=progress,
             )
     tasks = [Task(layer.layer, layer.steps) for layer in layers]
-    with clock.phase("compress"), fast_attention(), removed_if_hopeless(checkpoint):
+    with clock.phase("compress"), fast_attention(), removed_if_hopeless(checkpoint), explained(dtype, loaded.model):
         solved = solve_model(
             loaded,
             structure,

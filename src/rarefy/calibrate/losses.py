@@ -26,7 +26,7 @@ def negative_log_likelihood(
 
     - Labels in the call, of which the model made a loss of its own: that.
     - Labels given: cross-entropy of classes, half the squared error of numbers.
-    - A language model, text: cross-entropy of the next token; of an encoder-decoder, of the tokens it is to give back.
+    - A language model, text: cross-entropy of the next token; of an encoder-decoder, of the next one to give back.
     - Else labels are drawn from the model's own prediction, which makes the mean of g g^T the true Fisher matrix and
       not the empirical one: classes where the output has `logits`, and otherwise, as for encoders that embed, numbers
       from the normal distribution around the first tensor of the output (g = J^T noise, so that the mean of g g^T is
@@ -53,12 +53,11 @@ def negative_log_likelihood(
     prediction: Tensor = _first_tensor(model, output) if logits is None else logits
     if labels is not None:
         return _against(prediction, labels)
-    ids = call.kwargs.get("input_ids")
-    if isinstance(logits, Tensor) and isinstance(ids, Tensor):
-        if "decoder_input_ids" in call.kwargs:
-            return _cross_entropy(prediction, ids)
-        if _predicts_the_next_token(model) and ids.shape[1] > 1:
-            return _cross_entropy(prediction[:, :-1], ids[:, 1:])
+    given_back = call.kwargs.get("decoder_input_ids")
+    ids = call.kwargs.get("input_ids") if given_back is None else given_back
+    predicts = given_back is not None or _predicts_the_next_token(model)
+    if predicts and isinstance(logits, Tensor) and isinstance(ids, Tensor) and ids.shape[1] > 1:
+        return _cross_entropy(prediction[:, :-1], ids[:, 1:])
     with torch.no_grad():
         if isinstance(logits, Tensor):
             chances = torch.softmax(prediction.float(), dim=-1).flatten(0, -2)

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from rarefy.core.errors import UnsupportedModelError
 from rarefy.kernels.cpu import CpuFlags
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
@@ -39,6 +40,26 @@ def _stores_constants(model: nn.Module) -> bool:
         for value in model.state_dict(keep_vars=True).values()
         if isinstance(value, torch.Tensor)
     )
+
+
+@contextmanager
+def explained(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
+    """Say what to do where a model makes numbers of its own in float32, which the others in bfloat16 do not meet.
+
+    Raises:
+        UnsupportedModelError: instead of torch's error about types.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error).partition("\n")[0]
+        if dtype == torch.float32 or not any(word in message for word in ("dtype", "scalar type", "BFloat16")):
+            raise
+        raise UnsupportedModelError(
+            type(model).__name__,
+            f"its forward pass fails in bfloat16 ({message})",
+            hint="compute in float32: --compute-dtype float32, or compute_dtype='float32' in Python",
+        ) from error
 
 
 def modules_outside(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:

@@ -1,5 +1,6 @@
 """`rarefy compress`: the main job. The plan first, then progress, then the verdict."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +25,14 @@ DEFAULT_RECIPE = "default"
 _TEXT_COLUMNS = (0, 3, 4)
 
 
+class ComputeDtype(StrEnum):
+    """The type that calibration computes in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 def compress(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="OUT", help="Directory to write.", show_default=False)],
@@ -41,6 +50,10 @@ def compress(
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Windows of calibration text.")] = 128,
     sequence_length: Annotated[int, typer.Option(min=2, metavar="L", help="Tokens of a window.")] = 512,
     seed: Annotated[int, typer.Option(min=0, metavar="S", help="Seed of every random choice.")] = 0,
+    compute_dtype: Annotated[
+        ComputeDtype,
+        typer.Option(help="What calibration computes in; auto: bfloat16 where the CPU multiplies it in hardware."),
+    ] = ComputeDtype.AUTO,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUT if it is a model directory, and start anew.")
     ] = False,
@@ -79,7 +92,9 @@ def compress(
         from rarefy.run import plan as run_plan
     check_output(out, force=force)
     if dry_run:
-        planned = run_plan(model, recipe, samples=samples, sequence_length=sequence_length)
+        planned = run_plan(
+            model, recipe, samples=samples, sequence_length=sequence_length, compute_dtype=compute_dtype.value
+        )
         if as_json:
             write_json({"plan": planned.to_json()})
         else:
@@ -101,6 +116,7 @@ def compress(
                 sequence_length=sequence_length,
                 seed=seed,
                 evaluation=eval_data,
+                compute_dtype=compute_dtype.value,
                 measure=measure,
                 force=force,
                 announce=None if as_json else announce,
