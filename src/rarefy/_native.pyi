@@ -132,3 +132,27 @@ class Ops:
         scale: float,
         /,
     ) -> Float32Array: ...
+
+@final
+class Program:
+    """Steps over slots of memory; see `rarefy.kernels.program`."""
+
+    def __init__(self, isa: str, widths: Sequence[int], output: int) -> None: ...
+    def product(
+        self, x: int, weights: Sequence[Weights | None], biases: Sequence[Float32Array | None], y: Sequence[int]
+    ) -> None: ...
+    def rms_norm(self, x: int, sum: int, weight: Float32Array, eps: float, y: int) -> None:
+        """`sum` -1: nothing is added."""
+
+    def rope_store(self, q: int, k: int, v: int, layer: int, rotation: int) -> None: ...
+    def attention(self, q: int, layer: int, window: int, scale: float, y: int) -> None: ...
+    def gate(self, gate: int, up: int, activation: int) -> None: ...
+    def run(
+        self,
+        x: Float32Array,
+        cos: Sequence[Float32Array],
+        sin: Sequence[Float32Array],
+        keys: Sequence[Float32Array],
+        values: Sequence[Float32Array],
+        start: int,
+    ) -> Float32Array: ...
