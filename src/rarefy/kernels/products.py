@@ -66,10 +66,11 @@ class Prepared:
             case LowRank():
                 self.parts = _Parts(_prepare_as(layout.right, kernel), _prepare_as(layout.left, kernel), 1)
             case Tapwise():
-                parts = _prepare_as(layout.right, kernel), _prepare_as(layout.left, kernel)
-                self.parts = _Parts(*parts, layout.num_runs)
+                right, left = _prepare_as(layout.right, kernel), _prepare_as(layout.left, kernel)
+                self.parts = _Parts(right, left, layout.num_runs)
             case Sum():
-                self.parts = _Parts(*(_prepare_as(part, kernel) for part in layout.parts), 0)
+                first, second = layout.parts
+                self.parts = _Parts(_prepare_as(first, kernel), _prepare_as(second, kernel), 0)
         if self.parts is not None:
             self.weights = _composed(self.parts)
             self.nbytes = self.parts.first.nbytes + self.parts.second.nbytes

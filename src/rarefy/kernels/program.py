@@ -2,7 +2,8 @@
 
 Between two small operations Python takes longer than they do: for one token as long as a fifth of the weights' reading.
 
-Shapes: T tokens; Q, C, D, P and the cache as in `rarefy.kernels.ops`, whose arithmetic the steps are. A register holds (T, width) floats.
+Shapes: T tokens; E, D, P and the cache as in `rarefy.kernels.ops`, whose arithmetic the steps have. A register holds
+(T, width) floats.
 """
 
 from __future__ import annotations
@@ -194,11 +195,11 @@ class Program:
                         held[y] = y_TO
                         if bias_O is not None:
                             self._ops.add_bias(y_TO, bias_O)
-                case _Norm(x, None, weight_E, eps, y):
+                case _Norm(x, total, weight_E, eps, y) if total is not None:
+                    held[y] = self._ops.add_rms_norm(held[total], held[x], weight_E, eps)
+                case _Norm(x, _, weight_E, eps, y):
                     pieces = held[x].reshape(-1, len(weight_E))
                     held[y] = self._ops.rms_norm(pieces, weight_E, eps).reshape(held[x].shape)
-                case _Norm(x, total, weight_E, eps, y):
-                    held[y] = self._ops.add_rms_norm(held[total], held[x], weight_E, eps)
                 case _Rope(q, k, v, layer, rotation):
                     cos, sin = rotations[rotation]
                     self._ops.rope_store(held[q], held[k], held[v], cos, sin, keys[layer], values[layer], start)
@@ -212,8 +213,8 @@ class Program:
 
     def _compiled(self, widths: Sequence[int]) -> _native.Program | None:
         """The program of the extension; None where ops or weights are numpy's."""
-        weights = [weight for step in self._steps if isinstance(step, _Product) for weight in step.weights]
-        if self._ops.isa == "numpy" or any(weight.weights is None for weight in weights):
+        products = [step for step in self._steps if isinstance(step, _Product)]
+        if self._ops.isa == "numpy" or any(w.weights is None for product in products for w in product.weights):
             return None
         module = native()
         assert module is not None
