@@ -8,6 +8,7 @@ void bind_common(nb::module_& module);
 void bind_gram(nb::module_& module);
 void bind_matmul(nb::module_& module);
 void bind_ops(nb::module_& module);
+void bind_program(nb::module_& module);
 void bind_strided(nb::module_& module);
 }  // namespace rarefy
 
@@ -17,5 +18,6 @@ NB_MODULE(_native, module) {
     rarefy::bind_gram(module);
     rarefy::bind_matmul(module);
     rarefy::bind_ops(module);
+    rarefy::bind_program(module);  // after the weights that it multiplies with
     rarefy::bind_strided(module);
 }

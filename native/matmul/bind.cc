@@ -1,16 +1,20 @@
 // Python bindings of the products.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <tuple>
 
+#include "common/arrays.h"
 #include "matmul/dispatch.h"
+#include "matmul/operators.h"
 #include "matmul/weights.h"
 
 namespace nb = nanobind;
@@ -18,6 +22,7 @@ namespace nb = nanobind;
 namespace rarefy {
 namespace {
 
+using matmul::Operator;
 using matmul::Weights;
 using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Input = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -40,7 +45,7 @@ matmul::Element element_of(const nb::dlpack::dtype& dtype) {
 }
 
 // `integers`: of the layout's metadata; truth values are 0 and 1.
-Weights* prepare(const std::string& format, const std::string& isa, int64_t num_outputs, int64_t num_inputs,
+Operator prepare(const std::string& format, const std::string& isa, int64_t num_outputs, int64_t num_inputs,
                  const nb::dict& integers, const nb::dict& arrays) {
     matmul::PackedArrays packed{format, num_outputs, num_inputs, {}, {}};
     for (const auto& [name, value] : integers)
@@ -56,33 +61,75 @@ Weights* prepare(const std::string& format, const std::string& isa, int64_t num_
     }
     const matmul::Isa runnable = matmul::runnable_isa(isa);
     const nb::gil_scoped_release unlocked;
-    return new Weights(packed, runnable);
+    return Operator(std::make_shared<const Weights>(packed, runnable));
 }
 
-void multiply(const Input& x, const nb::sequence& weights, const nb::sequence& outputs) {
-    std::vector<matmul::Product> products;
+// The products of x with operators in one call, each a new array; none where x is not what the kernels take as it is.
+std::vector<nb::object> products_of(nb::handle x, const Operator* const* operators, size_t count) {
+    common::Lent rows;
+    if (!rows.borrow(x, false) || rows.ndim() < 1) return {};
+    const Py_ssize_t num_rows = rows.num_rows(), num_inputs = rows.shape(rows.ndim() - 1);
+    std::vector<nb::object> made(count);
+    const std::unique_ptr<common::Lent[]> outputs(new common::Lent[count]);
+    std::vector<matmul::Target> targets(count);
+    for (size_t i = 0; i < count; ++i) {
+        if (operators[i]->num_inputs() != num_inputs) return {};
+        made[i] = common::new_floats(rows, static_cast<Py_ssize_t>(operators[i]->num_outputs()));
+        if (!outputs[i].borrow(made[i], true)) return {};
+        targets[i] = {operators[i], outputs[i].data()};
+    }
+    const nb::gil_scoped_release unlocked;
+    matmul::multiply(rows.data(), num_rows, num_inputs, targets);
+    return made;
+}
+
+nb::object multiply(const Operator& by, nb::handle x) {
+    const Operator* operators[] = {&by};
+    std::vector<nb::object> made = products_of(x, operators, 1);
+    return made.empty() ? nb::none() : std::move(made[0]);
+}
+
+nb::object multiply_many(nb::handle x, const nb::sequence& weights) {
+    std::vector<const Operator*> operators;
+    for (const nb::handle weight : weights) {
+        const Operator* by;
+        if (!nb::try_cast(weight, by) || by == nullptr) return nb::none();
+        operators.push_back(by);
+    }
+    if (operators.empty()) return nb::none();
+    std::vector<nb::object> made = products_of(x, operators.data(), operators.size());
+    if (made.empty()) return nb::none();
+    nb::list results;
+    for (nb::object& y : made) results.append(std::move(y));
+    return results;
+}
+
+void multiply_into(const Input& x, const nb::sequence& weights, const nb::sequence& outputs) {
+    std::vector<matmul::Target> targets;
     const auto num_rows = static_cast<int64_t>(x.shape(0)), num_inputs = static_cast<int64_t>(x.shape(1));
     const size_t count = nb::len(weights);
     if (count != nb::len(outputs)) throw std::invalid_argument("as many outputs as weights are needed");
-    products.reserve(count);
+    targets.reserve(count);
     for (size_t i = 0; i < count; ++i) {
-        const auto* weight = nb::cast<const Weights*>(weights[i]);
+        const auto* by = nb::cast<const Operator*>(weights[i]);
         const auto y = nb::cast<Output>(outputs[i], false);
-        if (weight == nullptr) throw std::invalid_argument("weight is None");
-        if (weight->view().num_inputs != num_inputs || static_cast<int64_t>(y.shape(0)) != num_rows ||
-            static_cast<int64_t>(y.shape(1)) != weight->view().num_outputs)
+        if (by == nullptr) throw std::invalid_argument("weight is None");
+        if (by->num_inputs() != num_inputs || static_cast<int64_t>(y.shape(0)) != num_rows ||
+            static_cast<int64_t>(y.shape(1)) != by->num_outputs())
             throw std::invalid_argument("shapes of x, weight and output do not fit");
-        products.push_back({weight, y.data()});
+        targets.push_back({by, y.data()});
     }
     // The caller's sequences keep the weights and arrays alive.
     const nb::gil_scoped_release unlocked;
-    matmul::multiply(x.data(), num_rows, num_inputs, products);
+    matmul::multiply(x.data(), num_rows, num_inputs, targets);
 }
 
 using Places = nb::ndarray<const int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-void multiply_taps(const Input& pixels, const Places& row_starts, const Places& tap_offsets, const Weights& weights,
+void multiply_taps(const Input& pixels, const Places& row_starts, const Places& tap_offsets, const Operator& by,
                    const Output& y) {
+    if (by.weights() == nullptr) throw std::invalid_argument("taps want one weight, not several");
+    const Weights& weights = *by.weights();
     const auto num_pixels = static_cast<int64_t>(pixels.shape(0)), num_channels = static_cast<int64_t>(pixels.shape(1));
     const matmul::TapRows taps{row_starts.data(), static_cast<int64_t>(row_starts.shape(0)), tap_offsets.data(),
                                static_cast<int64_t>(tap_offsets.shape(0))};
@@ -105,16 +152,23 @@ void multiply_taps(const Input& pixels, const Places& row_starts, const Places& 
 }  // namespace
 
 void bind_matmul(nb::module_& module) {
-    nb::class_<Weights>(module, "Weights")
-        .def_prop_ro("nbytes", &Weights::num_bytes)
-        .def_prop_ro("is_integer", &Weights::is_integer)
-        .def_prop_ro("isa", [](const Weights& weights) { return matmul::name(weights.isa()); })
-        .def_prop_ro("shape", [](const Weights& weights) {
-            return std::make_pair(weights.view().num_outputs, weights.view().num_inputs);
-        });
+    nb::class_<Operator>(module, "Weights")
+        .def_prop_ro("nbytes", &Operator::num_bytes)
+        .def_prop_ro("is_integer",
+                     [](const Operator& by) { return by.weights() != nullptr && by.weights()->is_integer(); })
+        .def_prop_ro("isa",
+                     [](const Operator& by) -> std::optional<std::string> {
+                         if (by.weights() == nullptr) return std::nullopt;
+                         return matmul::name(by.weights()->isa());
+                     })
+        .def_prop_ro("shape", [](const Operator& by) { return std::make_pair(by.num_outputs(), by.num_inputs()); })
+        .def("multiply", &multiply, nb::arg("x").none());
     module.def("prepare", &prepare, nb::arg("format"), nb::arg("isa"), nb::arg("num_outputs"), nb::arg("num_inputs"),
                nb::arg("integers"), nb::arg("arrays"));
-    module.def("matmul", &multiply, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outputs"));
+    module.def("chain", &Operator::chain, nb::arg("inner"), nb::arg("outer"), nb::arg("num_runs"));
+    module.def("add", &Operator::sum, nb::arg("first"), nb::arg("second"));
+    module.def("multiply", &multiply_many, nb::arg("x").none(), nb::arg("weights"));
+    module.def("matmul", &multiply_into, nb::arg("x").noconvert(), nb::arg("weights"), nb::arg("outputs"));
     module.def("matmul_taps", &multiply_taps, nb::arg("pixels").noconvert(), nb::arg("row_starts").noconvert(),
                nb::arg("tap_offsets").noconvert(), nb::arg("weights"), nb::arg("output").noconvert());
     module.def("kernel_list", [] {

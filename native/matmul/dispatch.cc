@@ -32,12 +32,6 @@ constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
 
-KernelFunction find_kernel(Encoding encoding, Isa isa) {
-    for (const Row& row : kKernels)
-        if (row.encoding == encoding && row.isa == isa) return row.function;
-    throw std::invalid_argument(std::string("no kernel for this format on ") + name(isa));
-}
-
 // A product cut into tasks: a grid of stretches of panels and of rows.
 struct Grid {
     const PanelWeights* weights;
@@ -66,9 +60,8 @@ Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
     else
         panels_per_task = kTaskPanels / 2;
     const int64_t panel_tasks = ceil_div(weights.num_panels, panels_per_task);
-    return {&weights,  &rows,           find_kernel(product.weights->encoding(), product.weights->isa()),
-            product.y, panels_per_task, rows_per_task,
-            row_tasks, first_task,      panel_tasks * row_tasks};
+    return {&weights,  &rows,      product.weights->kernel(), product.y, panels_per_task, rows_per_task,
+            row_tasks, first_task, panel_tasks * row_tasks};
 }
 
 void run_task(const Grid& grid, int64_t task) {
@@ -142,6 +135,12 @@ bool can_run(Isa isa, const common::CpuFlags& cpu) {
         case Isa::amx: return can_run_amx(cpu);
     }
     return false;
+}
+
+KernelFunction find_kernel(Encoding encoding, Isa isa) {
+    for (const Row& row : kKernels)
+        if (row.encoding == encoding && row.isa == isa) return row.function;
+    throw std::invalid_argument(std::string("no kernel for this format on ") + name(isa));
 }
 
 Isa runnable_isa(const std::string& wanted) {

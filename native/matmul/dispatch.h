@@ -16,6 +16,9 @@ bool can_run(Isa isa, const common::CpuFlags& cpu);
 // Throws std::invalid_argument for an unknown name, or where this build or CPU cannot run it.
 Isa runnable_isa(const std::string& name);
 
+// Throws std::invalid_argument where there is none.
+KernelFunction find_kernel(Encoding encoding, Isa isa);
+
 struct ListedKernel {
     std::string format;
     Isa isa;

@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "matmul/dispatch.h"
+
 namespace rarefy::matmul {
 namespace {
 
@@ -35,6 +37,7 @@ Weights::Weights(const PackedArrays& arrays, Isa isa) : isa_(isa) {
     const Description description = describe(arrays.format);
     encoding_ = description.encoding;
     values_ = description.values;
+    kernel_ = find_kernel(encoding_, isa);
     Packing packing(arrays, isa, view_);
     if (is_integer()) packing.pack_scales(code_bits());
     description.pack(packing);

@@ -27,6 +27,7 @@ public:
     const PanelWeights& view() const { return view_; }
     Isa isa() const { return isa_; }
     Encoding encoding() const { return encoding_; }
+    KernelFunction kernel() const { return kernel_; }
     bool is_bf16() const { return values_ == Values::bf16; }
     bool is_integer() const { return values_ != Values::floats && !is_bf16(); }
     // 0 for floats and bfloat16.
@@ -37,6 +38,7 @@ private:
     Isa isa_;
     Encoding encoding_{};
     Values values_{};
+    KernelFunction kernel_;
     PanelWeights view_{};
     int64_t num_bytes_ = 0;
     std::vector<common::AlignedBytes> memory_;

@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cpu.h"
 #include "ops/ops.h"
 
 namespace nb = nanobind;
@@ -68,20 +67,7 @@ int64_t query_heads(const Queries& q, const ops::CacheShape& cache, int64_t star
 
 class Ops {
 public:
-    explicit Ops(const std::string& isa) : isa(isa) {
-#if RAREFY_X86
-        const common::CpuFlags cpu = common::detect_cpu();
-        if ((isa == "avx512" && common::can_run_avx512(cpu)) ||
-            (isa == "avx512_bf16" && common::can_run_avx512_bf16(cpu)) || (isa == "amx" && common::can_run_amx(cpu)))
-            kernels_ = &ops::kAvx512Kernels;
-        if ((isa == "avx2" && common::can_run_avx2(cpu)) || (isa == "avx_vnni" && common::can_run_avx_vnni(cpu)))
-            kernels_ = &ops::kAvx2Kernels;
-#elif RAREFY_ARM
-        if (isa == "neon" && common::can_run_neon(common::detect_cpu())) kernels_ = &ops::kNeonKernels;
-#endif
-        if (isa == "reference") kernels_ = &ops::kRefKernels;
-        if (kernels_ == nullptr) throw std::invalid_argument("this CPU cannot run the instruction set " + isa);
-    }
+    explicit Ops(const std::string& isa) : isa(isa), kernels_(ops::find_kernels(isa.c_str())) {}
 
     const std::string isa;
 
@@ -89,7 +75,7 @@ public:
         require(x.shape(1) == weight.shape(0), "the weight must have one value per column");
         float* y;
         Result result = new_result(x.shape(0), x.shape(1), &y);
-        ops::rms_norm(*kernels_, x.data(), nullptr, weight.data(), eps, x.shape(0), x.shape(1), y);
+        ops::rms_norm(kernels_, x.data(), nullptr, weight.data(), eps, x.shape(0), x.shape(1), y);
         return result;
     }
 
@@ -98,7 +84,7 @@ public:
         require(x.shape(1) == weight.shape(0), "the weight must have one value per column");
         float* y;
         Result result = new_result(x.shape(0), x.shape(1), &y);
-        ops::rms_norm(*kernels_, x.data(), sum.data(), weight.data(), eps, x.shape(0), x.shape(1), y);
+        ops::rms_norm(kernels_, x.data(), sum.data(), weight.data(), eps, x.shape(0), x.shape(1), y);
         return result;
     }
 
@@ -108,7 +94,7 @@ public:
                 "weight and bias must have one value per column");
         float* y;
         Result result = new_result(x.shape(0), x.shape(1), &y);
-        ops::layer_norm(*kernels_, x.data(), residual.data(), weight.data(), bias.data(), eps, x.shape(0), x.shape(1),
+        ops::layer_norm(kernels_, x.data(), residual.data(), weight.data(), bias.data(), eps, x.shape(0), x.shape(1),
                         y);
         return result;
     }
@@ -118,22 +104,22 @@ public:
                 "weight and bias must have one value per column");
         float* y;
         Result result = new_result(x.shape(0), x.shape(1), &y);
-        ops::layer_norm(*kernels_, x.data(), nullptr, weight.data(), bias.data(), eps, x.shape(0), x.shape(1), y);
+        ops::layer_norm(kernels_, x.data(), nullptr, weight.data(), bias.data(), eps, x.shape(0), x.shape(1), y);
         return result;
     }
 
     void add_bias(Writable2 x, Floats1 bias) const {
         require(x.shape(1) == bias.shape(0), "the bias must have one value per column");
-        ops::add_bias(*kernels_, x.data(), bias.data(), x.shape(0), x.shape(1));
+        ops::add_bias(kernels_, x.data(), bias.data(), x.shape(0), x.shape(1));
     }
 
     void activate(Writable2 x, int activation) const {
-        ops::activate(*kernels_, x.data(), x.size(), as_activation(activation));
+        ops::activate(kernels_, x.data(), x.size(), as_activation(activation));
     }
 
     void gate(Writable2 gate, Floats2 up, int activation) const {
         require_same_shape(gate, up);
-        ops::gate(*kernels_, gate.data(), up.data(), gate.size(), as_activation(activation));
+        ops::gate(kernels_, gate.data(), up.data(), gate.size(), as_activation(activation));
     }
 
     void rope_store(Writable2 q, Writable2 k, Floats2 v, Floats2 cos, Floats2 sin, Writable4 k_cache, Writable3 v_cache,
@@ -146,7 +132,7 @@ public:
                 "k and v must be (tokens, heads * head_dim)");
         require(static_cast<int64_t>(cos.shape(0)) >= end && 2 * static_cast<int64_t>(cos.shape(1)) == cache.head_dim,
                 "cos and sin must be (positions, head_dim / 2)");
-        ops::rope_store(*kernels_, q.data(), k.data(), v.data(), cos.data(), sin.data(), q.shape(0), num_heads, cache,
+        ops::rope_store(kernels_, q.data(), k.data(), v.data(), cos.data(), sin.data(), q.shape(0), num_heads, cache,
                         k_cache.data(), v_cache.data(), start);
     }
 
@@ -156,7 +142,7 @@ public:
         require(window >= 0, "window must not be negative");
         float* out;
         Result result = new_result(q.shape(0), q.shape(1), &out);
-        ops::attention(*kernels_, q.data(), q.shape(0), num_heads, cache, k_cache.data(), v_cache.data(), start, window,
+        ops::attention(kernels_, q.data(), q.shape(0), num_heads, cache, k_cache.data(), v_cache.data(), start, window,
                        scale, out);
         return result;
     }
@@ -175,7 +161,7 @@ public:
                 "shift must be below 64, and 0 unless a window hides what lies before the keys");
         float* out;
         Result result = new_result(q.shape(0), q.shape(1), &out);
-        ops::attention_rows(*kernels_, q.data(), q.shape(0), width / head_dim, num_kv_heads, num_keys, head_dim,
+        ops::attention_rows(kernels_, q.data(), q.shape(0), width / head_dim, num_kv_heads, num_keys, head_dim,
                             k.data(), v.data(), start, window, scale, shift, out);
         return result;
     }
@@ -192,13 +178,13 @@ public:
         require((end - begin) * num_heads <= std::numeric_limits<int>::max(), "too many segments");
         float* out;
         Result result = new_result(q.shape(0), q.shape(1), &out);
-        ops::attention_segments(*kernels_, q.data(), k.data(), v.data(), begin, end - begin - 1, num_heads,
+        ops::attention_segments(kernels_, q.data(), k.data(), v.data(), begin, end - begin - 1, num_heads,
                                 width / num_heads, scale, out);
         return result;
     }
 
 private:
-    const ops::Kernels* kernels_ = nullptr;
+    const ops::Kernels& kernels_;
 };
 
 }  // namespace

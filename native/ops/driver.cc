@@ -1,8 +1,12 @@
 // Splits the small ops over the thread pool. Chunk sizes depend on the shapes alone, so that the number of threads
 // never changes a result.
 #include <algorithm>
+#include <cstring>
 #include <memory>
+#include <stdexcept>
+#include <string>
 
+#include "common/cpu.h"
 #include "common/pool.h"
 #include "ops/ops.h"
 
@@ -157,6 +161,22 @@ void attention_of_all(const Kernels& kernels, const float* q, int64_t num_tokens
 }
 
 }  // namespace
+
+const Kernels& find_kernels(const char* isa) {
+    const auto is = [isa](const char* name) { return std::strcmp(isa, name) == 0; };
+    if (is("reference")) return kRefKernels;
+#if RAREFY_X86
+    const common::CpuFlags cpu = common::detect_cpu();
+    if ((is("avx512") && common::can_run_avx512(cpu)) || (is("avx512_bf16") && common::can_run_avx512_bf16(cpu)) ||
+        (is("amx") && common::can_run_amx(cpu)))
+        return kAvx512Kernels;
+    if ((is("avx2") && common::can_run_avx2(cpu)) || (is("avx_vnni") && common::can_run_avx_vnni(cpu)))
+        return kAvx2Kernels;
+#elif RAREFY_ARM
+    if (is("neon") && common::can_run_neon(common::detect_cpu())) return kNeonKernels;
+#endif
+    throw std::invalid_argument(std::string("this CPU cannot run the instruction set ") + isa);
+}
 
 void rms_norm(const Kernels& kernels, const float* x, float* sum, const float* weight, float eps, int64_t rows,
               int64_t width, float* y) {

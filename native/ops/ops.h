@@ -61,6 +61,9 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kNeonKernels;
 #endif
 
+// Those of an instruction set; throws std::invalid_argument where this build or CPU has none.
+const Kernels& find_kernels(const char* isa);
+
 // Split over the thread pool. Shapes as in rarefy.kernels.ops; every size is checked by the caller.
 void rms_norm(const Kernels&, const float* x, float* sum, const float* weight, float eps, int64_t rows, int64_t width,
               float* y);

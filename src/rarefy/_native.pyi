@@ -32,11 +32,14 @@ class Weights:
     @property
     def nbytes(self) -> int: ...
     @property
-    def isa(self) -> str: ...
+    def isa(self) -> str | None:
+        """None where it is made of others."""
     @property
     def is_integer(self) -> bool: ...
     @property
     def shape(self) -> tuple[int, int]: ...
+    def multiply(self, x: object) -> Float32Array | None:
+        """x @ W^T; None where x is not an array (..., I) of float32 in C order."""
 
 def prepare(
     format: str,
@@ -46,6 +49,11 @@ def prepare(
     integers: Mapping[str, int],
     arrays: Mapping[str, NDArray[np.generic]],
 ) -> Weights: ...
+def chain(inner: Weights, outer: Weights, num_runs: int) -> Weights: ...
+def add(first: Weights, second: Weights) -> Weights: ...
+def multiply(x: object, weights: Sequence[object]) -> list[Float32Array] | None:
+    """`Weights.multiply` of each in one fork-join; None too where a weight is none."""
+
 def matmul(x: Float32Array, weights: Sequence[Weights], outputs: Sequence[Float32Array]) -> None: ...
 def matmul_taps(
     pixels: Float32Array,
@@ -123,4 +131,28 @@ class Ops:
         num_heads: int,
         scale: float,
         /,
+    ) -> Float32Array: ...
+
+@final
+class Program:
+    """Steps over slots of memory; see `rarefy.kernels.program`."""
+
+    def __init__(self, isa: str, widths: Sequence[int], output: int) -> None: ...
+    def product(
+        self, x: int, weights: Sequence[Weights | None], biases: Sequence[Float32Array | None], y: Sequence[int]
+    ) -> None: ...
+    def rms_norm(self, x: int, sum: int, weight: Float32Array, eps: float, y: int) -> None:
+        """`sum` -1: nothing is added."""
+
+    def rope_store(self, q: int, k: int, v: int, layer: int, rotation: int) -> None: ...
+    def attention(self, q: int, layer: int, window: int, scale: float, y: int) -> None: ...
+    def gate(self, gate: int, up: int, activation: int) -> None: ...
+    def run(
+        self,
+        x: Float32Array,
+        cos: Sequence[Float32Array],
+        sin: Sequence[Float32Array],
+        keys: Sequence[Float32Array],
+        values: Sequence[Float32Array],
+        start: int,
     ) -> Float32Array: ...

@@ -180,6 +180,9 @@ def test_products(weight, layout_format) -> None:
         integers["block_shape_0"], integers["block_shape_1"] = w.layout.meta()["block_shape"]
     arrays = {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()}
 
+    ones = {"values": np.ones((7, 19), np.float32)}
+    outer = native.prepare("dense-f32-v1", "reference", 7, 19, {}, ones)
+
     def make(draw: Draw):
         damaged = {
             name: draw.array(*array.shape, dtype=array.dtype) if draw.chance(0.15) else array
@@ -196,10 +199,48 @@ def test_products(weight, layout_format) -> None:
             num_rows = draw.one_of((0, 1, 2, 5))
             weights = [prepared] if draw.chance(0.9) else draw.one_of([[None], [], [prepared] * 2, 5, [damaged]])
             native.matmul(draw.array(num_rows, inputs), weights, [draw.array(num_rows, outputs)])
+            composed = native.add(prepared, native.add(prepared, prepared))
+            if outputs == 19:
+                composed = native.chain(composed, outer, draw.number(1))
+            native.multiply(draw.array(num_rows, inputs), draw.one_of([weights, [composed], [composed, prepared]]))
 
         return prepare_and_multiply, ()
 
     call_often(layout_format, make)
+
+
+def test_programs(weight) -> None:
+    arrays = {
+        name: np.ascontiguousarray(array) for name, array in weight("dense-f32-v1", 16, 8).layout.arrays().items()
+    }
+    prepared = native.prepare("dense-f32-v1", "reference", 16, 8, {}, arrays)
+
+    def make(draw: Draw):
+        heads, blocks, tokens = int(draw.rng.integers(1, 3)), int(draw.rng.integers(1, 3)), int(draw.rng.integers(0, 9))
+
+        # A program has many arguments, of which few may be damaged, or hardly any would run.
+        def number(good: int) -> int:
+            return draw.number(good) if draw.chance(0.1) else good
+
+        def array(*shape: int):
+            return draw.array(*shape) if draw.chance(0.1) else np.ones(shape, np.float32)
+
+        def record_and_run() -> None:
+            program = native.Program("reference", [number(8), number(8), 16, 16, 8 * heads], number(1))
+            program.rms_norm(number(0), draw.one_of((-1, -1, 0)), array(8), 1e-5, number(1))
+            program.product(number(0), [prepared] * 2, [None, array(16)], [number(2), number(3)])
+            program.gate(number(2), number(3), number(0))
+            program.rms_norm(2, -1, array(draw.one_of((1, 4, 16))), 1e-5, number(3))
+            program.rope_store(number(4), number(4), number(4), number(0), number(0))
+            program.attention(number(3), number(0), number(0), 0.3, number(2))
+            start = draw.number(0, 64 * blocks - tokens)
+            rotation = array(max(0, min(start, 1000)) + tokens, 4)
+            keys, values = array(heads, blocks, 8, 64), array(heads, blocks * 64, 8)
+            program.run(array(tokens, 8), [rotation], [rotation], [keys], [values], start)
+
+        return record_and_run, ()
+
+    call_often("Program", make)
 
 
 def test_probe() -> None:

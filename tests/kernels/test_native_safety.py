@@ -189,6 +189,52 @@ def test_products_with_wrong_arguments(weight) -> None:
             native.matmul(bad_x, bad_weights, bad_outputs)
 
 
+def test_compositions_that_do_not_fit(weight) -> None:
+    inner, outer = (native.prepare(**arguments(weight("dense-int8-v1", *shape))) for shape in ((5, 70), (9, 15)))
+    assert native.chain(inner, outer, 3).shape == (9, 210)
+    assert native.add(inner, inner).shape == (5, 70)
+    for num_runs in (0, 1, 2, -3, 2**31, 2**62):
+        with pytest.raises(ValueError, match="are not the inputs"):
+            native.chain(inner, outer, num_runs)
+    with pytest.raises(ValueError, match="unlike shapes"):
+        native.add(inner, outer)
+    for wrong in (None, 3, np.ones(3)):
+        with pytest.raises(TypeError):
+            native.add(inner, wrong)
+        with pytest.raises(TypeError):
+            native.chain(wrong, outer, 3)
+    both = native.chain(native.add(inner, inner), outer, 3)
+    assert both.nbytes == 2 * inner.nbytes + outer.nbytes
+    assert (both.isa, both.is_integer) == (None, False)
+    x = np.random.default_rng(14).standard_normal((2, 210)).astype(np.float32)
+    expected = outer.multiply(2 * inner.multiply(x.reshape(6, 70)).reshape(2, 15))
+    del inner, outer  # what they are made of lives on in what was made
+    np.testing.assert_array_equal(both.multiply(x), expected)
+    with pytest.raises(ValueError, match="one weight"):
+        native.matmul_taps(x[:, :64].copy(), np.zeros(1, np.int64), np.zeros(1, np.int64), both, np.zeros((1, 9), "f4"))
+
+
+def test_what_the_extension_does_not_take_as_it_is(weight) -> None:
+    weights = native.prepare(**arguments(weight("dense-int8-v1", 5, 70)))
+    x = np.zeros((2, 70), np.float32)
+    for refused in (
+        None,
+        1,
+        x.tolist(),
+        x.astype(np.float64),
+        x[:, :69],
+        x[:, :69].copy(),
+        x.T,
+        np.float32(1),
+        x[:, 0],
+    ):
+        assert weights.multiply(refused) is None
+        assert native.multiply(refused, [weights]) is None
+    for refused in ([], [None], [weights, None], [x], [[weights]]):
+        assert native.multiply(x, refused) is None
+    assert [y.shape for y in native.multiply(x, [weights] * 3)] == [(2, 5)] * 3
+
+
 def test_weights_outlive_their_arrays(weight) -> None:
     w = weight("bitmask-int8-v1", 40, 90)
     prepared = kernels.prepare(w.layout)

@@ -300,6 +300,32 @@ def test_strided_and_float64_activations(weight) -> None:
     np.testing.assert_array_equal(prepared.matmul(x[::2, ::2]), prepared.matmul(x[::2, ::2].astype(np.float32)))
 
 
+def test_activations_of_every_form_give_the_same_bits(weight, isa) -> None:
+    prepared = kernels.prepare(weight("dense-int8-v1", 33, 70).layout, isa=isa)
+    x = np.random.default_rng(13).standard_normal((4, 70)).astype(np.float32)
+    expected = prepared.matmul(x)
+    unaligned = np.frombuffer(b"x" + x.tobytes(), np.uint8)[1:].view(np.float32).reshape(x.shape)
+    assert not unaligned.flags.aligned
+    read_only = x.copy()
+    read_only.flags.writeable = False
+    padded = np.zeros((8, 140), np.float32)
+    padded[::2, ::2] = x
+    forms = (
+        *(x.tolist(), x.astype(np.float64), x.astype(">f4"), np.asfortranarray(x), padded[::2, ::2]),
+        *(unaligned, read_only, memoryview(x), np.ma.masked_array(x), list(x)),
+    )
+    for form in forms:
+        for y in (prepared.matmul(form), *kernels.matmul_many(form, [prepared, prepared])):
+            assert type(y) is np.ndarray
+            assert (y.dtype, y.shape, y.flags.c_contiguous, y.flags.writeable) == (np.float32, (4, 33), True, True)
+            np.testing.assert_array_equal(y, expected)
+    for shape in ((2, 2, 70), (1, 4, 1, 70), (4, 1, 70)):
+        np.testing.assert_array_equal(prepared.matmul(x.reshape(shape)), expected.reshape((*shape[:-1], 33)))
+    for row, y_O in zip(x, expected, strict=True):
+        assert prepared.matmul(row).shape == (33,)
+        np.testing.assert_allclose(prepared.matmul(row), y_O, rtol=1e-5, atol=1e-5)  # numpy sums in another order
+
+
 def test_activations_are_rounded_for_bfloat16_alone(weight, isa) -> None:
     """One weight of 1, so that the product is the activation as it was met."""
     halfway = np.float32(1 + 2.0**-8)  # between 1 and the next bfloat16, 1 + 2^-7

@@ -17,7 +17,8 @@ from rarefy.engine.config import Config
 from rarefy.engine.layer_types import layer_windows
 from rarefy.engine.rope import RotaryTable, rotary_table
 from rarefy.engine.weights import Linears, Weights
-from rarefy.kernels.ops import Float32Array, Int64Array
+from rarefy.kernels.ops import Float32Array, Int64Array, Ops
+from rarefy.kernels.program import Program, Recorder
 
 
 @final
@@ -118,11 +119,10 @@ class Gemma3:
         self.context_length = config.context_length
         self._config = config
         self._local_rope, self._global_rope = local_rope, global_rope
-        self._ops = weights.ops
         self._embedding = weights.embedding("model.embed_tokens", (config.vocab_size, config.width))
         self._embedding_scale = np.float32(config.width**0.5)
-        self._blocks = [_load_block(config, f"model.layers.{i}.", weights) for i in range(config.num_layers)]
-        self._final_norm = _norm(weights, "model.norm", config.width)
+        blocks = [_load_block(config, f"model.layers.{i}.", weights) for i in range(config.num_layers)]
+        self._program = _record(config, blocks, _norm(weights, "model.norm", config.width), weights.ops)
         if config.tied_head:
             self._head = weights.tied_head("model.embed_tokens", (config.vocab_size, config.width))
         else:
@@ -135,35 +135,37 @@ class Gemma3:
 
     def forward(self, tokens_T: Int64Array, cache: KVCache) -> Float32Array:
         """Append tokens to the cache and return their hidden states (T, E) after the last norm."""
-        config, ops, start = self._config, self._ops, cache.length
+        start = cache.length
         end = start + len(tokens_T)
         cache.reserve(end)
-        local_rope, global_rope = self._local_rope.upto(end), self._global_rope.upto(end)
-        eps, head_dim = config.norm_eps, config.head_dim
+        rotations = [self._global_rope.upto(end), self._local_rope.upto(end)]
         sum_TE = self._embedding.rows(tokens_T) * self._embedding_scale
-        next_norms = [block.before_attention for block in self._blocks[1:]] + [self._final_norm]
-        x_TE = ops.rms_norm(sum_TE, self._blocks[0].before_attention, eps)
-        for block, next_norm, window, keys, values in zip(
-            self._blocks, next_norms, config.windows, cache.keys, cache.values, strict=True
-        ):
-            q_TQ, k_TC, v_TC = block.qkv(x_TE)
-            q_TQ = ops.rms_norm(q_TQ.reshape(-1, head_dim), block.q_norm, eps).reshape(q_TQ.shape)
-            k_TC = ops.rms_norm(k_TC.reshape(-1, head_dim), block.k_norm, eps).reshape(k_TC.shape)
-            cos, sin = local_rope if window else global_rope
-            ops.rope_store(q_TQ, k_TC, v_TC, cos, sin, keys, values, start)
-            (attended_TE,) = block.output(ops.attention(q_TQ, keys, values, start, window, config.attention_scale))
-            attended_TE = ops.rms_norm(attended_TE, block.after_attention, eps)
-            x_TE = ops.add_rms_norm(sum_TE, attended_TE, block.before_mlp, eps)
-            gate_TF, up_TF = block.gate_up(x_TE)
-            ops.gate(gate_TF, up_TF, config.activation)
-            (down_TE,) = block.down(gate_TF)
-            x_TE = ops.add_rms_norm(sum_TE, ops.rms_norm(down_TE, block.after_mlp, eps), next_norm, eps)
+        x_TE = self._program.run(sum_TE, rotations, cache.keys, cache.values, start)
         cache.length = end
         return x_TE
 
     def head(self, hidden_TE: Float32Array) -> Float32Array:
         """Return the logits (T, V) of hidden states that `forward` gave."""
         return self._head(hidden_TE)[0]
+
+
+def _record(config: Gemma3Config, blocks: list[_Block], final_norm: Float32Array, ops: Ops) -> Program:
+    program, eps, scale = Recorder(config.width), config.norm_eps, config.attention_scale
+    total = program.start
+    next_norms = [block.before_attention for block in blocks[1:]] + [final_norm]
+    x = program.rms_norm(total, blocks[0].before_attention, eps)
+    for layer, (block, next_norm, window) in enumerate(zip(blocks, next_norms, config.windows, strict=True)):
+        q, k, v = block.qkv.record(program, x)
+        q, k = program.rms_norm(q, block.q_norm, eps), program.rms_norm(k, block.k_norm, eps)
+        program.rope_store(q, k, v, layer=layer, rotation=1 if window else 0)
+        (attended,) = block.output.record(program, program.attention(q, layer=layer, window=window, scale=scale))
+        attended = program.rms_norm(attended, block.after_attention, eps)
+        x = program.add_rms_norm(total, attended, block.before_mlp, eps)
+        gate, up = block.gate_up.record(program, x)
+        program.gate(gate, up, config.activation)
+        (down,) = block.down.record(program, gate)
+        x = program.add_rms_norm(total, program.rms_norm(down, block.after_mlp, eps), next_norm, eps)
+    return program.finish(ops, x)
 
 
 def _norm(weights: Weights, name: str, size: int) -> Float32Array:

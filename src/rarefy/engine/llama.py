@@ -15,7 +15,8 @@ from rarefy.engine.cache import KVCache
 from rarefy.engine.config import Config
 from rarefy.engine.rope import RotaryTable, rotary_table
 from rarefy.engine.weights import Linears, Weights
-from rarefy.kernels.ops import Float32Array, Int64Array
+from rarefy.kernels.ops import Float32Array, Int64Array, Ops
+from rarefy.kernels.program import Program, Recorder
 
 
 @final
@@ -126,10 +127,10 @@ class Llama:
         self.context_length = config.context_length
         self._config = config
         self._rope = rope
-        self._ops = weights.ops
         self._embedding = weights.embedding("model.embed_tokens", (config.vocab_size, config.width))
-        self._blocks = [_load_block(config, f"model.layers.{i}.", weights) for i in range(config.num_layers)]
-        self._final_norm = weights.vector("model.norm.weight", config.width)
+        blocks = [_load_block(config, f"model.layers.{i}.", weights) for i in range(config.num_layers)]
+        final_norm = weights.vector("model.norm.weight", config.width)
+        self._program = _record(config, blocks, final_norm, weights.ops)
         if config.tied_head:
             self._head = weights.tied_head("model.embed_tokens", (config.vocab_size, config.width))
         else:
@@ -142,31 +143,34 @@ class Llama:
 
     def forward(self, tokens_T: Int64Array, cache: KVCache) -> Float32Array:
         """Append tokens to the cache and return their hidden states (T, E) after the last norm."""
-        config, ops, start = self._config, self._ops, cache.length
+        start = cache.length
         end = start + len(tokens_T)
         cache.reserve(end)
-        cos, sin = self._rope.upto(end)
-        scale, eps = config.head_dim**-0.5, config.norm_eps
         sum_TE = self._embedding.rows(tokens_T)
-        next_norms = [block.attention_norm for block in self._blocks[1:]] + [self._final_norm]
-        x_TE = ops.rms_norm(sum_TE, self._blocks[0].attention_norm, eps)
-        for block, next_norm, window, keys, values in zip(
-            self._blocks, next_norms, config.windows, cache.keys, cache.values, strict=True
-        ):
-            q_TQ, k_TC, v_TC = block.qkv(x_TE)
-            ops.rope_store(q_TQ, k_TC, v_TC, cos, sin, keys, values, start)
-            (attended_TE,) = block.output(ops.attention(q_TQ, keys, values, start, window, scale))
-            x_TE = ops.add_rms_norm(sum_TE, attended_TE, block.mlp_norm, eps)
-            gate_TF, up_TF = block.gate_up(x_TE)
-            ops.gate(gate_TF, up_TF, config.activation)
-            (down_TE,) = block.down(gate_TF)
-            x_TE = ops.add_rms_norm(sum_TE, down_TE, next_norm, eps)
+        x_TE = self._program.run(sum_TE, [self._rope.upto(end)], cache.keys, cache.values, start)
         cache.length = end
         return x_TE
 
     def head(self, hidden_TE: Float32Array) -> Float32Array:
         """Return the logits (T, V) of hidden states that `forward` gave."""
         return self._head(hidden_TE)[0]
+
+
+def _record(config: LlamaConfig, blocks: list[_Block], final_norm: Float32Array, ops: Ops) -> Program:
+    program, eps, scale = Recorder(config.width), config.norm_eps, config.head_dim**-0.5
+    total = program.start
+    next_norms = [block.attention_norm for block in blocks[1:]] + [final_norm]
+    x = program.rms_norm(total, blocks[0].attention_norm, eps)
+    for layer, (block, next_norm, window) in enumerate(zip(blocks, next_norms, config.windows, strict=True)):
+        q, k, v = block.qkv.record(program, x)
+        program.rope_store(q, k, v, layer=layer)
+        (attended,) = block.output.record(program, program.attention(q, layer=layer, window=window, scale=scale))
+        x = program.add_rms_norm(total, attended, block.mlp_norm, eps)
+        gate, up = block.gate_up.record(program, x)
+        program.gate(gate, up, config.activation)
+        (down,) = block.down.record(program, gate)
+        x = program.add_rms_norm(total, down, next_norm, eps)
+    return program.finish(ops, x)
 
 
 def _load_block(config: LlamaConfig, name: str, weights: Weights) -> _Block:

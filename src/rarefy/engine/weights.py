@@ -14,6 +14,7 @@ from rarefy.artifact import Artifact
 from rarefy.core.errors import DamagedFileError, LayoutError
 from rarefy.kernels import Prepared, matmul_many, prepare
 from rarefy.kernels.ops import Float32Array, Int64Array, Ops
+from rarefy.kernels.program import Recorder, Register
 from rarefy.layouts import AnyLayout, DenseFloat
 
 
@@ -27,19 +28,24 @@ class Linears:
         biases: one (O,) bias or None per layer.
     """
 
-    __slots__ = ("_biases", "_ops", "weights")
+    __slots__ = ("_ops", "biases", "weights")
 
     def __init__(self, ops: Ops, weights: Sequence[Prepared], biases: Sequence[Float32Array | None]) -> None:
         self.weights = tuple(weights)
         self._ops = ops
-        self._biases = tuple((index, bias) for index, bias in enumerate(biases) if bias is not None)
+        self.biases = tuple(biases)
 
     def __call__(self, x_TI: Float32Array) -> list[Float32Array]:
         """Return x @ W^T + bias of every layer, each (T, O)."""
         outputs = matmul_many(x_TI, self.weights)
-        for index, bias in self._biases:
-            self._ops.add_bias(outputs[index], bias)
+        for y_TO, bias in zip(outputs, self.biases, strict=True):
+            if bias is not None:
+                self._ops.add_bias(y_TO, bias)
         return outputs
+
+    def record(self, program: Recorder, x: Register) -> list[Register]:
+        """Record the call; return the registers of the outputs."""
+        return program.products(x, self.weights, self.biases)
 
 
 @final

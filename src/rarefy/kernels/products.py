@@ -3,7 +3,7 @@
 Shapes: T rows of activations, O outputs, I inputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, final
@@ -25,29 +25,18 @@ Float32Array = NDArray[np.float32]
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Chain:
-    """x meets `inner`, and what comes out meets `outer`: a low-rank pair."""
+class _Parts:
+    """What a composed weight is made of.
 
-    inner: "Prepared"
-    outer: "Prepared"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Tapwise:
-    """Each run of x meets `inner`, and what comes out of all runs meets `outer`."""
-
-    inner: "Prepared"
-    outer: "Prepared"
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    """x meets both, and the outputs are added."""
+    Attributes:
+        first: x meets it, or with several runs each of x's.
+        second: what comes out of `first` meets it; in a sum x does, and the outputs are added.
+        num_runs: of x, 1 in a low-rank pair; 0 in a sum.
+    """
 
     first: "Prepared"
     second: "Prepared"
+    num_runs: int
 
 
 @final
@@ -59,29 +48,38 @@ class Prepared:
         format: the format of the layout it was made from.
         isa: the instruction set of its kernel.
         nbytes: bytes it holds in memory.
+        weights: of the extension; None where numpy multiplies.
+        parts: None unless the weight is made of others.
     """
 
-    __slots__ = ("format", "isa", "nbytes", "shape", "weights")
+    __slots__ = ("format", "isa", "nbytes", "parts", "reference", "shape", "weights")
 
     def __init__(self, layout: Layout, kernel: Kernel) -> None:
         self.shape = layout.shape
         self.format = layout.format
         self.isa = kernel.isa
         self.nbytes: int
-        self.weights: Weights | ReferenceWeights | _Chain | _Tapwise | _Sum
+        self.parts: _Parts | None = None
+        self.weights: Weights | None = None
+        self.reference: ReferenceWeights | None = None
         match layout:
             case LowRank():
-                self.weights = _Chain(*(_prepare_as(part, kernel) for part in (layout.right, layout.left)))
-                self.nbytes = self.weights.inner.nbytes + self.weights.outer.nbytes
+                self.parts = _Parts(_prepare_as(layout.right, kernel), _prepare_as(layout.left, kernel), 1)
             case Tapwise():
-                self.weights = _Tapwise(*(_prepare_as(part, kernel) for part in (layout.right, layout.left)))
-                self.nbytes = self.weights.inner.nbytes + self.weights.outer.nbytes
+                right, left = _prepare_as(layout.right, kernel), _prepare_as(layout.left, kernel)
+                self.parts = _Parts(right, left, layout.num_runs)
             case Sum():
-                self.weights = _Sum(*(_prepare_as(part, kernel) for part in layout.parts))
-                self.nbytes = self.weights.first.nbytes + self.weights.second.nbytes
-            case _:
-                self.weights = _repack(layout, kernel)
-                self.nbytes = int(self.weights.nbytes)
+                first, second = layout.parts
+                self.parts = _Parts(_prepare_as(first, kernel), _prepare_as(second, kernel), 0)
+        if self.parts is not None:
+            self.weights = _composed(self.parts)
+            self.nbytes = self.parts.first.nbytes + self.parts.second.nbytes
+            return
+        match _repack(layout, kernel):
+            case ReferenceWeights() as reference:
+                self.reference, self.nbytes = reference, reference.nbytes
+            case weights:
+                self.weights, self.nbytes = weights, int(weights.nbytes)
 
     def __repr__(self) -> str:
         return f"Prepared({self.format}, shape={self.shape}, isa={self.isa}, nbytes={self.nbytes})"
@@ -89,23 +87,26 @@ class Prepared:
     @property
     def tap_factors(self) -> "tuple[Prepared, Prepared] | None":
         """The right and the left factor of a tapwise weight, which a convolution meets one after the other."""
-        return (self.weights.inner, self.weights.outer) if isinstance(self.weights, _Tapwise) else None
+        if self.parts is None or not self.format.startswith("tapwise"):
+            return None
+        return self.parts.first, self.parts.second
 
     @property
     def takes_taps(self) -> bool:
         """Whether `matmul_taps` will do: activations that x itself is quantized to, in blocks of 64 columns."""
-        match self.weights:
-            case ReferenceWeights() | _Tapwise():
-                return False
-            case _Chain(inner, _):
-                return inner.takes_taps
-            case _Sum(first, second):
+        match self.parts:
+            case None:
+                return self.weights is not None and self.weights.is_integer
+            case _Parts(first, second, 0):
                 return first.takes_taps and second.takes_taps
-            case weights:
-                return bool(weights.is_integer)
+            case _Parts(first, _, _):
+                return self.tap_factors is None and first.takes_taps
 
     def matmul(self, x_TI: ArrayLike) -> Float32Array:
         """x @ W^T in float32; see `matmul`."""
+        weights = self.weights
+        if weights is not None and (y_TO := weights.multiply(x_TI)) is not None:
+            return y_TO
         return matmul_many(x_TI, (self,))[0]
 
     def matmul_taps(
@@ -121,23 +122,32 @@ class Prepared:
         Returns:
             float32 (T, O): the bits of `matmul` on the rows written out.
         """
-        match self.weights:
-            case _Chain(inner, outer):
-                return outer.matmul(inner.matmul_taps(x_PC, row_starts_T, tap_offsets_K))
-            case _Sum(first, second):
-                y_TO = first.matmul_taps(x_PC, row_starts_T, tap_offsets_K)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    return np.add(y_TO, second.matmul_taps(x_PC, row_starts_T, tap_offsets_K), out=y_TO)
-            case weights:
+        match self.parts:
+            case None:
                 module = native()
                 assert module is not None
                 y_TO = np.empty((len(row_starts_T), self.shape[0]), np.float32)
-                module.matmul_taps(x_PC, row_starts_T, tap_offsets_K, weights, y_TO)
+                module.matmul_taps(x_PC, row_starts_T, tap_offsets_K, self.weights, y_TO)
                 return y_TO
+            case _Parts(first, second, 0):
+                y_TO = first.matmul_taps(x_PC, row_starts_T, tap_offsets_K)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    return np.add(y_TO, second.matmul_taps(x_PC, row_starts_T, tap_offsets_K), out=y_TO)
+            case _Parts(first, second, _):
+                return second.matmul(first.matmul_taps(x_PC, row_starts_T, tap_offsets_K))
 
 
 def _prepare_as(part: Layout, kernel: Kernel) -> Prepared:
     return Prepared(part, Kernel(kernel.op, part.format, kernel.isa))
+
+
+def _composed(parts: _Parts) -> "Weights | None":
+    weights = parts.first.weights, parts.second.weights
+    module = None if None in weights else native()
+    if module is None:
+        return None
+    made: Weights = module.chain(*weights, parts.num_runs) if parts.num_runs else module.add(*weights)
+    return made
 
 
 def _repack(layout: Layout, kernel: Kernel) -> "Weights | ReferenceWeights":
@@ -229,71 +239,41 @@ def matmul_many(x_TI: ArrayLike, weights: Sequence[Prepared]) -> list[Float32Arr
     Raises:
         UsageError: the last axis of x is not the I of each weight.
     """
+    operators = [w.weights for w in weights]
+    module = None if None in operators else native()
+    if module is not None:
+        made: list[Float32Array] | None = module.multiply(x_TI, operators)
+        if made is not None:
+            return made
     x = np.asarray(x_TI, dtype=np.float32)
     if x.ndim == 0:
         raise UsageError("matmul", "x is a scalar", allowed="an array with at least one axis")
-    composed = False
     for w in weights:
-        composed |= isinstance(w.weights, _Chain | _Tapwise | _Sum)
         if x.shape[-1] != w.shape[1]:
             raise UsageError(
                 "matmul", f"x has shape {x.shape}, the weight {w.shape}", allowed=f"a last axis of {w.shape[1]}"
             )
+    x = np.require(x, requirements=["C", "A"])
+    if module is not None and operators:
+        made = module.multiply(x, operators)
+        assert made is not None
+        return made
     leading = x.shape[:-1]
-    rows_TI = np.ascontiguousarray(x if x.ndim == 2 else x.reshape(prod(leading), x.shape[-1]))
-    if composed:
-        results = iter(_products(rows_TI, [part for w in weights for part in _first_parts(w)]))
-        outputs = [_finish(w, rows_TI, results) for w in weights]
-    else:
-        outputs = _products(rows_TI, weights)
-    return outputs if x.ndim == 2 else [y_TO.reshape(*leading, y_TO.shape[1]) for y_TO in outputs]
+    rows_TI = x.reshape(prod(leading), x.shape[-1])
+    return [_product(rows_TI, w).reshape(*leading, w.shape[0]) for w in weights]
 
 
-def _first_parts(w: Prepared) -> list[Prepared]:
-    """The weights that x itself meets, so that those of all products share one fork-join."""
-    match w.weights:
-        case _Chain(inner, _):
-            return [inner]
-        case _Tapwise():
-            return []
-        case _Sum(first, second):
-            return _first_parts(first) + _first_parts(second)
-        case _:
-            return [w]
-
-
-def _finish(w: Prepared, x_TI: Float32Array, results: Iterator[Float32Array]) -> Float32Array:
-    """Make the product out of those with its first parts, which come in their order."""
-    match w.weights:
-        case _Chain(_, outer):
-            return _products(next(results), [outer])[0]
-        case _Tapwise(inner, outer):
-            if not x_TI.size:
-                return np.zeros((x_TI.shape[0], w.shape[0]), np.float32)
-            runs = inner.matmul(x_TI.reshape(-1, inner.shape[1]))
-            return outer.matmul(runs.reshape(x_TI.shape[0], outer.shape[1]))
-        case _Sum(first, second):
-            y_TO = _finish(first, x_TI, results)
+def _product(x_TI: Float32Array, w: Prepared) -> Float32Array:
+    """The product where some weight of a call is numpy's, part by part."""
+    match w.parts:
+        case None if w.reference is not None:
+            return w.reference.matmul(x_TI)
+        case _Parts(first, second, 0) if w.weights is None:
             with np.errstate(over="ignore", invalid="ignore"):
-                return np.add(y_TO, _finish(second, x_TI, results), out=y_TO)
+                y_TO: Float32Array = _product(x_TI, first) + _product(x_TI, second)
+                return y_TO
+        case _Parts(first, second, num_runs) if w.weights is None:
+            runs = x_TI.reshape(x_TI.shape[0] * num_runs, first.shape[1])
+            return _product(_product(runs, first).reshape(x_TI.shape[0], second.shape[1]), second)
         case _:
-            return next(results)
-
-
-def _products(x_TI: Float32Array, weights: Sequence[Prepared]) -> list[Float32Array]:
-    outputs: list[Float32Array] = []
-    native_weights = []
-    native_outputs = []
-    for w in weights:
-        if isinstance(w.weights, ReferenceWeights):
-            y_TO = w.weights.matmul(x_TI)
-        else:
-            y_TO = np.empty((x_TI.shape[0], w.shape[0]), np.float32)
-            native_weights.append(w.weights)
-            native_outputs.append(y_TO)
-        outputs.append(y_TO)
-    if native_weights:
-        module = native()
-        assert module is not None
-        module.matmul(x_TI, native_weights, native_outputs)
-    return outputs
+            return w.matmul(x_TI)

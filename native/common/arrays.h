@@ -1,0 +1,65 @@
+// numpy's arrays without nanobind's: that asks for each through DLPack and makes results in two calls of Python, which
+// takes as long as a small product. For bindings alone.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstring>
+
+namespace rarefy::common {
+
+// Memory that an object lends as float32 in C order, aligned, for as long as this lives.
+class Lent {
+public:
+    Lent() = default;
+    Lent(const Lent&) = delete;
+    Lent& operator=(const Lent&) = delete;
+    ~Lent() {
+        if (view_.obj != nullptr) PyBuffer_Release(&view_);
+    }
+
+    // False, and no error, where the object has no such memory.
+    bool borrow(nanobind::handle object, bool writable) {
+        const int flags = PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0);
+        if (!PyObject_CheckBuffer(object.ptr())) return false;
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
+            PyErr_Clear();
+            view_.obj = nullptr;
+            return false;
+        }
+        return view_.format != nullptr && std::strcmp(view_.format, "f") == 0 && view_.itemsize == 4;
+    }
+    float* data() const { return static_cast<float*>(view_.buf); }
+    int ndim() const { return view_.ndim; }
+    Py_ssize_t shape(int axis) const { return view_.shape[axis]; }
+    // All axes but the last.
+    Py_ssize_t num_rows() const {
+        Py_ssize_t count = 1;
+        for (int axis = 0; axis + 1 < view_.ndim; ++axis) count *= view_.shape[axis];
+        return count;
+    }
+
+private:
+    Py_buffer view_{};
+};
+
+// What numpy.empty makes of float32, with the shape of `like` but another last axis.
+inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
+    namespace nb = nanobind;
+    // Leaked: they live as long as the process.
+    static PyObject* const empty = nb::object(nb::module_::import_("numpy").attr("empty")).release().ptr();
+    static PyObject* const float32 = nb::object(nb::module_::import_("numpy").attr("dtype")("float32")).release().ptr();
+    const nb::object shape = nb::steal(PyTuple_New(like.ndim()));
+    if (!shape.is_valid()) throw nb::python_error();
+    for (int axis = 0; axis < like.ndim(); ++axis) {
+        PyObject* size = PyLong_FromSsize_t(axis + 1 < like.ndim() ? like.shape(axis) : width);
+        if (size == nullptr) throw nb::python_error();
+        PyTuple_SET_ITEM(shape.ptr(), axis, size);
+    }
+    PyObject* arguments[] = {shape.ptr(), float32};
+    nb::object made = nb::steal(PyObject_Vectorcall(empty, arguments, 2, nullptr));
+    if (!made.is_valid()) throw nb::python_error();
+    return made;
+}
+
+}  // namespace rarefy::common
