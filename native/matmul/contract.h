@@ -40,10 +40,11 @@ struct PanelWeights {
     const uint8_t* values;         // aligned to 64, as is the first value of each panel
     const int64_t* value_offsets;  // bytes from `values` to each panel, (num_panels + 1)
     const uint8_t* mask;           // (num_panels, num_blocks, bytes of the encoding)
-    // Of weights with scales.
-    const uint16_t* scales;      // bfloat16 bits, (num_panels, num_groups, 16)
-    const uint8_t* zero_points;  // (num_panels, num_groups, 16), or null: all are `zero_point`
-    int64_t num_groups;
+    // Of weights with scales: 16 of each group as bfloat16 bits, and the group's 16 zero points behind them, or null:
+    // all are `zero_point`. (num_panels, num_groups) such pieces of group_bytes, the pointers at the first.
+    const uint16_t* scales;
+    const uint8_t* zero_points;
+    int64_t num_groups, group_bytes;
     int64_t segments_per_group;
     int steps_per_segment;  // 16: a segment is a block; 8: half a block
     int zero_point;
@@ -53,6 +54,9 @@ struct PanelWeights {
     const uint8_t* table;          // what all panels share, aligned to 64
     int64_t parameter;
     bool skips_blocks;  // kernels pass over blocks that are zero, and begin every sum with Rows::starts
+
+    int64_t group_place(int64_t panel, int64_t group) const { return (panel * num_groups + group) * group_bytes; }
+    const uint16_t* scales_at(int64_t place) const { return scales + place / 2; }
 };
 
 // Activations as the kernels see them, padded with zeros to whole blocks.

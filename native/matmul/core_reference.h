@@ -65,11 +65,10 @@ void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
         for (int64_t block = 0; block < w.num_blocks; ++block) {
             for (int half = 0; half < 2; ++half) {
                 const int64_t segment = block * segments + (segments == 2 ? half : 0);
-                const int64_t group = panel * w.num_groups + segment / w.segments_per_group;
+                const int64_t place = w.group_place(panel, segment / w.segments_per_group);
                 for (int o = 0; o < kPanelOutputs; ++o)
-                    zero_points[half * kPanelOutputs + o] = w.zero_points == nullptr
-                                                                ? static_cast<uint8_t>(w.zero_point)
-                                                                : w.zero_points[group * kPanelOutputs + o];
+                    zero_points[half * kPanelOutputs + o] =
+                        w.zero_points == nullptr ? static_cast<uint8_t>(w.zero_point) : w.zero_points[place + o];
             }
             stream.block(zero_points, codes);
             for (int64_t row = part.row_begin; row < part.row_end; ++row) {
@@ -85,8 +84,7 @@ void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
                         for (int o = 0; o < kPanelOutputs; ++o)
                             dots[o] += q[column] * codes[column * kPanelOutputs + o];
                     const int64_t segment = block * segments + part_of_block;
-                    const uint16_t* scales =
-                        w.scales + (panel * w.num_groups + segment / w.segments_per_group) * kPanelOutputs;
+                    const uint16_t* scales = w.scales_at(w.group_place(panel, segment / w.segments_per_group));
                     for (int o = 0; o < num_outputs; ++o) {
                         const int32_t level = dots[o] - zero_points[part_of_block * kPanelOutputs + o] * sum;
                         y[o] = std::fma(static_cast<float>(level), row_scale * widen(scales[o]), y[o]);

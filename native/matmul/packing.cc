@@ -118,20 +118,20 @@ void Packing::pack_scales(int num_bits) {
     view.num_groups = ceil_div(num_segments, view.segments_per_group);
     if (view.num_groups < num_groups) view.num_groups = num_groups;
     view.zero_point = 1 << (num_bits - 1);
-    const int64_t count = view.num_panels * view.num_groups * kPanelOutputs;
-    uint8_t* packed_scales = allocate(count * 2);
-    uint8_t* packed_zero_points = zero_points == nullptr ? nullptr : allocate(count);
+    constexpr int64_t kScaleBytes = 2 * kPanelOutputs;
+    view.group_bytes = kScaleBytes + (zero_points == nullptr ? 0 : kPanelOutputs);
+    uint8_t* pieces = allocate(view.num_panels * view.num_groups * view.group_bytes);
     for (int64_t output = 0; output < num_outputs; ++output) {
         for (int64_t group = 0; group < num_groups; ++group) {
             const int64_t from = output * num_groups + group;
-            const int64_t to =
-                (output / kPanelOutputs * view.num_groups + group) * kPanelOutputs + output % kPanelOutputs;
-            std::memcpy(packed_scales + to * 2, scales + from * 2, 2);
-            if (packed_zero_points != nullptr) packed_zero_points[to] = zero_points->bytes[from];
+            uint8_t* piece = pieces + view.group_place(output / kPanelOutputs, group);
+            const int64_t lane = output % kPanelOutputs;
+            std::memcpy(piece + lane * 2, scales + from * 2, 2);
+            if (zero_points != nullptr) piece[kScaleBytes + lane] = zero_points->bytes[from];
         }
     }
-    view.scales = reinterpret_cast<const uint16_t*>(packed_scales);
-    view.zero_points = packed_zero_points;
+    view.scales = reinterpret_cast<const uint16_t*>(pieces);
+    view.zero_points = zero_points == nullptr ? nullptr : pieces + kScaleBytes;
 }
 
 void Packing::for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const {

@@ -62,11 +62,12 @@ struct Groups {
         ++group;
         return true;
     }
-    int64_t offset(int64_t panel, int half) const { return (panel * w.num_groups + group) * kPanelOutputs + 8 * half; }
-    __m256 scales(int64_t panel, int half) const { return widen_bf16(w.scales + offset(panel, half)); }
+    __m256 scales(int64_t panel, int half) const {
+        return widen_bf16(w.scales_at(w.group_place(panel, group)) + 8 * half);
+    }
     __m256i zero_points(int64_t panel, int half) const {
         if (w.zero_points == nullptr) return _mm256_set1_epi32(w.zero_point);
-        const auto* from = reinterpret_cast<const __m128i*>(w.zero_points + offset(panel, half));
+        const auto* from = reinterpret_cast<const __m128i*>(w.zero_points + w.group_place(panel, group) + 8 * half);
         return _mm256_cvtepu8_epi32(_mm_loadl_epi64(from));
     }
     template <class Stream>

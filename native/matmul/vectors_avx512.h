@@ -45,7 +45,7 @@ inline __m512i broadcast_4(const int8_t* from) {
 }
 
 inline __m512 widen_bf16(const uint16_t* from) {
-    const __m256i bits = _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
@@ -109,27 +109,27 @@ inline __m512i broadcast_pair(const uint16_t* from) {
 // Scales and zero points of the group that a segment lies in, walking the segments in order.
 struct Groups {
     const PanelWeights& w;
-    int64_t group, left;
+    int64_t place, left;
     Groups(const PanelWeights& weights, int64_t segment)
         : w(weights),
-          group(segment / weights.segments_per_group),
+          place(segment / weights.segments_per_group * weights.group_bytes),
           left(weights.segments_per_group - segment % weights.segments_per_group) {}
     // True when the next segment lies in another group.
     bool advance() {
         if (--left != 0) return false;
         left = w.segments_per_group;
-        ++group;
+        place += w.group_bytes;
         return true;
     }
-    // Fetches the scales of a kilobyte later.
-    void fetch(int64_t panel) const {
-        const uint16_t* from = w.scales + (panel * w.num_groups + group) * kPanelOutputs;
-        _mm_prefetch(reinterpret_cast<const char*>(from + 512), _MM_HINT_T0);
+    int64_t place_of(int64_t panel) const { return w.group_place(panel, 0) + place; }
+    // Fetches what stands a kilobyte later, or another number of bytes.
+    void fetch(int64_t panel, int64_t ahead = 1024) const {
+        _mm_prefetch(reinterpret_cast<const char*>(w.scales_at(place_of(panel) + ahead)), _MM_HINT_T0);
     }
-    __m512 scales(int64_t panel) const { return widen_bf16(w.scales + (panel * w.num_groups + group) * kPanelOutputs); }
+    __m512 scales(int64_t panel) const { return widen_bf16(w.scales_at(place_of(panel))); }
     __m512i zero_points(int64_t panel) const {
         return w.zero_points == nullptr ? _mm512_set1_epi32(w.zero_point)
-                                        : widen_bytes(w.zero_points + (panel * w.num_groups + group) * kPanelOutputs);
+                                        : widen_bytes(w.zero_points + place_of(panel));
     }
 };
 

@@ -67,11 +67,12 @@ struct Groups {
         ++group;
         return true;
     }
-    int64_t offset(int64_t panel) const { return (panel * w.num_groups + group) * kPanelOutputs; }
-    Floats scales(int64_t panel, int quarter) const { return widen_bf16(w.scales + offset(panel) + 4 * quarter); }
+    Floats scales(int64_t panel, int quarter) const {
+        return widen_bf16(w.scales_at(w.group_place(panel, group)) + 4 * quarter);
+    }
     int32x4_t zero_points(int64_t panel, int quarter) const {
         if (w.zero_points == nullptr) return vdupq_n_s32(w.zero_point);
-        const uint32_t four = load_u32(w.zero_points + offset(panel) + 4 * quarter);
+        const uint32_t four = load_u32(w.zero_points + w.group_place(panel, group) + 4 * quarter);
         return vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(four)))));
     }
     template <class Stream>

@@ -21,7 +21,7 @@ struct CellWalk {
         // What the walk through the next panel begins with, and no stream leads to.
         prefetch<0>(w.extra + w.extra_offsets[panel + 1], 192);
         if (w.scales != nullptr)
-            prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales + (panel + 1) * w.num_groups * kPanelOutputs), 256);
+            prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales_at(w.group_place(panel + 1, 0))), 256);
     }
     void store(const PanelWeights& w, const Part& part) const {
         Lanes(w, panel, part.y + part.row_begin * part.y_stride + panel * kPanelOutputs).store(total);
@@ -120,8 +120,8 @@ inline void take_cells_int(const PanelWeights& w, const Rows& rows, const Part& 
         constexpr int kCellsAhead = 5;
         if (walks[i]->end - walks[i]->cell > kCellsAhead) {
             const int64_t segment = cell_block(walks[i]->cell[kCellsAhead]) * (16 / kSteps);
-            _mm_prefetch(reinterpret_cast<const char*>(w.scales + SegmentGroup(w, walks[i]->panel, segment).offset),
-                         _MM_HINT_T0);
+            const int64_t place = SegmentGroup(w, walks[i]->panel, segment).place;
+            _mm_prefetch(reinterpret_cast<const char*>(w.scales_at(place)), _MM_HINT_T0);
         }
     }
     if constexpr (kSteps == 16) {

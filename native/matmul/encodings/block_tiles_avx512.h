@@ -69,14 +69,13 @@ struct RowBases {
 // The group of a segment of a panel. Divided anew for each: gaps of any length are nothing that a branch could predict.
 struct SegmentGroup {
     const PanelWeights& w;
-    int64_t offset;
+    int64_t place;
     SegmentGroup(const PanelWeights& weights, int64_t panel, int64_t segment)
         : w(weights),
-          offset((panel * weights.num_groups +
-                  static_cast<uint32_t>(segment) / static_cast<uint32_t>(weights.segments_per_group)) *
-                 kPanelOutputs) {}
-    __m512 scales() const { return widen_bf16(w.scales + offset); }
-    __m512i zero_points() const { return widen_bytes(w.zero_points + offset); }
+          place(weights.group_place(
+              panel, static_cast<uint32_t>(segment) / static_cast<uint32_t>(weights.segments_per_group))) {}
+    __m512 scales() const { return widen_bf16(w.scales_at(place)); }
+    __m512i zero_points() const { return widen_bytes(w.zero_points + place); }
 };
 
 // Four neighbouring lanes of activations, each for all lanes. A tile that is one panel wide would be bound by loads if

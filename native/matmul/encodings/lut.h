@@ -50,8 +50,8 @@ struct LutStream : PanelStream {
             if (column > 0 && column % (w.steps_per_segment * 4) == 0) ++segment;
             for (int output = 0; output < kPanelOutputs; ++output) {
                 const float entry = Coder::entry(w.table, Coder::code(values, column, output));
-                const int64_t group = panel * w.num_groups + segment / w.segments_per_group;
-                const float scale = w.scales == nullptr ? 1.0f : widen(w.scales[group * kPanelOutputs + output]);
+                const int64_t place = w.group_place(panel, segment / w.segments_per_group);
+                const float scale = w.scales == nullptr ? 1.0f : widen(w.scales_at(place)[output]);
                 out[column * kPanelOutputs + output] = entry * scale;
             }
         }

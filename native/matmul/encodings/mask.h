@@ -83,9 +83,10 @@ inline int take_stored_bits(Packing& packing) {
     PanelWeights& view = packing.view;
     const int num_bits = stored_bits(packing.format());
     view.zero_point = 1 << (num_bits - 1);
-    const int64_t num_zero_points = view.num_panels * view.num_groups * kPanelOutputs;
-    for (int64_t i = 0; view.zero_points != nullptr && i < num_zero_points; ++i)
-        require(view.zero_points[i] >> num_bits == 0, "zero point out of range");
+    const int64_t end = view.zero_points == nullptr ? 0 : view.group_place(view.num_panels, 0);
+    for (int64_t place = 0; place < end; place += view.group_bytes)
+        for (int output = 0; output < kPanelOutputs; ++output)
+            require(view.zero_points[place + output] >> num_bits == 0, "zero point out of range");
     return num_bits;
 }
 
@@ -117,10 +118,9 @@ inline uint64_t DiskMask::block(int64_t row, int64_t block) const {
     return load_bits(bytes + row * row_bytes + block * 8, left < 8 ? left : 8);
 }
 
-// Of segments that are blocks.
-inline int zero_point_of(const PanelWeights& w, int64_t panel, int64_t block, int row) {
+inline int zero_point_of(const PanelWeights& w, int64_t panel, int64_t segment, int row) {
     if (w.zero_points == nullptr) return w.zero_point;
-    return w.zero_points[(panel * w.num_groups + block / w.segments_per_group) * kPanelOutputs + row];
+    return w.zero_points[w.group_place(panel, segment / w.segments_per_group) + row];
 }
 
 template <int kBits>

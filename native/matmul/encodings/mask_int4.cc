@@ -46,6 +46,7 @@ namespace {
 
 template <bool kOneRow>
 struct Stream : PanelStream {
+    static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
     const uint8_t* high;
     void start(const PanelWeights& w, int64_t panel) {

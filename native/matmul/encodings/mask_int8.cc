@@ -41,6 +41,7 @@ namespace {
 
 template <bool kOneRow>
 struct Stream : PanelStream {
+    static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 0;
     void fetch(int num_steps) const {
         prefetch<4096>(values, num_steps * 32);

@@ -134,9 +134,7 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&), int stored_bits =
             for (int64_t segment = 0; segment < view.num_blocks * segments; ++segment, out += plan.segment_bytes) {
                 uint64_t bits = mask.block(first + row, segment / segments);
                 if (segments == 2) bits = bits >> (segment % 2 * 32) & 0xffffffff;
-                const int64_t scale_group = panel * view.num_groups + segment / view.segments_per_group;
-                const int zero_point =
-                    view.zero_points == nullptr ? view.zero_point : view.zero_points[scale_group * kPanelOutputs + row];
+                const int zero_point = zero_point_of(view, panel, segment, row);
                 NmList list{};
                 std::memset(list.codes, zero_point, sizeof(list.codes));
                 fill_list(plan, bits, codes.bytes, stored_bits, cursor, list);

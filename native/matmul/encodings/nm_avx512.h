@@ -144,9 +144,7 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
     for (int64_t segment = begin; segment < end; ++segment) {
         for (int64_t offset = 0; offset < shape.segment_bytes; offset += 64)
             _mm_prefetch(reinterpret_cast<const char*>(from + ahead + offset), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(w.scales + (panel * w.num_groups + groups.group + kListSegments) *
-                                                                  kPanelOutputs),
-                     _MM_HINT_T0);
+        groups.fetch(panel, kListSegments * w.group_bytes);
         __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
         const __m512i zero_points = every_byte(groups.zero_points(panel));
         if constexpr (kQuarters > 0) {
