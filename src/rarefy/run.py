@@ -24,11 +24,12 @@ from rarefy.calibrate.attention import fast_attention
 from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
 from rarefy.calibrate.calls import Call
 from rarefy.calibrate.data import Examples, fitting_length, gather
-from rarefy.calibrate.gradients import dense_gradients
+from rarefy.calibrate.gradients import Gradients, dense_gradients
 from rarefy.calibrate.inputs import example_calls
 from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype, explained
 from rarefy.calibrate.rows import count_rows, count_tokens
+from rarefy.calibrate.statistics import GradientStatistic
 from rarefy.checkpoint import (
     Checkpoint,
     can_resume,
@@ -179,7 +180,25 @@ def compress(
             baseline = measure_before(loaded, data.held_out, data.windows_NL, source=data.source, dtype=dtype)
     steps_of = {layer.layer: [parsed.steps[place] for place in layer.places] for layer in layers}
     wanted = {name: [each for step in steps for each in step.statistics()] for name, steps in steps_of.items()}
-    gradients = dense_gradients(loaded, structure, wanted, data, dtype=dtype, loss=loss, seed=seed, progress=progress)
+    gradients: Gradients | None = None
+    if any(isinstance(each, GradientStatistic) for own in wanted.values() for each in own):
+        with (
+            clock.phase("gradients"),
+            fast_attention(),
+            removed_if_hopeless(checkpoint),
+            explained(dtype, loaded.model),
+        ):
+            gradients = dense_gradients(
+                loaded,
+                structure,
+                wanted,
+                data,
+                dtype=dtype,
+                loss=loss,
+                seed=seed,
+                directory=_beside(out),
+                progress=progress,
+            )
     if any(isinstance(step.allocation, ModelAllocation) for step in parsed.steps):
         with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint), explained(dtype, loaded.model):
             layers = allocate(
@@ -206,7 +225,7 @@ def compress(
             checkpoint=checkpoint,
             gradients=gradients,
         )
-        del gradients  # and the copy of the model that it may hold
+        del gradients  # and its scratch file
     tied = {layer.name: layer.tied_to for layer in structure.layers if layer.tied_to in solved.layouts}
     tensors = _rest(loaded, solved.layouts, structure, half=parsed.rest_dtype == "bfloat16")
     tensors |= {name: bias_O.numpy() for name, bias_O in solved.biases.items()}
@@ -345,11 +364,16 @@ def _rest(
 @contextlib.contextmanager
 def _scratch(out: str | os.PathLike[str] | None) -> Iterator[Path]:
     """A directory for the result while it is measured: beside `out`, where there is room for it."""
+    with tempfile.TemporaryDirectory(prefix=".rarefy-", dir=_beside(out)) as scratch:
+        yield Path(scratch)
+
+
+def _beside(out: str | os.PathLike[str] | None) -> Path | None:
+    """The directory that is there already on the way to `out`; None where nothing is to be written."""
     parent = None if out is None else Path(os.path.realpath(out)).parent
     while parent is not None and not parent.is_dir():
         parent = parent.parent
-    with tempfile.TemporaryDirectory(prefix=".rarefy-", dir=parent) as scratch:
-        yield Path(scratch)
+    return parent
 
 
 @final

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from rarefy.calibrate.calls import Call
 from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
-from rarefy.calibrate.gradients import Gradients, Sample, chunks_of, collect_gradients, samples_of
+from rarefy.calibrate.gradient_sums import chunks_of
+from rarefy.calibrate.gradients import collect_gradients
 from rarefy.calibrate.losses import negative_log_likelihood
+from rarefy.calibrate.samples import samples_of
 from rarefy.core.errors import NonFiniteError, UnsupportedModelError, UsageError
 from rarefy.models import load_model
 from rarefy.nn import find_weight
@@ -51,10 +53,12 @@ def data() -> tuple[Tensor, Tensor]:
 
 def collected(net, data, statistics, layers=LAYERS, **options):
     x, labels = data
-    samples = samples_of([Call((part,), {}) for part in x.split(4)], list(labels.split(4)))
-    assert len(samples) == NUM_SAMPLES
-    weights = {layer: find_weight(net, layer) for layer in layers}
-    return collect_gradients(net, samples, dict.fromkeys(layers, statistics), weights, **options)
+    calls, batches = [Call((part,), {}) for part in x.split(4)], list(labels.split(4))
+    assert len(samples_of(calls, batches)) == len(x)
+    wanted = dict.fromkeys(layers, statistics)
+    options = {"dtype": x.dtype} | options
+    gradients = collect_gradients(load_model(net), (), calls, batches, wanted, **options)
+    return {layer: own for layer in layers if (own := gradients.of(layer)) is not None}
 
 
 def flat(value: Tensor, layer: str) -> Tensor:
@@ -187,48 +191,39 @@ def test_nan_names_the_layer(net, data):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_give_the_same_as_one_pass(net, data, dtype):
-    loaded = load_model(net.float())
     x, labels = data[0].float(), data[1]
-    calls, batches = [Call((part,), {}) for part in x.split(3)], list(labels.split(3))
-    wanted = {layer: (FisherBlocks(4), GradientMean()) for layer in LAYERS}
-    most = max(
-        4 * sum(each.num_floats(find_weight(net, layer).matrix.shape) for each in own) for layer, own in wanted.items()
-    )
+    statistics = (FisherBlocks(4), GradientMean())
+    sizes = [sum(each.num_floats(find_weight(net, layer).matrix.shape) for each in statistics) for layer in LAYERS]
     ticks: list[tuple[int, int]] = []
-    whole = Gradients(loaded, calls, batches, wanted, dtype=dtype, budget_bytes=1 << 30)
-    chunked = Gradients(
-        loaded, calls, batches, wanted, dtype=dtype, budget_bytes=most, tick=lambda *now: ticks.append(now)
+    whole = collected(net.float(), (x, labels), statistics, dtype=dtype)
+    chunked = collected(
+        net, (x, labels), statistics, dtype=dtype, budget_bytes=4 * max(sizes), tick=lambda *now: ticks.append(now[:2])
     )
-    for layer in (*LAYERS, LAYERS[0]):  # the first once more
-        one, other = whole.of(layer), chunked.of(layer)
-        assert one is not None
-        assert other is not None
-        assert all(torch.equal(one[statistic], other[statistic]) for statistic in wanted[layer])
+    for layer in LAYERS:
+        assert all(torch.equal(whole[layer][statistic], chunked[layer][statistic]) for statistic in statistics)
     assert ticks[-1][0] == ticks[-1][1] > NUM_SAMPLES
-    assert whole.of("unused") == {}
 
 
 def test_gradients_are_those_of_the_model_as_it_was(net, data):
-    loaded = load_model(net.float())
-    calls, labels = [Call((data[0].float(),), {})], [data[1]]
-    gradients = Gradients(loaded, calls, labels, {"linear": (GradientMean(),)})
-    expected = Gradients(loaded, calls, labels, {"linear": (GradientMean(),)}).of("linear")
+    calls, wanted = [Call((data[0],), {})], {"linear": (GradientMean(),)}
+    gradients = collect_gradients(load_model(net), (), calls, [data[1]], wanted, dtype=torch.float64)
+    expected = gradients_of(net, data, "linear").mean(0).float()
     net.linear.weight.data.zero_()
-    found = gradients.of("linear")
-    assert found is not None
-    assert expected is not None
-    assert torch.equal(found[GradientMean()], expected[GradientMean()])
+    for _ in range(2):
+        found = gradients.of("linear")
+        assert found is not None
+        torch.testing.assert_close(found[GradientMean()], expected)
+        found[GradientMean()].zero_()  # the caller's own
+    assert gradients.of("unused") == {}
 
 
 def test_blocks_that_do_not_fit_are_refused_with_a_size_that_does(net, data):
-    loaded = load_model(net.float())
-    call, labels = [Call((data[0].float(),), {})], [data[1]]
     budget = 4 * FisherBlocks(2).num_floats((3, 5))
     with pytest.raises(
         UsageError, match=r"layer linear: its Fisher blocks of 5 columns take \d+ bytes.*block_size: 2 "
     ):
-        Gradients(loaded, call, labels, {"linear": (FisherBlocks(5),)}, budget_bytes=budget)
-    Gradients(loaded, call, labels, {"linear": (FisherBlocks(2),)}, budget_bytes=budget)
+        collected(net, data, (FisherBlocks(5),), ("linear",), budget_bytes=budget)
+    assert "linear" in collected(net, data, (FisherBlocks(2),), ("linear",), budget_bytes=budget)
 
 
 def test_what_a_sample_is():
@@ -296,13 +291,10 @@ def test_labels_are_classes_or_numbers():
 
 
 def test_a_sample_may_have_any_loss(net, data):
-    """The gradient of the sum of outputs by a bias-free view of the last layer is its input."""
+    """The gradient of one output by a layer without bias is nothing in the rows of the others."""
     x, labels = data
-    samples = [Sample(Call((x[:1],), {}), labels[:1])]
-    weights = {"linear": find_weight(net, "linear")}
-    found = collect_gradients(
-        net, samples, {"linear": (GradientMean(),)}, weights, loss=lambda output, label: output[0, label[0]]
-    )
+    one = x[:1], labels[:1]
+    found = collected(net, one, (GradientMean(),), ("linear",), loss=lambda output, label: output[0, label[0]])
     value = found["linear"][GradientMean()]
     assert value[int(labels[0])].abs().sum() > 0
     others = [row for row in range(3) if row != int(labels[0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,10 @@ def substitute(value: Any, substitutes: Mapping[Place, Any], path: Place = ()) -
             return items
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, dict):
-        return {key: substitute(item, substitutes, (*path, key)) for key, item in value.items()}
+        new = copy.copy(value)  # of its own class: transformers' outputs have their entries as attributes too
+        for key, item in value.items():
+            new[key] = substitute(item, substitutes, (*path, key))
+        return new
     return value
 
 

@@ -1,269 +1,132 @@
-"""Statistics of gradients: forward and backward passes of the whole dense model, a sample at a time.
+"""Statistics of gradients of the dense model: one pass forward and one backward, a block at a time.
 
-Shape suffixes: O outputs, I inputs.
-
-A layer's gradient is added to its sums as soon as the backward pass has it, and freed: what is held at once are the
-model, the activations of one sample, one gradient, and the sums. Where the sums of all layers are more than a budget,
-the layers are taken in chunks, each with passes of its own, which go back to the first layer of the chunk only.
+Forward, every block's outputs go to disk, for each sample. Backward, from the last block to the first, each block is
+computed again from what it was given, with the gradients that came back to its outputs; they go on to its inputs, and
+from those of its weights the statistics are made, which go to disk too when the block is done. What is in memory is one
+block, the sums of its statistics, and the gradients of all samples between two blocks. A model that is no row of blocks
+is one block: the same passes, with the whole of it in memory.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibrate.backward import GradientPass, block_of
 from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.data import CalibrationData
-from rarefy.calibrate.gradient_statistics import FisherBlocks
+from rarefy.calibrate.gradient_sums import Wanted, chunks_of, most_bytes, sum_bytes, without_gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
-from rarefy.calibrate.losses import Loss, negative_log_likelihood
-from rarefy.calibrate.precision import cast_parameters
-from rarefy.calibrate.statistics import GradientStatistic, Statistic, Sum
-from rarefy.core.errors import NonFiniteError, UsageError
+from rarefy.calibrate.losses import Loss
+from rarefy.calibrate.replay import Replay, UnlikeCallsError
+from rarefy.calibrate.samples import samples_of
+from rarefy.calibrate.scratch import Scratch, Stored
+from rarefy.calibrate.statistics import GradientStatistic, Statistic
 from rarefy.models.loaded import LoadedModel
 from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Structure
 from rarefy.nn import Weight, find_weight
-from rarefy.nn.matrices import Matrix
 
-_MOST_BYTES = 2 << 30
-_SHARE_OF_MEMORY = 4
-
-
-@final
-@dataclass(frozen=True)
-class Sample:
-    """What one gradient is of: a call, and the labels of what is in it."""
-
-    call: Call
-    labels: Tensor | None = None
-
-
-def samples_of(calls: Sequence[Call], labels: Sequence[Tensor | None]) -> list[Sample]:
-    """Cut batches into samples, where it is known what a sample is; else a batch is one.
-
-    It is known of token ids and wherever there are labels: both have an entry for each sample along their first axis,
-    and so have then those arguments that are as long.
-    """
-    samples = []
-    for call, own in zip(calls, labels, strict=True):
-        ids = call.kwargs.get("input_ids")
-        counted = own if own is not None else ids if isinstance(ids, Tensor) and ids.ndim > 1 else None
-        if counted is None or counted.ndim == 0:
-            samples.append(Sample(call, own))
-            continue
-        count = counted.shape[0]
-        for row in range(count):
-            args = tuple(_row(value, row, count) for value in call.args)
-            kwargs = {key: _row(value, row, count) for key, value in call.kwargs.items()}
-            samples.append(Sample(Call(args, kwargs), None if own is None else own[row : row + 1]))
-    return samples
-
-
-def _row(value: Any, row: int, count: int) -> Any:
-    has_rows = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == count
-    return value[row : row + 1] if has_rows else value
-
-
-def collect_gradients(
-    model: nn.Module,
-    samples: Sequence[Sample],
-    wanted: Mapping[str, Sequence[GradientStatistic]],
-    weights: Mapping[str, Weight],
-    *,
-    loss: Loss | None = None,
-    seed: int = 0,
-    tick: Callable[[], None] = lambda: None,
-) -> dict[str, dict[Statistic, Tensor]]:
-    """Run a model forward and backward over all samples and return the finished statistics of its layers.
-
-    Args:
-        model: the module, in evaluation mode; its parameters are as before afterwards.
-        samples: one gradient is taken of each.
-        wanted: for each layer name the statistics to collect.
-        weights: the matrix of each layer.
-        loss: of the output and the labels, to a scalar; None: see `losses.negative_log_likelihood`.
-        seed: of labels that are drawn.
-        tick: called after each sample.
-
-    Returns:
-        For each layer that got a gradient, each statistic; of a matrix whose rows meet inputs of their own in groups,
-        one for each group, along a first axis.
-
-    Raises:
-        NonFiniteError: a loss or a layer's gradient is NaN or infinite.
-    """
-    states = {
-        layer: {statistic: _empty(statistic, weights[layer].matrix) for statistic in statistics}
-        for layer, statistics in wanted.items()
-    }
-    seen: set[str] = set()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad(), _hooks(model, states, weights, seen):
-        for number, sample in enumerate(samples):
-            output = model(*sample.call.args, **sample.call.kwargs)
-            if loss is None:
-                value = negative_log_likelihood(model, sample.call, output, sample.labels, generator)
-            else:
-                value = loss(output, sample.labels)
-            if not bool(torch.isfinite(value.detach())):
-                raise NonFiniteError(
-                    f"calibration sample {number}", "its loss is NaN or infinite", hint="look at the model's outputs"
-                )
-            if value.requires_grad:
-                value.backward()  # type: ignore[no-untyped-call]
-            tick()
-    return {layer: _finished(layer, weights[layer], states.pop(layer)) for layer in wanted if layer in seen}
-
-
-def _empty(statistic: GradientStatistic, matrix: Matrix) -> Sum:
-    return statistic.init(matrix.shape, math.prod(matrix.taps))
-
-
-@contextmanager
-def _hooks(
-    model: nn.Module,
-    states: Mapping[str, Mapping[GradientStatistic, Sum]],
-    weights: Mapping[str, Weight],
-    seen: set[str],
-) -> Iterator[None]:
-    """Let backward passes compute the gradients of the wanted layers alone, and add each at once to its sums."""
-    layers_of: dict[int, list[str]] = {}
-    for layer in states:
-        layers_of.setdefault(id(weights[layer].parameter), []).append(layer)
-
-    def add(parameter: Tensor) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
-        assert gradient is not None
-        for layer in layers_of[id(parameter)]:
-            gradient_OI = weights[layer].matrix.of(gradient)
-            for statistic, state in states[layer].items():
-                statistic.add_gradient(state, gradient_OI)
-            seen.add(layer)
-
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    handles = []
-    try:
-        for parameter, _, _ in before:
-            parameter.grad = None
-            parameter.requires_grad_(id(parameter) in layers_of)
-            if id(parameter) in layers_of:
-                handles.append(parameter.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, required, gradient in before:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
-
-
-def _finished(layer: str, weight: Weight, states: Mapping[GradientStatistic, Sum]) -> dict[Statistic, Tensor]:
-    finished: dict[Statistic, Tensor] = {}
-    for statistic, state in states.items():
-        value = statistic.finish(state)
-        if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
-            raise NonFiniteError(
-                f"layer {layer}",
-                f"its gradients are NaN or infinite ({type(statistic).__name__})",
-                hint="the backward pass overflows on this calibration data; try compute_dtype float32, or other data",
-            )
-        num_groups = weight.matrix.num_row_groups
-        finished[statistic] = value if num_groups == 1 else value.view(num_groups, -1, *value.shape[1:])
-    return finished
+Tick = Callable[[int, int, str], None]
 
 
 @final
 class Gradients:
-    """The gradient statistics of a model's layers as it was given, collected when a layer's are asked for.
+    """The gradient statistics of a model's layers, on disk.
 
     Args:
-        loaded: the model; a copy of it is held until the statistics of all layers are there or, where they do not fit
-            the budget at once, as long as this object is. One of a streaming model is in memory in passes only.
-        calls: the model's arguments, one entry per batch.
-        labels: of each batch, or None.
-        wanted: for each layer the statistics, in the order in which they will be asked for.
-        dtype: of the passes.
-        loss: see `collect_gradients`.
-        seed: of labels that are drawn.
-        budget_bytes: for the sums that are held at once; None: a quarter of the machine's memory, at most 2 GiB.
-        tick: told how many samples are done, of how many.
-
-    Raises:
-        UsageError: the blocks of one layer alone are more than the budget.
+        layers: all that wanted any.
+        places: of those that got a gradient, where each statistic lies.
+        scratch: the file.
     """
 
     def __init__(
-        self,
-        loaded: LoadedModel,
-        calls: Sequence[Call],
-        labels: Sequence[Tensor | None],
-        wanted: Mapping[str, Sequence[GradientStatistic]],
-        *,
-        dtype: torch.dtype = torch.float32,
-        loss: Loss | None = None,
-        seed: int = 0,
-        budget_bytes: int | None = None,
-        tick: Callable[[int, int], None] = lambda _done, _total: None,
+        self, layers: Collection[str], places: Mapping[str, Mapping[Statistic, Stored]], scratch: Scratch
     ) -> None:
-        self._loaded: LoadedModel | None = dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
-        self._samples = samples_of(cast_inputs(calls, dtype), labels)
-        self._wanted = dict(wanted)
-        self._dtype, self._loss, self._seed = dtype, loss, seed
-        budget = most_bytes() if budget_bytes is None else budget_bytes
-        shapes = {layer: find_weight(loaded.model, layer).matrix.shape for layer in wanted}
-        self._chunks = chunks_of(wanted, shapes, budget)
-        self._chunk = -1
-        self._found: dict[str, dict[Statistic, Tensor]] = {}
-        self._tick = tick
-        self._done = 0
+        self._layers = frozenset(layers)
+        self._places = places
+        self._scratch = scratch
 
     def of(self, layer: str) -> Mapping[Statistic, Tensor] | None:
         """The statistics of a layer; none where it wants none, and None where no gradient reached it."""
-        if layer not in self._wanted:
+        if layer not in self._layers:
             return {}
-        chunk = next(number for number, layers in enumerate(self._chunks) if layer in layers)
-        if chunk != self._chunk:
-            self._collect(chunk)
-        return self._found.get(layer)
+        if layer not in self._places:
+            return None
+        self._scratch.forget()
+        return {statistic: self._scratch.get(place) for statistic, place in self._places[layer].items()}
 
-    def _collect(self, chunk: int) -> None:
-        assert self._loaded is not None
-        self._found.clear()
-        release_freed_memory()
-        loaded, model = self._loaded, self._loaded.model
-        wanted = {layer: self._wanted[layer] for layer in self._chunks[chunk]}
-        total = len(self._samples) * len(self._chunks)
 
-        def tick() -> None:
-            self._done += 1
-            self._tick(min(self._done, total), total)
+def collect_gradients(
+    loaded: LoadedModel,
+    blocks: Sequence[str],
+    calls: Sequence[Call],
+    labels: Sequence[Tensor | None],
+    wanted: Wanted,
+    *,
+    dtype: torch.dtype = torch.float32,
+    loss: Loss | None = None,
+    seed: int = 0,
+    directory: Path | None = None,
+    budget_bytes: int | None = None,
+    tick: Tick = lambda _done, _total, _what: None,
+) -> Gradients:
+    """Take the gradients of a model as it is.
 
-        loaded.materialize("", dtype=self._dtype)
-        weights = {layer: find_weight(model, layer) for layer in wanted}
-        with (
-            calibration_mode(model),
-            without_cache(model),
-            cast_parameters([model], self._dtype, restore=False),
-        ):
-            self._found = collect_gradients(
-                model, self._samples, wanted, weights, loss=self._loss, seed=self._seed, tick=tick
-            )
-        loaded.release("")
-        self._chunk = chunk
-        if len(self._chunks) == 1:
-            self._loaded = None
-        release_freed_memory()
+    Args:
+        loaded: the model, which is afterwards as before.
+        blocks: names of its blocks; none: the whole of it is in memory at once, as it is where blocks share a wanted
+            weight, or are not called once each in one order with tensors and plain values.
+        calls: the model's arguments, one entry per batch.
+        labels: of each batch, or None.
+        wanted: for each layer its statistics.
+        dtype: of the passes.
+        loss: of the output and the labels of a sample, to a scalar; None: `losses.negative_log_likelihood`. It is asked
+            twice where a weight is wanted that is used before the blocks and after them.
+        seed: of labels that are drawn.
+        directory: where scratch files lie; None: where temporary files do.
+        budget_bytes: for the sums that are held at once; None: a quarter of the machine's memory, at most 2 GiB. A
+            block whose sums are more is computed several times.
+        tick: told how many samples of a block are done, of how many, and of which block.
+
+    Raises:
+        UsageError: the Fisher blocks of one layer alone are more than the budget.
+        NonFiniteError: a loss or a layer's gradient is NaN or infinite.
+        OutputError: there is too little room for scratch files.
+    """
+    weights = {layer: find_weight(loaded.model, layer) for layer in wanted}
+    shapes = {layer: weight.matrix.shape for layer, weight in weights.items()}
+    budget = most_bytes() if budget_bytes is None else budget_bytes
+    chunks_of(wanted, shapes, budget)  # refuses what is too large, before the work
+    samples = samples_of(cast_inputs(calls, dtype), labels)
+    scratch = Scratch(directory)
+    scratch.check_room(sum(sum_bytes(each, shapes[layer]) for layer in wanted for each in wanted[layer]), "gradients")
+    places: dict[str, dict[Statistic, Stored]] = {}
+    in_blocks = len(blocks) > 1 and not _share(loaded.model, blocks, weights.values())
+    with calibration_mode(loaded.model), without_cache(loaded.model), without_gradients(loaded.model):
+        for own in (blocks, ()) if in_blocks else ((),):
+            with Scratch(directory) as borders:
+                replay = Replay(loaded.model, own, samples, borders)
+                try:
+                    places = GradientPass(loaded, replay, wanted, weights, dtype, budget, scratch, tick).run(loss, seed)
+                    break
+                except UnlikeCallsError:
+                    continue
+    release_freed_memory()
+    return Gradients(wanted, places, scratch)
+
+
+def _share(model: nn.Module, blocks: Sequence[str], weights: Iterable[Weight]) -> bool:
+    """Whether a weight is in more than one block, or in one and outside of them."""
+    homes: dict[int, set[str | None]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module.parameters(recurse=False):
+            homes.setdefault(id(parameter), set()).add(block_of(name, blocks))
+    return any(len(homes[id(weight.parameter)]) > 1 for weight in weights)
 
 
 def dense_gradients(
@@ -275,85 +138,31 @@ def dense_gradients(
     dtype: torch.dtype,
     loss: Loss | None,
     seed: int,
+    directory: Path | None,
     progress: Callable[[str, int, int, str], None] | None,
 ) -> Gradients | None:
-    """The gradients of a model as it is now, in the order in which layers are solved; None if no layer wants any."""
-    outside = {layer.name for layer in structure.layers if layer.block is None}
+    """The gradients of a model as it is now; None if no layer wants any."""
     chosen: dict[str, list[GradientStatistic]] = {}
-    for layer in sorted(wanted, key=lambda layer: layer in outside):
-        own = [statistic for statistic in dict.fromkeys(wanted[layer]) if isinstance(statistic, GradientStatistic)]
+    for layer, statistics in wanted.items():
+        own = [statistic for statistic in dict.fromkeys(statistics) if isinstance(statistic, GradientStatistic)]
         if own:
             chosen[layer] = own
     if not chosen:
         return None
 
-    def tick(done: int, total: int) -> None:
+    def tick(done: int, total: int, what: str) -> None:
         if progress is not None:
-            progress("gradients", done, total, "")
+            progress("gradients", done, total, what)
 
-    return Gradients(loaded, data.calls, data.labels, chosen, dtype=dtype, loss=loss, seed=seed, tick=tick)
-
-
-def most_bytes() -> int:
-    """What the sums of gradient statistics may take at once on this machine."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(_MOST_BYTES, physical // _SHARE_OF_MEMORY)
-
-
-def chunks_of(
-    wanted: Mapping[str, Sequence[GradientStatistic]], shapes: Mapping[str, tuple[int, int]], budget: int
-) -> list[list[str]]:
-    """Runs of layers whose sums fit a budget together: as few as there can be, and of those with the smallest largest.
-
-    Raises:
-        UsageError: the blocks of one layer alone are more than the budget.
-    """
-    size_of: dict[str, int] = {}
-    for layer, statistics in wanted.items():
-        size_of[layer] = sum(sum_bytes(statistic, shapes[layer]) for statistic in statistics)
-        for statistic in statistics:
-            if isinstance(statistic, FisherBlocks) and sum_bytes(statistic, shapes[layer]) > budget:
-                raise _too_large(layer, statistic, shapes[layer], budget)
-    chunks = _runs(size_of, budget)
-    low, high = 0, budget
-    while high - low > 1:
-        middle = (low + high) // 2
-        tighter = _runs(size_of, middle)
-        if len(tighter) > len(chunks):
-            low = middle
-        else:
-            chunks, high = tighter, middle
-    return chunks
-
-
-def _runs(size_of: Mapping[str, int], most: int) -> list[list[str]]:
-    """Runs of layers that are at most so large, or have one layer that is larger alone."""
-    runs: list[list[str]] = []
-    used = 0
-    for layer, size in size_of.items():
-        if not runs or used + size > most:
-            runs.append([])
-            used = 0
-        runs[-1].append(layer)
-        used += size
-    return runs
-
-
-def sum_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
-    """Bytes of the sum of a statistic for a matrix."""
-    return 4 * statistic.num_floats(shape)
-
-
-def _too_large(layer: str, statistic: FisherBlocks, shape: tuple[int, int], budget: int) -> UsageError:
-    fits = statistic.block_size
-    while fits > 1 and sum_bytes(FisherBlocks(fits), shape) > budget:
-        fits -= 1
-    needed = sum_bytes(statistic, shape)
-    return UsageError(
-        f"layer {layer}",
-        f"its Fisher blocks of {statistic.block_size} columns take {needed} bytes",
-        allowed=f"{budget} bytes",
-        hint=f"block_size: {fits} fits"
-        if sum_bytes(FisherBlocks(fits), shape) <= budget
-        else "exclude the layer, or use obd",
+    return collect_gradients(
+        loaded,
+        [block.name for block in structure.blocks],
+        data.calls,
+        data.labels,
+        chosen,
+        dtype=dtype,
+        loss=loss,
+        seed=seed,
+        directory=directory,
+        tick=tick,
     )

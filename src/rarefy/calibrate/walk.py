@@ -7,7 +7,8 @@ model's business, and the order of the blocks is the order in which the model ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -16,12 +17,38 @@ from rarefy.calibrate.calls import Call, Place, leaves, same, substitute
 from rarefy.core.errors import UnsupportedModelError
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Stops the model's forward pass at the block it has reached. Not an Exception: no model may swallow it."""
 
     def __init__(self, name: str, call: Call) -> None:
         self.name = name
         self.call = call
+
+
+@contextmanager
+def intercepted(
+    model: nn.Module, names: Iterable[str], answer: Callable[[str, Callable[..., Any], Call], Any]
+) -> Iterator[None]:
+    """Let something else answer where a model calls some of its modules.
+
+    Args:
+        model: the module.
+        names: of the modules inside it.
+        answer: given a module's name, its own forward method and the arguments; it returns what the call does.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
+
+    def forward_of(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: answer(name, original, Call(args, kwargs))
+
+    for name, module in modules.items():
+        # An instance attribute shadows the class's forward; the block keeps its own attributes, which models read.
+        module.forward = forward_of(name, module.forward)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            del module.__dict__["forward"]
 
 
 @final
@@ -40,7 +67,7 @@ class BlockWalk:
         self._model = model
         self._stack_of = dict(blocks)
         self._batches = list(batches)
-        self._modules = {name: model.get_submodule(name) for name in blocks}
+        self._replaced = intercepted(model, blocks, self._answer)
         self._outputs: dict[str, list[Any]] = {}
         self._finished: list[str] = []
         self._calls: list[Call] = []
@@ -50,19 +77,16 @@ class BlockWalk:
         self._active = False
 
     def __enter__(self) -> BlockWalk:
-        for name, module in self._modules.items():
-            # An instance attribute shadows the class's forward; the block keeps its own attributes, which models read.
-            module.forward = self._interceptor(name, module.forward)
+        self._replaced.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module in self._modules.values():
-            del module.__dict__["forward"]
+        self._replaced.__exit__(None, None, None)
 
     @property
     def unreached(self) -> tuple[str, ...]:
         """Blocks that the model has not called."""
-        return tuple(name for name in self._modules if name not in self._finished)
+        return tuple(name for name in self._stack_of if name not in self._finished)
 
     def next_block(self) -> tuple[str, list[Call]] | None:
         """The next block that the model calls, with its arguments in every batch; None when the model is through."""
@@ -104,10 +128,10 @@ class BlockWalk:
                 calls.append(other.call)
         self._next, self._calls = reached.name, calls
 
-    def _run_model(self, batch: int) -> _Reached | None:
+    def _run_model(self, batch: int) -> Reached | None:
         try:
             self.run_rest(batch)
-        except _Reached as reached:
+        except Reached as reached:
             return reached
         return None
 
@@ -140,17 +164,14 @@ class BlockWalk:
             calls.append(Call(args, kwargs))
         return calls
 
-    def _interceptor(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._active:
-                return original(*args, **kwargs)
-            if name not in self._finished:
-                raise _Reached(name, Call(args, kwargs))
-            if name in self._called:
-                raise UnsupportedModelError(
-                    f"block {name}", "the model calls it more than once", allowed="blocks called once per forward pass"
-                )
-            self._called.add(name)
-            return self._outputs[self._stack_of[name]][self._batch]
-
-        return forward
+    def _answer(self, name: str, original: Callable[..., Any], call: Call) -> Any:
+        if not self._active:
+            return original(*call.args, **call.kwargs)
+        if name not in self._finished:
+            raise Reached(name, call)
+        if name in self._called:
+            raise UnsupportedModelError(
+                f"block {name}", "the model calls it more than once", allowed="blocks called once per forward pass"
+            )
+        self._called.add(name)
+        return self._outputs[self._stack_of[name]][self._batch]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rarefy.calibrate.gradients import chunks_of, most_bytes, sum_bytes
+from rarefy.calibrate.gradient_sums import chunks_of, most_bytes, sum_bytes
 from rarefy.calibrate.statistics import GradientStatistic
 from rarefy.recipe import LayerPlan, Recipe
 
