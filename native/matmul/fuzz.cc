@@ -13,6 +13,7 @@
 #include "common/fuzz.h"
 #include "common/pool.h"
 #include "matmul/dispatch.h"
+#include "matmul/operators.h"
 #include "matmul/samples.h"
 #include "matmul/weights.h"
 
@@ -158,7 +159,8 @@ std::vector<Run> products(const std::vector<const matmul::Weights*>& weights, co
     return runs;
 }
 
-void multiply_all(Input& input, const std::string& what, const std::vector<std::unique_ptr<matmul::Weights>>& weights) {
+void multiply_all(Input& input, const std::string& what,
+                  const std::vector<std::shared_ptr<const matmul::Weights>>& weights) {
     const int64_t num_outputs = weights[0]->view().num_outputs, num_inputs = weights[0]->view().num_inputs;
     if (num_outputs > 4096 || num_inputs > 65536) return;
     const int64_t num_rows = input.pick<int64_t>({1, 1, 2, 3, 5, 12, 13, 17, 40, 100, 200});
@@ -173,6 +175,15 @@ void multiply_all(Input& input, const std::string& what, const std::vector<std::
     }
     common::set_num_threads(static_cast<int>(input.between(1, 4)));
     const std::vector<Run> together = products(all, x, num_rows, num_inputs);
+    const size_t other = weights.size() - 1;
+    const auto both = matmul::Operator::sum(matmul::Operator(weights[0]), matmul::Operator(weights[other]));
+    const Exact<float> sum(static_cast<size_t>(num_rows * num_outputs));
+    matmul::multiply(x.data(), num_rows, num_inputs, {matmul::Target{&both, sum.data()}});
+    for (size_t k = 0; k < alone[0].y.size(); ++k) {
+        const float expected = alone[0].y[k] + alone[other].y[k];
+        if (!(sum.data()[k] == expected) && !(std::isnan(sum.data()[k]) && std::isnan(expected)))
+            fuzz::fail(what + ": a sum of two weights is not that of their products");
+    }
     for (size_t i = 0; i < all.size(); ++i) {
         const std::string who = what + " on " + matmul::name(all[i]->isa());
         if (!alone[i].same(together[i])) fuzz::fail(who + ": other bits with other threads or company");
@@ -205,10 +216,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     }
     const std::string what = packed.format + " " + std::to_string(spec.num_outputs) + " x " +
                              std::to_string(spec.num_inputs) + ", seed " + std::to_string(spec.seed);
-    std::vector<std::unique_ptr<matmul::Weights>> weights;
+    std::vector<std::shared_ptr<const matmul::Weights>> weights;
     for (const Isa isa : machine.isas) {
         try {
-            weights.push_back(std::make_unique<matmul::Weights>(packed, isa));
+            weights.push_back(std::make_shared<const matmul::Weights>(packed, isa));
         } catch (const std::invalid_argument& error) {
             if (num_damages == 0) fuzz::fail(what + ": refused, " + error.what());
         } catch (const std::bad_alloc&) {
