@@ -146,7 +146,7 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
             __m512i half_q[kHalfSteps];
             UNROLL for (int step = 0; step < kHalfSteps; ++step, q += 4) { half_q[step] = broadcast_4(q); }
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                prefetch<3072>(values[p], Bits::kHalfBytes);
+                prefetch<4096>(values[p], Bits::kHalfBytes);
                 Bits::dot(values[p], half_q, sums[p]);
                 values[p] += Bits::kHalfBytes;
             }

@@ -79,7 +79,7 @@ namespace {
 struct Stream : PanelStream {
     static constexpr int kFetchSteps = 2;
     static constexpr int kOddShift = 4;
-    void fetch(int num_steps) const { prefetch<3072>(values, num_steps * 32); }
+    void fetch(int num_steps) const { prefetch<4096>(values, num_steps * 32); }
     void next(__m512i, __m512i& even, __m512i& odd) {
         const __m512i both = load(values);
         even = _mm512_and_si512(both, _mm512_set1_epi8(0x0f));

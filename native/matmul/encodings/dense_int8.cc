@@ -55,7 +55,7 @@ namespace {
 struct Stream : PanelStream {
     static constexpr int kFetchSteps = 2;  // a line after the other, as they are read: in bursts they wait
     static constexpr int kOddShift = 0;
-    void fetch(int num_steps) const { prefetch<3072>(values, num_steps * 64); }
+    void fetch(int num_steps) const { prefetch<2048>(values, num_steps * 64); }
     void next(__m512i, __m512i& even, __m512i& odd) {
         even = load(values);
         odd = load(values + 64);
