@@ -4,6 +4,7 @@
 namespace nb = nanobind;
 
 namespace rarefy {
+void bind_blocks(nb::module_& module);
 void bind_common(nb::module_& module);
 void bind_gram(nb::module_& module);
 void bind_matmul(nb::module_& module);
@@ -13,6 +14,7 @@ void bind_strided(nb::module_& module);
 
 NB_MODULE(_native, module) {
     module.doc() = "Kernels of rarefy; use them through rarefy.kernels.";
+    rarefy::bind_blocks(module);
     rarefy::bind_common(module);
     rarefy::bind_gram(module);
     rarefy::bind_matmul(module);

@@ -5,16 +5,17 @@ The gradient of sample n is that of its loss by the layer's matrix. Sums are kep
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
 from rarefy.calibrate.statistics import Sum
+from rarefy.kernels.blocks import add_outer_products, has_block_kernels
 
 # Gradients that wait until FisherBlocks multiplies them at once: its sums are then read and written once for all.
-_GRADIENTS_PER_PRODUCT = 4
+_GRADIENTS_PER_PRODUCT = 8
 
 
 class _GradientMean:
@@ -122,9 +123,10 @@ def taps_apart(matrix_OI: Tensor, num_taps: int) -> Tensor:
 
 @dataclass
 class _BlockSum(Sum):
-    """A sum of outer products, and gradients that are still to be added."""
+    """A sum of outer products, and gradients that are still to be added: (gradients, all blocks' columns)."""
 
-    waiting: list[Tensor] = field(default_factory=list)
+    waiting_NX: Tensor | None = None
+    num_waiting: int = 0
     num_taps: int = 1
 
 
@@ -148,9 +150,15 @@ class FisherBlocks:
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
         """Add the outer products of one gradient, together with those of some later ones."""
         assert isinstance(state, _BlockSum)
-        state.waiting.append(kernels_whole(gradient_OI, state.num_taps).clone())
+        rows, count, size, _ = state.total.shape
+        if state.waiting_NX is None:
+            dtype = torch.bfloat16 if gradient_OI.dtype == torch.bfloat16 else torch.float32
+            state.waiting_NX = torch.zeros(_GRADIENTS_PER_PRODUCT, rows * count * size, dtype=dtype)
+        place_OI = state.waiting_NX[state.num_waiting].view(rows, count * size)[:, : gradient_OI.shape[1]]
+        place_OI.copy_(kernels_whole(gradient_OI, state.num_taps))
+        state.num_waiting += 1
         state.num_tokens += 1
-        if len(state.waiting) == _GRADIENTS_PER_PRODUCT:
+        if state.num_waiting == _GRADIENTS_PER_PRODUCT:
             _add_waiting(state)
         return state
 
@@ -166,6 +174,7 @@ class FisherBlocks:
         """The mean; the sum itself, which is not to be used any more."""
         assert isinstance(state, _BlockSum)
         _add_waiting(state)
+        state.waiting_NX = None
         return state.total.div_(max(1, state.num_tokens))
 
     def num_floats(self, shape: tuple[int, int]) -> int:
@@ -180,13 +189,15 @@ class FisherBlocks:
 
 
 def _add_waiting(state: _BlockSum) -> None:
-    if not state.waiting:
+    if state.waiting_NX is None or not state.num_waiting:
         return
-    rows, count, size, _ = state.total.shape
-    gradient_NOI = torch.stack(state.waiting).to(torch.float32)
-    state.waiting.clear()
-    padding = count * size - gradient_NOI.shape[2]
-    gradient_NOI = torch.nn.functional.pad(gradient_NOI, (0, padding))
-    block_XNB = gradient_NOI.view(-1, rows * count, size).transpose(0, 1)
-    total_XBB = state.total.view(rows * count, size, size)
-    total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)
+    size = state.total.shape[-1]
+    total_XBB = state.total.view(-1, size, size)
+    vector_NX = state.waiting_NX[: state.num_waiting]
+    state.num_waiting = 0
+    if has_block_kernels():
+        is_half = vector_NX.dtype == torch.bfloat16
+        add_outer_products((vector_NX.view(torch.uint16) if is_half else vector_NX).numpy(), total_XBB.numpy())
+    else:
+        block_XNB = vector_NX.to(torch.float32).view(len(vector_NX), -1, size).transpose(0, 1)
+        total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)

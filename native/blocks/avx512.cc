@@ -1,0 +1,3 @@
+// Blocks with AVX-512.
+#define RAREFY_BLOCKS_TABLE wide
+#include "blocks/core.h"

@@ -1,0 +1,3 @@
+// Blocks on any CPU.
+#define RAREFY_BLOCKS_TABLE reference
+#include "blocks/core.h"
