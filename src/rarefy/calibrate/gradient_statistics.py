@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rarefy.calibrate.statistics import Sum
+from rarefy.calibrate.statistics import GradientStatistic, Sum
 from rarefy.kernels.blocks import add_outer_products, has_block_kernels
 
 # Gradients that wait until FisherBlocks multiplies them at once: its sums are then read and written once for all.
@@ -144,7 +144,7 @@ class FisherBlocks:
 
     def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
         """An empty sum."""
-        size, count = self._blocks(shape[1])
+        size, count = self.blocks_of(shape[1])
         return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32), num_taps=num_taps)
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
@@ -179,13 +179,21 @@ class FisherBlocks:
 
     def num_floats(self, shape: tuple[int, int]) -> int:
         """The blocks, and the gradients that wait."""
-        size, count = self._blocks(shape[1])
+        size, count = self.blocks_of(shape[1])
         return shape[0] * count * (size * size + _GRADIENTS_PER_PRODUCT * size)
 
-    def _blocks(self, width: int) -> tuple[int, int]:
+    def blocks_of(self, width: int) -> tuple[int, int]:
         """Columns of a block, and how many blocks a row has."""
         size = max(1, min(self.block_size, width))
         return size, -(-width // size)
+
+
+def result_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
+    """Bytes of a finished statistic of a matrix: of its sum, without gradients that wait."""
+    if isinstance(statistic, FisherBlocks):
+        size, count = statistic.blocks_of(shape[1])
+        return 4 * shape[0] * count * size * size
+    return 4 * statistic.num_floats(shape)
 
 
 def _add_waiting(state: _BlockSum) -> None:

@@ -60,10 +60,8 @@ class FisherInverse:
         else:
             cost_NB = torch.zeros_like(weight_NB)
             for part in self._parts():
-                inverse_BBN = self._inverse_NBB[part].permute(1, 2, 0).contiguous()
-                cost_NB[part] = _costs_in_order(
-                    weight_NB[part].T.contiguous(), inverse_BBN, self._free_NB[part].T.clone()
-                ).T
+                own = weight_NB[part].T, self._inverse_NBB[part].permute(1, 2, 0), self._free_NB[part].T
+                cost_NB[part] = _costs_in_order(*(each.clone(memory_format=torch.contiguous_format) for each in own)).T
         return self._rows((cost_NB.double() * (self._scale / 2)).float())
 
     def dropped(self, weight_OI: FloatArray, drop_OI: BoolArray) -> FloatArray:

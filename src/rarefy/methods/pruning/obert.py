@@ -38,7 +38,7 @@ class OBERT:
 
     Notes:
         Deviations: the paper gets F^-1 by a rank-one update for each gradient (after Woodbury); here the sum of g g^T
-        is kept and inverted once, which is the same matrix, reads and writes it a quarter as often, and leaves the
+        is kept and inverted once, which is the same matrix, reads and writes it an eighth as often, and leaves the
         dampening to the end: `percent_damp` is relative to the mean of the layer's diagonal, where the paper adds 1e-7.
         The paper scores every weight as if it alone were dropped. That counts none of what weights of a block do for
         each other: each may be worth little while the others are there, and all of them a lot. It drops little at a
