@@ -1,9 +1,11 @@
 // Python bindings of the work on blocks.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <stdexcept>
+#include <vector>
 
 #include "blocks/blocks.h"
 #include "common/pool.h"
@@ -44,17 +46,24 @@ void for_runs(int64_t num_blocks, int size, const Body& body) {
     });
 }
 
+template <class Number>
+using Rows = std::vector<Array<const Number, 1>>;
+
 template <class Number, class Function>
-void add(const Array<const Number, 2>& x, const Blocks& total, Function function) {
+void add(const Rows<Number>& x, const Blocks& total, Function function) {
     const int size = size_of(total);
-    const auto num_rows = static_cast<int64_t>(x.shape(0)), stride = static_cast<int64_t>(x.shape(1));
     const auto num_blocks = static_cast<int64_t>(total.shape(0));
-    if (stride != num_blocks * size) throw std::invalid_argument("x must have a vector for every block in each row");
-    const Number* from = x.data();
+    std::vector<const Number*> rows;
+    for (const auto& row : x) {
+        if (static_cast<int64_t>(row.shape(0)) != num_blocks * size)
+            throw std::invalid_argument("x must have a vector for every block in each row");
+        rows.push_back(row.data());
+    }
     float* to = total.data();
     const nb::gil_scoped_release unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
-        function(from + first * size, num_rows, stride, count, size, to + first * size * size);
+        const auto num_rows = static_cast<int64_t>(rows.size());
+        function(rows.data(), num_rows, first * size, count, size, to + first * size * size);
     });
 }
 
@@ -108,11 +117,11 @@ void drop(const Array<const bool, 2>& dropped, const Array<float, 2>& weight, co
 void bind_blocks(nb::module_& module) {
     module.def(
         "blocks_add_bf16",
-        [](const Array<const uint16_t, 2>& x, const Blocks& total) { add(x, total, blocks::functions().add_bf16); },
+        [](const Rows<uint16_t>& x, const Blocks& total) { add(x, total, blocks::functions().add_bf16); },
         nb::arg("x").noconvert(), nb::arg("total").noconvert());
     module.def(
         "blocks_add_float",
-        [](const Array<const float, 2>& x, const Blocks& total) { add(x, total, blocks::functions().add_float); },
+        [](const Rows<float>& x, const Blocks& total) { add(x, total, blocks::functions().add_float); },
         nb::arg("x").noconvert(), nb::arg("total").noconvert());
     module.def("blocks_invert", &invert, nb::arg("block").noconvert(), nb::arg("scale"), nb::arg("damp"),
                nb::arg("inverse").noconvert());

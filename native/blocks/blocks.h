@@ -13,10 +13,11 @@ constexpr int kMostSize = 512;
 
 // What is done with a run of blocks; one table for each instruction set.
 struct Functions {
-    // total[b] += sum over n of v v^T, with v the vector of block b in row n of x (num_rows, num_blocks * size).
-    void (*add_bf16)(const uint16_t* x, int64_t num_rows, int64_t row_stride, int64_t num_blocks, int size,
+    // total[b] += sum over n of v v^T, with v the vector of block b in row x[n], whose blocks begin at number `first`.
+    void (*add_bf16)(const uint16_t* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size,
                      float* total);
-    void (*add_float)(const float* x, int64_t num_rows, int64_t row_stride, int64_t num_blocks, int size, float* total);
+    void (*add_float)(const float* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size,
+                      float* total);
     // inverse[b] = (block[b] / scale + damp I)^-1, in double precision; the blocks are positive semidefinite.
     void (*invert)(const float* block, int64_t num_blocks, int size, double scale, double damp, float* inverse);
     // The cheapest free entry of every block is dropped, the others moved to make up for it, until none is left; cost

@@ -22,11 +22,11 @@ inline void widen(const uint16_t* from, int size, float* to) {
 }
 
 template <class Number>
-void add(const Number* x, int64_t num_rows, int64_t row_stride, int64_t num_blocks, int size, float* total) {
+void add(const Number* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size, float* total) {
     float vector[kMostSize];
-    for (int64_t b = 0; b < num_blocks; ++b, x += size, total += int64_t{size} * size) {
+    for (int64_t b = 0; b < num_blocks; ++b, first += size, total += int64_t{size} * size) {
         for (int64_t n = 0; n < num_rows; ++n) {
-            widen(x + n * row_stride, size, vector);
+            widen(x[n] + first, size, vector);
             for (int i = 0; i < size; ++i) {
                 float* row = total + int64_t{i} * size;
                 for (int j = 0; j < size; ++j) row[j] += vector[i] * vector[j];
@@ -37,15 +37,15 @@ void add(const Number* x, int64_t num_rows, int64_t row_stride, int64_t num_bloc
 
 // The sums of a block of 16 stay in registers.
 template <class Number>
-void add_usual(const Number* x, int64_t num_rows, int64_t row_stride, int64_t num_blocks, float* total) {
+void add_usual(const Number* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, float* total) {
     typedef float Vector __attribute__((vector_size(4 * kUsual)));
-    for (int64_t b = 0; b < num_blocks; ++b, x += kUsual, total += kUsual * kUsual) {
+    for (int64_t b = 0; b < num_blocks; ++b, first += kUsual, total += kUsual * kUsual) {
         Vector sum[kUsual];
 #pragma GCC unroll 16
         for (int i = 0; i < kUsual; ++i) std::memcpy(&sum[i], total + i * kUsual, sizeof sum[i]);
         for (int64_t n = 0; n < num_rows; ++n) {
             float numbers[kUsual];
-            widen(x + n * row_stride, kUsual, numbers);
+            widen(x[n] + first, kUsual, numbers);
             Vector vector;
             std::memcpy(&vector, numbers, sizeof vector);
 #pragma GCC unroll 16
@@ -57,11 +57,11 @@ void add_usual(const Number* x, int64_t num_rows, int64_t row_stride, int64_t nu
 }
 
 template <class Number>
-void add_any(const Number* x, int64_t num_rows, int64_t row_stride, int64_t num_blocks, int size, float* total) {
+void add_any(const Number* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size, float* total) {
     if (size == kUsual)
-        add_usual(x, num_rows, row_stride, num_blocks, total);
+        add_usual(x, num_rows, first, num_blocks, total);
     else
-        add(x, num_rows, row_stride, num_blocks, size, total);
+        add(x, num_rows, first, num_blocks, size, total);
 }
 
 // Gauss-Jordan elimination without a choice of pivots. `a` has room for size * size numbers.

@@ -32,7 +32,7 @@ def test_outer_products_are_added(size, num_rows):
     expected = start + np.einsum("rni,rnj->nij", wide, wide)
     for given in (bits_RX, vector_RX):
         total = start.copy()
-        blocks.add_outer_products(given, total)
+        blocks.add_outer_products(list(given), total)
         np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-5)
 
 
@@ -106,7 +106,7 @@ def test_threads_give_the_same_bits():
             inverse_NBB = blocks.invert_blocks(block_NBB, 1.0, 0.01)
             cost_NB = blocks.costs_in_order(weight_NB, inverse_NBB, free_NB)
             total = block_NBB.copy()
-            blocks.add_outer_products(weight_NB.reshape(1, -1), total)
+            blocks.add_outer_products([weight_NB.reshape(-1)], total)
             moved = weight_NB.copy()
             blocks.drop_entries(cost_NB < np.median(cost_NB), moved, inverse_NBB)
             found.append((cost_NB, total, moved, inverse_NBB))
@@ -119,7 +119,7 @@ def test_arrays_that_do_not_fit_are_refused():
     weight_NB, block_NBB = problem(3, 4)
     free_NB = np.ones(weight_NB.shape, dtype=bool)
     with pytest.raises(ValueError, match="a vector for every block"):
-        blocks.add_outer_products(weight_NB.reshape(2, -1), block_NBB)
+        blocks.add_outer_products(list(weight_NB.reshape(2, -1)), block_NBB)
     with pytest.raises(ValueError, match="square"):
         blocks.invert_blocks(np.ascontiguousarray(block_NBB[:, :3]), 1.0, 0.1)
     with pytest.raises(ValueError, match="an inverse for every block"):

@@ -178,7 +178,7 @@ def test_blocks() -> None:
         rows, count, size = draw.size(), draw.size(), draw.size()
         dtype = np.uint16 if draw.chance(0.5) else np.float32
         function = native.blocks_add_bf16 if dtype == np.uint16 else native.blocks_add_float
-        return function, (draw.array(rows, count * size, dtype=dtype), draw.array(count, size, size))
+        return function, ([draw.array(count * size, dtype=dtype) for _ in range(rows)], draw.array(count, size, size))
 
     def costs(draw: Draw):
         count, size = draw.size(), draw.size()

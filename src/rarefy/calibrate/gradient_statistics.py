@@ -5,7 +5,7 @@ The gradient of sample n is that of its loss by the layer's matrix. Sums are kep
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -123,10 +123,9 @@ def taps_apart(matrix_OI: Tensor, num_taps: int) -> Tensor:
 
 @dataclass
 class _BlockSum(Sum):
-    """A sum of outer products, and gradients that are still to be added: (gradients, all blocks' columns)."""
+    """A sum of outer products, and gradients that are still to be added, each with the columns of all blocks."""
 
-    waiting_NX: Tensor | None = None
-    num_waiting: int = 0
+    waiting: list[Tensor] = field(default_factory=list)
     num_taps: int = 1
 
 
@@ -148,17 +147,16 @@ class FisherBlocks:
         return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32), num_taps=num_taps)
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
-        """Add the outer products of one gradient, together with those of some later ones."""
+        """Add the outer products of one gradient, together with those of some later ones: it is not to be changed."""
         assert isinstance(state, _BlockSum)
-        rows, count, size, _ = state.total.shape
-        if state.waiting_NX is None:
-            dtype = torch.bfloat16 if gradient_OI.dtype == torch.bfloat16 else torch.float32
-            state.waiting_NX = torch.zeros(_GRADIENTS_PER_PRODUCT, rows * count * size, dtype=dtype)
-        place_OI = state.waiting_NX[state.num_waiting].view(rows, count * size)[:, : gradient_OI.shape[1]]
-        place_OI.copy_(kernels_whole(gradient_OI, state.num_taps))
-        state.num_waiting += 1
+        _, count, size, _ = state.total.shape
+        own_OI = kernels_whole(gradient_OI, state.num_taps)
+        own_OI = own_OI if own_OI.dtype == torch.bfloat16 else own_OI.to(torch.float32)
+        padding = count * size - own_OI.shape[1]
+        own_OI = torch.nn.functional.pad(own_OI, (0, padding)) if padding else own_OI
+        state.waiting.append(own_OI.reshape(-1))
         state.num_tokens += 1
-        if state.num_waiting == _GRADIENTS_PER_PRODUCT:
+        if len(state.waiting) == _GRADIENTS_PER_PRODUCT:
             _add_waiting(state)
         return state
 
@@ -174,7 +172,6 @@ class FisherBlocks:
         """The mean; the sum itself, which is not to be used any more."""
         assert isinstance(state, _BlockSum)
         _add_waiting(state)
-        state.waiting_NX = None
         return state.total.div_(max(1, state.num_tokens))
 
     def num_floats(self, shape: tuple[int, int]) -> int:
@@ -197,15 +194,14 @@ def result_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
 
 
 def _add_waiting(state: _BlockSum) -> None:
-    if state.waiting_NX is None or not state.num_waiting:
-        return
     size = state.total.shape[-1]
     total_XBB = state.total.view(-1, size, size)
-    vector_NX = state.waiting_NX[: state.num_waiting]
-    state.num_waiting = 0
+    waiting, state.waiting = state.waiting, []
+    if not waiting:
+        return
     if has_block_kernels():
-        is_half = vector_NX.dtype == torch.bfloat16
-        add_outer_products((vector_NX.view(torch.uint16) if is_half else vector_NX).numpy(), total_XBB.numpy())
+        is_half = waiting[0].dtype == torch.bfloat16
+        add_outer_products([(row.view(torch.uint16) if is_half else row).numpy() for row in waiting], total_XBB.numpy())
     else:
-        block_XNB = vector_NX.to(torch.float32).view(len(vector_NX), -1, size).transpose(0, 1)
+        block_XNB = torch.stack(waiting).to(torch.float32).view(len(waiting), -1, size).transpose(0, 1)
         total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)

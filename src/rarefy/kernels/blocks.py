@@ -1,7 +1,9 @@
 """Many small square matrices at once, for oBERT: sums of outer products, inverses, and dropping entries from them.
 
-Shape suffixes: N blocks, B columns of a block, R rows of vectors, one for each block.
+Shape suffixes: N blocks, B columns of a block.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +23,19 @@ def has_block_kernels() -> bool:
     return isa_cap() != "numpy" and extension_status()[0]
 
 
-def add_outer_products(vector_RX: npt.NDArray[np.uint16] | Float32Array, total_NBB: Float32Array) -> None:
+def add_outer_products(
+    rows: Sequence[npt.NDArray[np.uint16]] | Sequence[Float32Array], total_NBB: Float32Array
+) -> None:
     """Add v v^T of the vectors of each block, in place, row after row.
 
     Args:
-        vector_RX: float32, or bfloat16 bits as uint16; X = N * B.
+        rows: each with the vectors of all blocks, (N * B,); float32, or bfloat16 bits as uint16.
         total_NBB: the sums.
     """
     module = native()
     assert module is not None
-    add = module.blocks_add_bf16 if vector_RX.dtype == np.uint16 else module.blocks_add_float
-    add(vector_RX, total_NBB)
+    add = module.blocks_add_bf16 if rows and rows[0].dtype == np.uint16 else module.blocks_add_float
+    add(rows, total_NBB)
 
 
 def invert_blocks(block_NBB: Float32Array, scale: float, damp: float) -> Float32Array:
