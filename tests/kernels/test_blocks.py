@@ -1,133 +1,108 @@
-"""Blocks against numpy in float64: sums of outer products, inverses, and entries dropped one after the other."""
+"""Products with block sparse weights, in blocks that the kernels skip as a whole and in others."""
 
 import numpy as np
 import pytest
 
-from rarefy.kernels import blocks, get_num_threads, set_num_threads
-from rarefy.kernels.extension import native
+from rarefy import kernels
 
-pytestmark = pytest.mark.skipif(native() is None, reason="no compiled kernels")
-
-SIZES = [1, 2, 7, 15, 16, 17, 31, 33, 64]
-
-
-def problem(count: int, size: int, seed: int = 0):
-    """Weights, and well-conditioned blocks."""
-    rng = np.random.default_rng(seed)
-    vector_NRB = rng.normal(size=(count, 2 * size + 3, size))
-    block_NBB = vector_NRB.swapaxes(1, 2) @ vector_NRB / (2 * size)
-    return rng.normal(size=(count, size)).astype(np.float32), block_NBB.astype(np.float32)
+# multiples of 16 by 32 run in their own kernels, the others as a bitmask
+BLOCKS = [(16, 64), (16, 32), (32, 64), (48, 96), (16, 256), (64, 4096), (4, 4), (1, 8), (32, 1), (24, 64), (16, 48)]
+SHAPES = [(1, 1), (16, 64), (17, 65), (33, 97), (47, 333), (96, 640)]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("num_rows", [0, 1, 5])
-def test_outer_products_are_added(size, num_rows):
-    rng = np.random.default_rng(size)
-    count = 5
-    start = rng.normal(size=(count, size, size)).astype(np.float32)
-    bits_RX = rng.integers(0x3F00, 0x4000, size=(num_rows, count * size), dtype=np.uint16)
-    bits_RX |= rng.integers(0, 2, size=bits_RX.shape, dtype=np.uint16) << 15
-    vector_RX = (bits_RX.astype(np.uint32) << 16).view(np.float32)
-    wide = vector_RX.reshape(num_rows, count, size).astype(np.float64)
-    expected = start + np.einsum("rni,rnj->nij", wide, wide)
-    for given in (bits_RX, vector_RX):
-        total = start.copy()
-        blocks.add_outer_products(list(given), total)
-        np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-5)
+@pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
+def test_products_are_those_of_the_dense_matrix(weight, isa, block_shape) -> None:
+    rng = np.random.default_rng(1)
+    for (rows, width), density in zip(SHAPES, (1.0, 0.5, 0.7, 0.25, 0.5, 0.1), strict=True):
+        for group_size, symmetric in ((None, True), (32, False), (64, True), (96, False)):
+            w = weight(
+                "block-int8-v1",
+                rows,
+                width,
+                block_shape=block_shape,
+                density=density,
+                group_size=group_size,
+                symmetric=symmetric,
+                scales=(0.5, 1.0, 2.0),
+            )
+            np.testing.assert_array_equal(w.layout.to_dense(), w.dense_OI)
+            prepared = kernels.prepare(w.layout, isa=isa)
+            for num_rows in (1, 2, 13, 25, 50):
+                x = rng.integers(-127, 128, (num_rows, width)).astype(np.float32)
+                x[:, ::64] = 127.0
+                expected = x.astype(np.float64) @ w.dense_OI.T
+                assert np.all(np.abs(2 * expected) < 2**24)
+                np.testing.assert_array_equal(prepared.matmul(x), expected.astype(np.float32))
+        w = weight("block-bf16-v1", rows, width, block_shape=block_shape, density=density)
+        np.testing.assert_array_equal(w.layout.to_dense(), w.dense_OI)
+        prepared = kernels.prepare(w.layout, isa=isa)
+        for num_rows in (1, 2, 13, 25, 50):
+            x = rng.standard_normal((num_rows, width)).astype(np.float32)
+            expected = w.met(x) @ w.dense_OI.T
+            bound = (width + 2) * 2.0**-24 * (np.abs(w.met(x)) @ np.abs(w.dense_OI).T) * 1.01
+            assert np.all(np.abs(prepared.matmul(x) - expected) <= bound)
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_inverses(size):
-    _, block_NBB = problem(6, size)
-    inverse_NBB = blocks.invert_blocks(block_NBB, 0.7, 0.05)
-    expected = np.linalg.inv(block_NBB.astype(np.float64) / 0.7 + 0.05 * np.eye(size))
-    np.testing.assert_allclose(inverse_NBB, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+@pytest.mark.parametrize("block_shape", BLOCKS, ids=str)
+def test_same_bits_as_the_bitmask_kernels(weight, num_threads, block_shape) -> None:
+    if not kernels.compiled_kernels():
+        pytest.skip("the extension is not built")
+    isas = [name for name in kernels.runnable_isas(kernels.detect_cpu()) if name != "numpy"]
+    rng = np.random.default_rng(2)
+    for layout_format, group_size in (("block-bf16-v1", None), ("block-int8-v1", 96), ("block-int8-v1", 128)):
+        w = weight(layout_format, 75, 420, block_shape=block_shape, group_size=group_size, symmetric=False, density=0.4)
+        x = rng.standard_normal((125, 420)).astype(np.float32)
+        expected = kernels.prepare(w.layout.as_bitmask(), isa=isas[-1]).matmul(x)
+        for name in isas:
+            prepared = kernels.prepare(w.layout, isa=name)
+            for threads in (1, 2, 5):
+                num_threads(threads)
+                np.testing.assert_array_equal(prepared.matmul(x), expected)
+                np.testing.assert_array_equal(prepared.matmul(x[7]), expected[7])
+                np.testing.assert_array_equal(prepared.matmul(x[3:5]), expected[3:5])
 
 
-def without(inverse_BB, weight_B, gone):
-    """The rest after one entry is dropped, in float64."""
-    column_B = inverse_BB[:, gone] / inverse_BB[gone, gone]
-    return inverse_BB - np.outer(column_B, inverse_BB[gone]), weight_B - column_B * weight_B[gone]
+@pytest.mark.parametrize("block_shape", [(16, 64), (32, 32), (16, 96)], ids=str)
+@pytest.mark.parametrize(
+    ("layout_format", "group_size", "symmetric"),
+    [
+        ("block-int8-v1", None, True),
+        ("block-int8-v1", 64, False),
+        ("block-int8-v1", 96, True),
+        ("block-int8-v1", 32, False),
+        ("block-bf16-v1", None, True),
+    ],
+)
+def test_many_rows_of_wide_weights(weight, isa, num_threads, block_shape, layout_format, group_size, symmetric) -> None:
+    """Whole tiles and what is left of them, and more activations than a cache holds: the bits of every row alone."""
+    if layout_format == "block-bf16-v1" and isa in ("numpy", "amx"):
+        pytest.skip("it sums many rows of floats in an order of its own")
+    num_threads(2)
+    for num_rows, width in ((127, 2200), (100, 9000)):
+        w = weight(
+            layout_format,
+            40,
+            width,
+            block_shape=block_shape,
+            group_size=group_size,
+            symmetric=symmetric,
+            density=0.3,
+        )
+        prepared = kernels.prepare(w.layout, isa=isa)
+        x = np.random.default_rng(3).standard_normal((num_rows, width)).astype(np.float32)
+        x[5, 70] = np.nan
+        np.testing.assert_array_equal(prepared.matmul(x), np.stack([prepared.matmul(row) for row in x]))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_entries_go_in_the_order_of_their_costs(size):
-    count = 4
-    weight_NB, inverse_NBB = problem(count, size, seed=1)
-    free_NB = np.random.default_rng(2).random((count, size)) < 0.8
-    before = weight_NB.copy(), inverse_NBB.copy()
-    cost_NB = blocks.costs_in_order(weight_NB, inverse_NBB, free_NB)
-    assert np.array_equal(before[0], weight_NB)
-    assert np.array_equal(before[1], inverse_NBB)
-    for block in range(count):
-        inverse_BB, weight_B = inverse_NBB[block].astype(np.float64), weight_NB[block].astype(np.float64)
-        left, most, expected = set(np.flatnonzero(free_NB[block]).tolist()), 0.0, np.zeros(size)
-        while left:
-            gone = min(left, key=lambda each: weight_B[each] ** 2 / inverse_BB[each, each])
-            most = max(most, weight_B[gone] ** 2 / inverse_BB[gone, gone])
-            expected[gone] = most
-            inverse_BB, weight_B = without(inverse_BB, weight_B, gone)
-            left.discard(gone)
-        np.testing.assert_allclose(cost_NB[block], expected, rtol=2e-2 if size > 32 else 2e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_dropped_entries_are_zero_and_the_others_make_up(size):
-    count = 4
-    weight_NB, block_NBB = problem(count, size, seed=3)
-    drop_NB = np.random.default_rng(4).random((count, size)) < 0.4
-    drop_NB[0] = False
-    inverse_NBB = blocks.invert_blocks(block_NBB, 1.0, 0.05)
-    after_NB, after_NBB = weight_NB.copy(), inverse_NBB.copy()
-    blocks.drop_entries(drop_NB, after_NB, after_NBB)
-    assert not after_NB[drop_NB].any()
-    np.testing.assert_array_equal(after_NB[0], weight_NB[0])
-    for block in range(count):
-        matrix_BB = block_NBB[block] + 0.05 * np.eye(size)
-        kept = np.flatnonzero(~drop_NB[block])
-        if not len(kept):
-            continue
-        part_KK = matrix_BB[np.ix_(kept, kept)]
-        expected = np.linalg.solve(part_KK, matrix_BB[kept] @ weight_NB[block])
-        np.testing.assert_allclose(after_NB[block, kept], expected, rtol=1e-3, atol=1e-3)
-        inverse = np.linalg.inv(part_KK)
-        found = after_NBB[block][np.ix_(kept, kept)]
-        np.testing.assert_allclose(found, inverse, rtol=1e-3, atol=1e-4 * np.abs(inverse).max())
-
-
-def test_threads_give_the_same_bits():
-    weight_NB, block_NBB = problem(3000, 16, seed=5)
-    free_NB = np.ones(weight_NB.shape, dtype=bool)
-    threads = get_num_threads()
-    found = []
-    try:
-        for number in (1, 3):
-            set_num_threads(number)
-            inverse_NBB = blocks.invert_blocks(block_NBB, 1.0, 0.01)
-            cost_NB = blocks.costs_in_order(weight_NB, inverse_NBB, free_NB)
-            total = block_NBB.copy()
-            blocks.add_outer_products([weight_NB.reshape(-1)], total)
-            moved = weight_NB.copy()
-            blocks.drop_entries(cost_NB < np.median(cost_NB), moved, inverse_NBB)
-            found.append((cost_NB, total, moved, inverse_NBB))
-    finally:
-        set_num_threads(threads)
-    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_arrays_that_do_not_fit_are_refused():
-    weight_NB, block_NBB = problem(3, 4)
-    free_NB = np.ones(weight_NB.shape, dtype=bool)
-    with pytest.raises(ValueError, match="a vector for every block"):
-        blocks.add_outer_products(list(weight_NB.reshape(2, -1)), block_NBB)
-    with pytest.raises(ValueError, match="square"):
-        blocks.invert_blocks(np.ascontiguousarray(block_NBB[:, :3]), 1.0, 0.1)
-    with pytest.raises(ValueError, match="an inverse for every block"):
-        native().blocks_invert(block_NBB, 1.0, 0.1, block_NBB[:2].copy())
-    with pytest.raises(ValueError, match="a vector as long"):
-        blocks.costs_in_order(weight_NB[:2], block_NBB, free_NB)
-    with pytest.raises(ValueError, match="a vector as long"):
-        blocks.drop_entries(free_NB[:, :3].copy(), weight_NB, block_NBB)
-    wide = np.zeros((1, 513, 513), np.float32)
-    with pytest.raises(ValueError, match="1 to 512"):
-        blocks.invert_blocks(wide, 1.0, 0.1)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("layout_format", ["block-bf16-v1", "block-int8-v1"])
+def test_a_non_finite_activation_is_seen_where_its_blocks_are_zero(weight, layout_format, isa, bad) -> None:
+    w = weight(layout_format, 40, 200, density=0.0)
+    prepared = kernels.prepare(w.layout, isa=isa)
+    for num_rows in (3, 19):
+        x = np.ones((num_rows, 200), np.float32)
+        x[1, 70] = bad
+        y = prepared.matmul(x)
+        assert not np.delete(y, 1, axis=0).any()
+        assert np.isnan(y[1]).all()
+        assert np.isnan(prepared.matmul(x[1])).all()

@@ -10,7 +10,7 @@ from rarefy.calibrate import gradient_statistics
 from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean, NumTaps
 from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
 from rarefy.core.solution import Solution
-from rarefy.kernels.blocks import has_block_kernels
+from rarefy.kernels.fisher import has_fisher_kernels
 from rarefy.methods import OBD, OBERT, Taylor
 from rarefy.methods.pruning import fisher_inverse
 
@@ -22,8 +22,8 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     """Everything with compiled kernels and without."""
     if request.param == "torch":
         for module in (gradient_statistics, fisher_inverse):
-            monkeypatch.setattr(module, "has_block_kernels", lambda: False)
-    elif not has_block_kernels():
+            monkeypatch.setattr(module, "has_fisher_kernels", lambda: False)
+    elif not has_fisher_kernels():
         pytest.skip("no compiled kernels")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.statistics import GradientStatistic, Sum
-from rarefy.kernels.blocks import add_outer_products, has_block_kernels
+from rarefy.kernels.fisher import add_outer_products, has_fisher_kernels
 
 # Gradients that wait until FisherBlocks multiplies them at once: its sums are then read and written once for all.
 _GRADIENTS_PER_PRODUCT = 8
@@ -199,7 +199,7 @@ def _add_waiting(state: _BlockSum) -> None:
     waiting, state.waiting = state.waiting, []
     if not waiting:
         return
-    if has_block_kernels():
+    if has_fisher_kernels():
         is_half = waiting[0].dtype == torch.bfloat16
         add_outer_products([(row.view(torch.uint16) if is_half else row).numpy() for row in waiting], total_XBB.numpy())
     else:

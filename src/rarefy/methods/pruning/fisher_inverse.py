@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibrate.gradient_statistics import kernels_whole, taps_apart
-from rarefy.kernels.blocks import costs_in_order, drop_entries, has_block_kernels, invert_blocks
+from rarefy.kernels.fisher import costs_in_order, drop_entries, has_fisher_kernels, invert_blocks
 from rarefy.methods.masks import BoolArray, FloatArray
 
 # Blocks that are worked on together where there are no kernels: a few megabytes.
@@ -40,7 +40,7 @@ class FisherInverse:
         mean = float(fisher.diagonal(dim1=2, dim2=3).sum(dtype=torch.float64)) / max(1, shape[0] * shape[1])
         # Where no gradient is known, all weights cost next to nothing, and the larger ones more.
         self._scale = mean or 1e-30
-        self._native = has_block_kernels() and bool(fisher_NBB.numel())
+        self._native = has_fisher_kernels() and bool(fisher_NBB.numel())
         if self._native:
             inverse = invert_blocks(fisher_NBB.contiguous().numpy(), self._scale, percent_damp)
             self._inverse_NBB = torch.from_numpy(inverse)
@@ -96,7 +96,7 @@ class FisherInverse:
 
 
 def _costs_in_order(weight_BN: Tensor, inverse_BBN: Tensor, free_BN: Tensor) -> Tensor:
-    """See `kernels.blocks.costs_in_order`. All three are overwritten."""
+    """See `kernels.fisher.costs_in_order`. All three are overwritten."""
     cost_BN = torch.zeros_like(weight_BN)
     most_N = torch.zeros_like(weight_BN[0])
     for _ in range(weight_BN.shape[0]):
@@ -117,7 +117,7 @@ def _costs_in_order(weight_BN: Tensor, inverse_BBN: Tensor, free_BN: Tensor) -> 
 
 
 def _dropped(weight_BN: Tensor, inverse_BBN: Tensor, drop_BN: Tensor) -> Tensor:
-    """See `kernels.blocks.drop_entries`; the inverse is overwritten."""
+    """See `kernels.fisher.drop_entries`; the inverse is overwritten."""
     for column, drop_N in enumerate(drop_BN):
         if not bool(drop_N.any()):
             continue

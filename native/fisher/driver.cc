@@ -1,8 +1,8 @@
 // Chooses the instruction set.
-#include "blocks/blocks.h"
 #include "common/cpu.h"
+#include "fisher/fisher.h"
 
-namespace rarefy::blocks {
+namespace rarefy::fisher {
 
 extern const Functions reference;
 #if RAREFY_X86
@@ -18,4 +18,4 @@ const Functions& functions() {
 #endif
 }
 
-}  // namespace rarefy::blocks
+}  // namespace rarefy::fisher

@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
-#include "blocks/blocks.h"
 #include "common/pool.h"
+#include "fisher/fisher.h"
 
 namespace nb = nanobind;
 
@@ -25,7 +25,7 @@ constexpr int64_t kNumbersAtOnce = 1 << 16;
 
 template <class Any>
 int size_of(const Any& blocks) {
-    if (blocks.shape(1) != blocks.shape(2) || blocks.shape(1) > blocks::kMostSize || blocks.shape(1) == 0)
+    if (blocks.shape(1) != blocks.shape(2) || blocks.shape(1) > fisher::kMostSize || blocks.shape(1) == 0)
         throw std::invalid_argument("blocks must be square, of 1 to 512 rows");
     return static_cast<int>(blocks.shape(1));
 }
@@ -77,7 +77,7 @@ void invert(const ConstBlocks& block, double scale, double damp, const Blocks& i
     const nb::gil_scoped_release unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const int64_t offset = first * size * size;
-        blocks::functions().invert(from + offset, count, size, scale, damp, to + offset);
+        fisher::functions().invert(from + offset, count, size, scale, damp, to + offset);
     });
 }
 
@@ -94,7 +94,7 @@ void costs(const Array<const float, 2>& weight, const ConstBlocks& inverse, cons
     const nb::gil_scoped_release unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const int64_t offset = first * size;
-        blocks::functions().costs(own + offset, blocks + offset * size, mask + offset, count, size, to + offset);
+        fisher::functions().costs(own + offset, blocks + offset * size, mask + offset, count, size, to + offset);
     });
 }
 
@@ -108,26 +108,26 @@ void drop(const Array<const bool, 2>& dropped, const Array<float, 2>& weight, co
     const nb::gil_scoped_release unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const int64_t offset = first * size;
-        blocks::functions().drop(mask + offset, count, size, own + offset, blocks + offset * size);
+        fisher::functions().drop(mask + offset, count, size, own + offset, blocks + offset * size);
     });
 }
 
 }  // namespace
 
-void bind_blocks(nb::module_& module) {
+void bind_fisher(nb::module_& module) {
     module.def(
-        "blocks_add_bf16",
-        [](const Rows<uint16_t>& x, const Blocks& total) { add(x, total, blocks::functions().add_bf16); },
+        "fisher_add_bf16",
+        [](const Rows<uint16_t>& x, const Blocks& total) { add(x, total, fisher::functions().add_bf16); },
         nb::arg("x").noconvert(), nb::arg("total").noconvert());
     module.def(
-        "blocks_add_float",
-        [](const Rows<float>& x, const Blocks& total) { add(x, total, blocks::functions().add_float); },
+        "fisher_add_float",
+        [](const Rows<float>& x, const Blocks& total) { add(x, total, fisher::functions().add_float); },
         nb::arg("x").noconvert(), nb::arg("total").noconvert());
-    module.def("blocks_invert", &invert, nb::arg("block").noconvert(), nb::arg("scale"), nb::arg("damp"),
+    module.def("fisher_invert", &invert, nb::arg("block").noconvert(), nb::arg("scale"), nb::arg("damp"),
                nb::arg("inverse").noconvert());
-    module.def("blocks_costs", &costs, nb::arg("weight").noconvert(), nb::arg("inverse").noconvert(),
+    module.def("fisher_costs", &costs, nb::arg("weight").noconvert(), nb::arg("inverse").noconvert(),
                nb::arg("free").noconvert(), nb::arg("cost").noconvert());
-    module.def("blocks_drop", &drop, nb::arg("drop").noconvert(), nb::arg("weight").noconvert(),
+    module.def("fisher_drop", &drop, nb::arg("drop").noconvert(), nb::arg("weight").noconvert(),
                nb::arg("inverse").noconvert());
 }
 

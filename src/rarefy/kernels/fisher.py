@@ -14,7 +14,7 @@ Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 
-def has_block_kernels() -> bool:
+def has_fisher_kernels() -> bool:
     """Whether the functions below can run: compiled kernels, and RAREFY_ISA is not numpy.
 
     Raises:
@@ -34,7 +34,7 @@ def add_outer_products(
     """
     module = native()
     assert module is not None
-    add = module.blocks_add_bf16 if rows and rows[0].dtype == np.uint16 else module.blocks_add_float
+    add = module.fisher_add_bf16 if rows and rows[0].dtype == np.uint16 else module.fisher_add_float
     add(rows, total_NBB)
 
 
@@ -43,7 +43,7 @@ def invert_blocks(block_NBB: Float32Array, scale: float, damp: float) -> Float32
     module = native()
     assert module is not None
     inverse_NBB = np.empty_like(block_NBB)
-    module.blocks_invert(block_NBB, scale, damp, inverse_NBB)
+    module.fisher_invert(block_NBB, scale, damp, inverse_NBB)
     return inverse_NBB
 
 
@@ -55,7 +55,7 @@ def costs_in_order(weight_NB: Float32Array, inverse_NBB: Float32Array, free_NB: 
     module = native()
     assert module is not None
     cost_NB = np.empty_like(weight_NB)
-    module.blocks_costs(weight_NB, inverse_NBB, free_NB, cost_NB)
+    module.fisher_costs(weight_NB, inverse_NBB, free_NB, cost_NB)
     return cost_NB
 
 
@@ -63,4 +63,4 @@ def drop_entries(drop_NB: BoolArray, weight_NB: Float32Array, inverse_NBB: Float
     """Drop entries, in place: they become 0, the others move, and the inverses are then those of the others' blocks."""
     module = native()
     assert module is not None
-    module.blocks_drop(drop_NB, weight_NB, inverse_NBB)
+    module.fisher_drop(drop_NB, weight_NB, inverse_NBB)

@@ -1,11 +1,11 @@
 // The arithmetic on blocks, compiled once for any CPU and once for AVX-512. The file that includes it defines
-// RAREFY_BLOCKS_TABLE, the name of the table. Blocks of 16, oBERT's default, have loops of fixed length.
+// RAREFY_FISHER_TABLE, the name of the table. Blocks of 16, oBERT's default, have loops of fixed length.
 #include <cstdint>
 #include <cstring>
 
-#include "blocks/blocks.h"
+#include "fisher/fisher.h"
 
-namespace rarefy::blocks {
+namespace rarefy::fisher {
 namespace {
 
 constexpr int kUsual = 16;
@@ -182,8 +182,8 @@ void drop(const uint8_t* dropped, int64_t num_blocks, Size size, float* weight, 
 
 }  // namespace
 
-extern const Functions RAREFY_BLOCKS_TABLE;
-const Functions RAREFY_BLOCKS_TABLE = {
+extern const Functions RAREFY_FISHER_TABLE;
+const Functions RAREFY_FISHER_TABLE = {
     add_any<uint16_t>,
     add_any<float>,
     [](const float* block, int64_t num_blocks, int size, double scale, double damp, float* inverse) {
@@ -206,4 +206,4 @@ const Functions RAREFY_BLOCKS_TABLE = {
     },
 };
 
-}  // namespace rarefy::blocks
+}  // namespace rarefy::fisher

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace rarefy::blocks {
+namespace rarefy::fisher {
 
 // Widest block.
 constexpr int kMostSize = 512;
@@ -32,4 +32,4 @@ struct Functions {
 
 const Functions& functions();
 
-}  // namespace rarefy::blocks
+}  // namespace rarefy::fisher

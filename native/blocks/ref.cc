@@ -1,3 +1,0 @@
-// Blocks on any CPU.
-#define RAREFY_BLOCKS_TABLE reference
-#include "blocks/core.h"
