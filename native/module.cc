@@ -5,6 +5,7 @@ namespace nb = nanobind;
 
 namespace rarefy {
 void bind_common(nb::module_& module);
+void bind_fisher(nb::module_& module);
 void bind_gram(nb::module_& module);
 void bind_matmul(nb::module_& module);
 void bind_ops(nb::module_& module);
@@ -15,6 +16,7 @@ void bind_strided(nb::module_& module);
 NB_MODULE(_native, module) {
     module.doc() = "Kernels of rarefy; use them through rarefy.kernels.";
     rarefy::bind_common(module);
+    rarefy::bind_fisher(module);
     rarefy::bind_gram(module);
     rarefy::bind_matmul(module);
     rarefy::bind_ops(module);

@@ -301,7 +301,9 @@ def test_a_full_disk_is_told_before_and_in_the_middle_of_the_work(tmp_path, monk
 
     usage = scratch.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OutputError, match=r"gradients take .* GB of scratch space; allowed: 0.0 GB.*block_size"):
+    with pytest.raises(
+        OutputError, match=r"statistics of gradients take .* GB of scratch space; allowed: 0.0 GB.*block_size"
+    ):
         collect()
     wanted = {"model.layers.0.self_attn.k_proj": (GradientMean(),)}
     monkeypatch.setattr(scratch.shutil, "disk_usage", lambda _: usage._replace(free=4 * 16 * 32))

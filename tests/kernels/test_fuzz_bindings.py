@@ -173,6 +173,32 @@ def test_gram() -> None:
     call_often("add_gram", make)
 
 
+def test_fisher() -> None:
+    def add(draw: Draw):
+        rows, count, size = draw.size(), draw.size(), draw.size()
+        dtype = np.uint16 if draw.chance(0.5) else np.float32
+        function = native.fisher_add_bf16 if dtype == np.uint16 else native.fisher_add_float
+        return function, ([draw.array(count * size, dtype=dtype) for _ in range(rows)], draw.array(count, size, size))
+
+    def costs(draw: Draw):
+        count, size = draw.size(), draw.size()
+        mask = draw.array(count, size, dtype=np.bool_)
+        vectors, blocks = draw.array(count, size), draw.array(count, size, size)
+        return native.fisher_costs, (vectors, blocks, mask, draw.array(count, size))
+
+    def drop(draw: Draw):
+        count, size = draw.size(), draw.size()
+        mask = draw.array(count, size, dtype=np.bool_)
+        return native.fisher_drop, (mask, draw.array(count, size), draw.array(count, size, size))
+
+    def invert(draw: Draw):
+        count, size = draw.size(), draw.size()
+        return native.fisher_invert, (draw.array(count, size, size), 1.0, 0.1, draw.array(count, size, size))
+
+    for name, make in (("add", add), ("costs", costs), ("drop", drop), ("invert", invert)):
+        call_often(f"fisher_{name}", make)
+
+
 def test_products(weight, layout_format) -> None:
     w = weight(layout_format, 19, 70)
     integers = {name: int(value) for name, value in w.layout.meta().items() if isinstance(value, int)}

@@ -6,12 +6,25 @@ import numpy as np
 import pytest
 import torch
 
+from rarefy.calibrate import gradient_statistics
 from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean, NumTaps
 from rarefy.core.patterns import NM, Blocks, Lines, Unstructured
 from rarefy.core.solution import Solution
+from rarefy.kernels.fisher import has_fisher_kernels
 from rarefy.methods import OBD, OBERT, Taylor
+from rarefy.methods.pruning import fisher_inverse
 
 HALF = Unstructured(0.5)
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything with compiled kernels and without."""
+    if request.param == "torch":
+        for module in (gradient_statistics, fisher_inverse):
+            monkeypatch.setattr(module, "has_fisher_kernels", lambda: False)
+    elif not has_fisher_kernels():
+        pytest.skip("no compiled kernels")
 
 
 def problem(rows: int, width: int, seed: int = 0, num_gradients: int = 40):

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from tests.recipe.conftest import Layer, Model, decoder
 
+from rarefy import run
+from rarefy.calibrate.data import gather
+from rarefy.calibrate.gradients import collect_gradients
+from rarefy.calibrate.scratch import Scratch
 from rarefy.core.grids import IntGrid
 from rarefy.core.patterns import NM, Blocks, Pattern, Unstructured
 from rarefy.core.solution import Solution
 from rarefy.layouts import pack
 from rarefy.methods import GPTQ, OBERT, RTN, LayerMethod, Magnitude, SparseGPT, Taylor, Wanda
+from rarefy.models import load_model
 from rarefy.plan import Plan, Rates, cost, make_plan
 from rarefy.recipe import Recipe, Step, load_recipe, shipped_names
 from rarefy.testing.method import make_problem
@@ -182,17 +187,50 @@ def test_rates_are_measured_when_none_are_given() -> None:
     assert "GFLOP/s" in plan.basis
 
 
-def test_gradients_take_the_model_and_passes_of_their_own() -> None:
-    model, half = decoder(), Unstructured(0.5)
-    plain = make_plan(Recipe((Step(Magnitude(half)),)), model, rates=RATES)
+def test_gradients_take_a_block_and_passes_of_their_own() -> None:
+    half = Unstructured(0.5)
+    plain = make_plan(Recipe((Step(Magnitude(half)),)), decoder(), rates=RATES)
     assert "gradients" not in plain.memory_parts
     assert "gradients" not in plain.seconds_parts
-    first, second = (make_plan(Recipe((Step(method),)), model, rates=RATES) for method in (Taylor(half), OBERT(half)))
+    assert plain.scratch_bytes == 0
+    plans = {
+        (name, num_blocks): make_plan(Recipe((Step(method),)), decoder(num_blocks=num_blocks), rates=RATES)
+        for name, method in (("taylor", Taylor(half)), ("obert", OBERT(half)))
+        for num_blocks in (2, 8)
+    }
+    first, second, deep = plans["taylor", 2], plans["obert", 2], plans["obert", 8]
     assert first.seconds_parts["gradients"] == second.seconds_parts["gradients"] > 0
     assert first.seconds_parts["forward passes"] == 0
+    assert deep.seconds_parts["gradients"] > 2 * second.seconds_parts["gradients"]
     weights = sum(row.shape[0] * row.shape[1] for row in first.layers)
     rows = sum(row.shape[0] for row in first.layers)
-    # of every weight a sum of one number, or of a row of its block and the gradients that wait
-    assert second.memory_parts["gradients"] - first.memory_parts["gradients"] == 4 * (16 + 4 - 1) * weights + 4 * rows
-    both = make_plan(Recipe((Step(Wanda(half)), Step(Taylor(half)))), model, rates=RATES)
+    # of every weight of one block a sum of one number, or of a row of its block of F and the gradients that wait
+    more = second.memory_parts["gradients"] - first.memory_parts["gradients"]
+    assert more == 4 * ((16 + 8 - 1) * weights + rows) // 2
+    assert deep.memory_parts["gradients"] == second.memory_parts["gradients"]
+    # on disk there is what all samples give each block, and the means
+    assert first.scratch_bytes == 2 * 128 * 512 * 64 * 2 + 4 * weights
+    assert second.scratch_bytes - first.scratch_bytes == 4 * (15 * weights + rows)
+    both = make_plan(Recipe((Step(Wanda(half)), Step(Taylor(half)))), decoder(), rates=RATES)
     assert both.seconds_parts["forward passes"] > 0
+    (note,) = make_plan(Recipe((Step(Taylor(half)),)), one_layer(16, 64), rates=RATES).notes
+    assert "all of it is in memory" in note
+    assert not any("in memory" in note for note in first.notes)
+
+
+def test_scratch_space_is_what_a_run_takes(tiny_llama_dir, text_file, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """Files are measured when they are closed; lines of the cache are filled up."""
+    taken: list[int] = []
+    close = Scratch.close
+    monkeypatch.setattr(Scratch, "close", lambda self: (taken.append(self.num_bytes), close(self)))
+    options = {"calibration": text_file, "samples": 6, "sequence_length": 32, "compute_dtype": "float32"}
+    steps = {"steps": [{"method": "obert", "pattern": {"sparsity": 0.5}}]}
+    plan = run.plan(tiny_llama_dir, steps, **options)
+    loaded = load_model(tiny_llama_dir)
+    data = gather(loaded, text_file, None, 6, 32, 0, True, False)
+    layers = [layer.name for layer in loaded.structure().layers if layer.compressible and layer.block]
+    blocks = [block.name for block in loaded.structure().blocks]
+    wanted = dict.fromkeys(layers, OBERT(Unstructured(0.5)).needs())
+    gradients = collect_gradients(loaded, blocks, data.calls, data.labels, wanted)  # type: ignore[arg-type]
+    gradients._scratch.close()
+    assert sum(taken) == pytest.approx(plan.scratch_bytes, rel=0.01)

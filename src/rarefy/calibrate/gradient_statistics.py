@@ -11,10 +11,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rarefy.calibrate.statistics import Sum
+from rarefy.calibrate.statistics import GradientStatistic, Sum
+from rarefy.kernels.fisher import add_outer_products, has_fisher_kernels
 
 # Gradients that wait until FisherBlocks multiplies them at once: its sums are then read and written once for all.
-_GRADIENTS_PER_PRODUCT = 4
+_GRADIENTS_PER_PRODUCT = 8
 
 
 class _GradientMean:
@@ -122,7 +123,7 @@ def taps_apart(matrix_OI: Tensor, num_taps: int) -> Tensor:
 
 @dataclass
 class _BlockSum(Sum):
-    """A sum of outer products, and gradients that are still to be added."""
+    """A sum of outer products, and gradients that are still to be added, each with the columns of all blocks."""
 
     waiting: list[Tensor] = field(default_factory=list)
     num_taps: int = 1
@@ -142,13 +143,18 @@ class FisherBlocks:
 
     def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
         """An empty sum."""
-        size, count = self._blocks(shape[1])
+        size, count = self.blocks_of(shape[1])
         return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32), num_taps=num_taps)
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
-        """Add the outer products of one gradient, together with those of some later ones."""
+        """Add the outer products of one gradient, together with those of some later ones: it is not to be changed."""
         assert isinstance(state, _BlockSum)
-        state.waiting.append(kernels_whole(gradient_OI, state.num_taps).clone())
+        _, count, size, _ = state.total.shape
+        own_OI = kernels_whole(gradient_OI, state.num_taps)
+        own_OI = own_OI if own_OI.dtype == torch.bfloat16 else own_OI.to(torch.float32)
+        padding = count * size - own_OI.shape[1]
+        own_OI = torch.nn.functional.pad(own_OI, (0, padding)) if padding else own_OI
+        state.waiting.append(own_OI.reshape(-1))
         state.num_tokens += 1
         if len(state.waiting) == _GRADIENTS_PER_PRODUCT:
             _add_waiting(state)
@@ -170,23 +176,32 @@ class FisherBlocks:
 
     def num_floats(self, shape: tuple[int, int]) -> int:
         """The blocks, and the gradients that wait."""
-        size, count = self._blocks(shape[1])
+        size, count = self.blocks_of(shape[1])
         return shape[0] * count * (size * size + _GRADIENTS_PER_PRODUCT * size)
 
-    def _blocks(self, width: int) -> tuple[int, int]:
+    def blocks_of(self, width: int) -> tuple[int, int]:
         """Columns of a block, and how many blocks a row has."""
         size = max(1, min(self.block_size, width))
         return size, -(-width // size)
 
 
+def result_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
+    """Bytes of a finished statistic of a matrix: of its sum, without gradients that wait."""
+    if isinstance(statistic, FisherBlocks):
+        size, count = statistic.blocks_of(shape[1])
+        return 4 * shape[0] * count * size * size
+    return 4 * statistic.num_floats(shape)
+
+
 def _add_waiting(state: _BlockSum) -> None:
-    if not state.waiting:
+    size = state.total.shape[-1]
+    total_XBB = state.total.view(-1, size, size)
+    waiting, state.waiting = state.waiting, []
+    if not waiting:
         return
-    rows, count, size, _ = state.total.shape
-    gradient_NOI = torch.stack(state.waiting).to(torch.float32)
-    state.waiting.clear()
-    padding = count * size - gradient_NOI.shape[2]
-    gradient_NOI = torch.nn.functional.pad(gradient_NOI, (0, padding))
-    block_XNB = gradient_NOI.view(-1, rows * count, size).transpose(0, 1)
-    total_XBB = state.total.view(rows * count, size, size)
-    total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)
+    if has_fisher_kernels():
+        is_half = waiting[0].dtype == torch.bfloat16
+        add_outer_products([(row.view(torch.uint16) if is_half else row).numpy() for row in waiting], total_XBB.numpy())
+    else:
+        block_XNB = torch.stack(waiting).to(torch.float32).view(len(waiting), -1, size).transpose(0, 1)
+        total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from rarefy.calibrate.backward import GradientPass, block_of
 from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.data import CalibrationData
-from rarefy.calibrate.gradient_sums import Wanted, chunks_of, most_bytes, sum_bytes, without_gradients
+from rarefy.calibrate.gradient_statistics import result_bytes
+from rarefy.calibrate.gradient_sums import Wanted, chunks_of, most_bytes, without_gradients
 from rarefy.calibrate.inputs import cast_inputs, without_cache
 from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.replay import Replay, UnlikeCallsError
@@ -104,7 +105,8 @@ def collect_gradients(
     chunks_of(wanted, shapes, budget)  # refuses what is too large, before the work
     samples = samples_of(cast_inputs(calls, dtype), labels)
     scratch = Scratch(directory)
-    scratch.check_room(sum(sum_bytes(each, shapes[layer]) for layer in wanted for each in wanted[layer]), "gradients")
+    results = sum(result_bytes(each, shapes[layer]) for layer in wanted for each in wanted[layer])
+    scratch.check_room(results, "statistics of gradients")
     places: dict[str, dict[Statistic, Stored]] = {}
     in_blocks = len(blocks) > 1 and not _share(loaded.model, blocks, weights.values())
     with calibration_mode(loaded.model), without_cache(loaded.model), without_gradients(loaded.model):

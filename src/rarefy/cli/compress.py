@@ -161,7 +161,8 @@ def _print_plan(plan: "Plan") -> None:
             f"On disk: {format_bytes(plan.input_bytes)} now, {format_bytes(plan.disk_bytes)} afterwards ({direction}). "
             f"Untouched: {len(plan.untouched)} layers, {format_bytes(untouched_bytes)}. "
             f"About {format_seconds(plan.seconds)} to compress on a quiet machine, measuring not included; "
-            f"about {format_bytes(plan.memory_bytes)} of memory."
+            f"about {format_bytes(plan.memory_bytes)} of memory"
+            + (f" and {format_bytes(plan.scratch_bytes)} of scratch space on disk." if plan.scratch_bytes else ".")
         )
     )
     console.print()

@@ -101,14 +101,20 @@ def make_plan(
     rates = rates or measure_rates()
     rows = _Rows(num_samples * sequence_length, num_rows)
     memory_parts = _memory(layers, structure, planned, rest_bytes, rows, bfloat16)
-    num_weights = sum(_block_weights(structure).values())
-    forward = _pass_seconds(structure.layers, rows, rates, bfloat16)
-    gradient_bytes, gradient_seconds = gradient_costs(recipe, layers, num_weights, 2 if bfloat16 else 4, forward)
-    if gradient_bytes:
-        memory_parts["gradients"] = gradient_bytes
+    gradients = gradient_costs(
+        recipe,
+        layers,
+        structure,
+        num_samples=num_samples,
+        item_bytes=2 if bfloat16 else 4,
+        rows_of=rows.of,
+        pass_seconds=lambda own: _pass_seconds(own, rows, rates, bfloat16),
+    )
+    if gradients is not None:
+        memory_parts["gradients"] = gradients.memory_bytes
     seconds_parts = _seconds(recipe, layers, structure, rows, rates, bfloat16)
-    if gradient_seconds:
-        seconds_parts["gradients"] = gradient_seconds
+    if gradients is not None:
+        seconds_parts["gradients"] = gradients.seconds
     return Plan(
         layers=planned,
         untouched=untouched,
@@ -127,7 +133,12 @@ def make_plan(
                 else "operations counted in a call with the first example"
             )
         ),
-        notes=(*notes(recipe, structure), *amounts_in_words(recipe, layers, final=False)),
+        notes=(
+            *notes(recipe, structure),
+            *amounts_in_words(recipe, layers, final=False),
+            *(() if gradients is None else gradients.notes),
+        ),
+        scratch_bytes=0 if gradients is None else gradients.scratch_bytes,
     )
 
 

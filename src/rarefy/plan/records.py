@@ -68,6 +68,7 @@ class Plan(Record):
         seconds_parts: what it is made of.
         basis: what the estimates rest on, in words.
         notes: what else a user should know, such as optional steps that match nothing.
+        scratch_bytes: on disk while it runs, beside the output, else where temporary files are.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -80,6 +81,7 @@ class Plan(Record):
     seconds_parts: dict[str, float]
     basis: str
     notes: tuple[str, ...]
+    scratch_bytes: int = 0
 
     def table(self) -> list[tuple[str, ...]]:
         """Rows for people: header first; layers that differ only in the number of their block are one row."""

@@ -1,0 +1,3 @@
+// Blocks on any CPU.
+#define RAREFY_FISHER_TABLE reference
+#include "fisher/core.h"
