@@ -49,6 +49,7 @@ class Prepared:
         isa: the instruction set of its kernel.
         nbytes: bytes it holds in memory.
         weights: of the extension; None where numpy multiplies.
+        reference: of numpy; None where the extension multiplies, or numpy with the parts.
         parts: None unless the weight is made of others.
     """
 
