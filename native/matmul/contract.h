@@ -15,6 +15,7 @@
 // block of 64 columns to [-127, 127] (kernels.h). A segment is the part of a block that lies in one weight group: the
 // whole block, or each half where the group size is an odd multiple of 32. Every kernel computes
 //   y = sum over segments, in order:  y = fma(float(sum code * q - zero_point * sum q), s_block * scale, y)
+// or, where there are output_scales, with 1 for the scale, and then y = y * output scale,
 // and float kernels
 //   y = sum over blocks, in order:    y = y + (sum over columns 1, 0, 3, 2, ... 63, 62:    part = fma(x, w, part))
 // so all kernels of an encoding give the same bits, for every number of rows and threads. The odd column of two comes
@@ -41,7 +42,10 @@ struct PanelWeights {
     const int64_t* value_offsets;  // bytes from `values` to each panel, (num_panels + 1)
     const uint8_t* mask;           // (num_panels, num_blocks, bytes of the encoding)
     // Of weights with scales.
-    const uint16_t* scales;      // bfloat16 bits, (num_panels, num_groups, 16)
+    const uint16_t* scales;  // bfloat16 bits, (num_panels, num_groups, 16)
+    // Where an output has one scale: (num_panels, 16), which finished sums are multiplied by, and `scales` are 1. Else
+    // null.
+    const uint16_t* output_scales;
     const uint8_t* zero_points;  // (num_panels, num_groups, 16), or null: all are `zero_point`
     int64_t num_groups;
     int64_t segments_per_group;

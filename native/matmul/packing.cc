@@ -134,6 +134,15 @@ void Packing::pack_scales(int num_bits) {
     view.zero_points = packed_zero_points;
 }
 
+void Packing::put_scales_last() {
+    if (view.num_groups != 1) return;
+    constexpr uint16_t kOne = 0x3f80;
+    auto* const ones = reinterpret_cast<uint16_t*>(allocate(view.num_panels * kPanelOutputs * 2));
+    std::fill(ones, ones + view.num_panels * kPanelOutputs, kOne);
+    view.output_scales = view.scales;
+    view.scales = ones;
+}
+
 void Packing::for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const {
     constexpr int64_t kChunkPanels = 16;
     const int64_t num_chunks = ceil_div(view.num_panels, kChunkPanels);
