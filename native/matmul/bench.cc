@@ -1,8 +1,8 @@
 // Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
-// NAME] [--format PART] [--nm KEEP:GROUP] [--block HxW] [--zeros FRACTION] [--zero-points] [--warm]. Cold (the default)
-// rotates over more copies of the weight than any cache holds, and shows how long a pass over as many bytes takes that
-// only reads them, in two streams per thread as one row does. Warm has one copy: of a shape that fits into a cache,
-// what the arithmetic takes.
+// NAME] [--format PART] [--group COLUMNS, which share a scale, 0: all] [--nm KEEP:GROUP] [--block HxW] [--zeros
+// FRACTION] [--zero-points] [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds,
+// and shows how long a pass over as many bytes takes that only reads them, in two streams per thread as one row does.
+// Warm has one copy: of a shape that fits into a cache, what the arithmetic takes.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -24,7 +24,7 @@ using namespace rarefy;
 
 struct Options {
     int threads = 1;
-    long rows = 1, outputs = 4096, inputs = 4096;
+    long rows = 1, outputs = 4096, inputs = 4096, group_size = 64;
     std::string isa, format;
     int keep = 32, group = 64, block_rows = 16, block_columns = 64;
     double zeros = 0.5;
@@ -63,9 +63,9 @@ double time_reading(common::BandwidthProbe& probe, long num_bytes) {
 
 void bench(const matmul::ListedKernel& kernel, const Options& options, common::BandwidthProbe& probe,
            double bandwidth) {
-    const matmul::Sample sample = matmul::make_sample({kernel.format, options.outputs, options.inputs, 64,
-                                                       !options.zero_points, 1 - options.zeros, 1, options.keep,
-                                                       options.group, options.block_rows, options.block_columns});
+    const matmul::Sample sample = matmul::make_sample(
+        {kernel.format, options.outputs, options.inputs, options.group_size, !options.zero_points, 1 - options.zeros, 1,
+         options.keep, options.group, options.block_rows, options.block_columns});
     const matmul::PackedArrays packed = sample.packed();
     std::vector<std::unique_ptr<matmul::Weights>> copies;
     double packing = 1e9;
@@ -129,6 +129,8 @@ int main(int argc, char** argv) {
             options.threads = std::atoi(value);
         } else if (name == "--rows") {
             options.rows = std::atol(value);
+        } else if (name == "--group") {
+            options.group_size = std::atol(value);
         } else if (name == "--isa") {
             options.isa = value;
         } else if (name == "--format") {

@@ -36,11 +36,6 @@ void walk_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_
     }
 }
 
-// Some blocks of the panels `panel` and `panel + distance`.
-struct Stretch {
-    int64_t panel, distance, block_begin, block_end;
-};
-
 // What `expand_pairs` wrote.
 struct ExpandedPairs {
     const uint8_t* values;
@@ -58,10 +53,6 @@ void expand_pairs(Stream& stream, int64_t num_blocks, uint8_t* out) {
         if (step % 8 == 0) stream.fetch(16);
         _mm512_store_si512(out, stream.pairs());
     }
-}
-
-inline Lanes output_row(const PanelWeights& w, const Part& part, int64_t row, int64_t panel) {
-    return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
 }
 
 // kRows rows from `row` on by a stretch, whose weights come from the streams; the sums start at 0 with block 0, else at
@@ -152,7 +143,7 @@ void expand_for_rows(const PanelWeights& w, const Rows& rows, const Part& part) 
             int64_t row = part.row_begin;
             for (int64_t group = 0; group < num_groups; ++group) {
                 const int64_t count = (num_rows + group) / num_groups;
-                const Ahead nothing(w, panel, distance, 0, 1, false);
+                const Ahead nothing(w, panel, distance, 0, 1, w.num_blocks, false);
                 kExpandedRows[count - 1](w, rows, part, row, {panel, distance, begin, end}, expanded, nothing);
                 row += count;
             }

@@ -15,6 +15,7 @@
 // block of 64 columns to [-127, 127] (kernels.h). A segment is the part of a block that lies in one weight group: the
 // whole block, or each half where the group size is an odd multiple of 32. Every kernel computes
 //   y = sum over segments, in order:  y = fma(float(sum code * q - zero_point * sum q), s_block * scale, y)
+// or, where there are output_scales, with 1 for the scale, and then y = y * output scale,
 // and float kernels
 //   y = sum over blocks, in order:    y = y + (sum over columns 1, 0, 3, 2, ... 63, 62:    part = fma(x, w, part))
 // so all kernels of an encoding give the same bits, for every number of rows and threads. The odd column of two comes
@@ -44,6 +45,9 @@ struct PanelWeights {
     // all are `zero_point`. (num_panels, num_groups) such pieces of group_bytes, the pointers at the first.
     const uint16_t* scales;
     const uint8_t* zero_points;
+    // Where an output has one scale: (num_panels, 16), which finished sums are multiplied by, and `scales` are 1. Else
+    // null.
+    const uint16_t* output_scales;
     int64_t num_groups, group_bytes;
     int64_t segments_per_group;
     int steps_per_segment;  // 16: a segment is a block; 8: half a block

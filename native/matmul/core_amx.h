@@ -39,24 +39,6 @@ inline Lanes outputs(const PanelWeights& w, const Part& part, int64_t row, int64
     return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
 }
 
-// Expands blocks [begin, end) of one panel into plain codes.
-template <class Stream, int kSteps>
-void expand_codes(const PanelWeights& w, Stream& stream, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
-    constexpr int kSegments = 16 / kSteps;
-    Groups groups(w, begin * kSegments);
-    for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
-        const __m512i pruned = pruned_codes<Stream>(groups.zero_points(panel));
-        stream.fetch(kSteps);
-        for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
-            __m512i even, odd;
-            stream.next(pruned, even, odd);
-            _mm512_store_si512(out, even);
-            _mm512_store_si512(out + 64, _mm512_srli_epi16(odd, Stream::kOddShift));
-        }
-        groups.advance();
-    }
-}
-
 // totals += what the dot products of a segment of `block` stand for; sum_of(sums of q per half block of a row): of the
 // segment.
 template <class SumOf>
@@ -96,7 +78,8 @@ void tile_codes(const PanelWeights& w, const Rows& rows, const Part& part, int64
                     [&](const int32_t* half_sums) { return segment_sum<kSteps>(half_sums, segment); });
         groups.advance();
     }
-    for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel).store(totals[r]);
+    const __m512 factor = output_factor(w, panel, end == w.num_blocks);
+    for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel).store(_mm512_mul_ps(totals[r], factor));
 }
 
 template <class Stream, int kSteps>

@@ -86,7 +86,8 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     }
     float* y = part.y + row * part.y_stride + panel * kPanelOutputs;
     UNROLL for (int half = 0; half < kHalves; ++half) {
-        _mm256_maskstore_ps(y + 8 * half, output_lanes(w, panel * kPanelOutputs + 8 * half), totals[half]);
+        _mm256_maskstore_ps(y + 8 * half, output_lanes(w, panel * kPanelOutputs + 8 * half),
+                            _mm256_mul_ps(totals[half], output_factor(w, panel, half, true)));
     }
 }
 

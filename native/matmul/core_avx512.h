@@ -5,6 +5,7 @@
 //   void start(w, panel)
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
+//           static constexpr bool kExpandsOnce    for many rows: decoding again for every 8 of them takes longer
 //           static constexpr int kFetchSteps  if there is one: of one row, how many steps to fetch at once
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
 //   floats: void next(__m512& even, __m512& odd)
@@ -86,7 +87,8 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
         const int64_t output = (panel + p * distance) * kPanelOutputs;
-        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(totals[p]);
+        const __m512 factor = output_factor(w, panel + p * distance, true);
+        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(_mm512_mul_ps(totals[p], factor));
     }
 }
 
@@ -146,17 +148,26 @@ void one_row_int(const PanelWeights& w, const Rows& rows, const Part& part) {
         walk_panels(w, rows, part, walk_int<Stream, 2, kSteps, false>, walk_int<Stream, 1, kSteps, false>);
 }
 
+template <class Stream, int kSteps, bool kSymmetric>
+void many_rows_int_as(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if constexpr (Stream::kExpandsOnce) {
+        if (part.row_end - part.row_begin >= kFewestExpandedRows)
+            return expand_codes_for_rows<Stream, kSteps, kSymmetric>(w, rows, part);
+    }
+    walk_rows(w, rows, part, kRowsInt<Stream, kSteps, kSymmetric>);
+}
+
 template <class Stream>
 void many_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
 #if RAREFY_PASS_AMX
     if (part.row_end - part.row_begin >= kAmxRows) return tiles_int<Stream>(w, rows, part);
 #endif
     if (w.steps_per_segment == 8)
-        walk_rows(w, rows, part, kRowsInt<Stream, 8, false>);
+        many_rows_int_as<Stream, 8, false>(w, rows, part);
     else if (w.zero_points == nullptr)
-        walk_rows(w, rows, part, kRowsInt<Stream, 16, true>);
+        many_rows_int_as<Stream, 16, true>(w, rows, part);
     else
-        walk_rows(w, rows, part, kRowsInt<Stream, 16, false>);
+        many_rows_int_as<Stream, 16, false>(w, rows, part);
 }
 
 // Many rows may want another stream than one does.

@@ -61,7 +61,11 @@ inline void load_totals(const PanelWeights& w, const Part& part, const Stretch& 
 
 template <int kRows>
 inline void store_totals(const PanelWeights& w, const Part& part, const Stretch& stretch, int64_t row,
-                         const Floats (&totals)[kRows][kQuarters]) {
+                         Floats (&totals)[kRows][kQuarters]) {
+    UNROLL for (int i = 0; i < kQuarters; ++i) {
+        const Floats factor = output_factor(w, stretch.panel, i, stretch.end == w.num_blocks);
+        UNROLL for (int r = 0; r < kRows; ++r) { totals[r][i] = vmulq_f32(totals[r][i], factor); }
+    }
     UNROLL for (int r = 0; r < kRows; ++r) { Outputs(w, part, row + r, stretch.panel).store(totals[r]); }
 }
 

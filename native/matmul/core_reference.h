@@ -92,6 +92,11 @@ void multiply_int(const PanelWeights& w, const Rows& rows, const Part& part) {
                 }
             }
         }
+        if (w.output_scales == nullptr) continue;
+        for (int64_t row = part.row_begin; row < part.row_end; ++row) {
+            float* y = part.y + row * part.y_stride + panel * kPanelOutputs;
+            for (int o = 0; o < num_outputs; ++o) y[o] *= widen(w.output_scales[panel * kPanelOutputs + o]);
+        }
     }
 }
 

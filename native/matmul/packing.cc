@@ -134,6 +134,19 @@ void Packing::pack_scales(int num_bits) {
     view.zero_points = zero_points == nullptr ? nullptr : pieces + kScaleBytes;
 }
 
+void Packing::put_scales_last() {
+    if (view.num_groups != 1) return;
+    constexpr uint16_t kOne = 0x3f80;
+    auto* const last = reinterpret_cast<uint16_t*>(allocate(view.num_panels * kPanelOutputs * 2));
+    for (int64_t panel = 0; panel < view.num_panels; ++panel) {
+        // Of the memory that pack_scales took.
+        auto* const own = const_cast<uint16_t*>(view.scales_at(view.group_place(panel, 0)));
+        std::copy(own, own + kPanelOutputs, last + panel * kPanelOutputs);
+        std::fill(own, own + kPanelOutputs, kOne);
+    }
+    view.output_scales = last;
+}
+
 void Packing::for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const {
     constexpr int64_t kChunkPanels = 16;
     const int64_t num_chunks = ceil_div(view.num_panels, kChunkPanels);

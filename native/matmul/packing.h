@@ -85,6 +85,9 @@ public:
     // Reads `scales`, `zero_points` and group_size, and fills the fields of the view that belong to them. Done before
     // the packer runs where the values are integers; a float encoding whose layout has scales calls it.
     void pack_scales(int num_bits);
+    // Moves the scales of outputs that have one each to output_scales. All integer kernels know both; one row reads one
+    // place more for each panel, which panels of few bytes notice.
+    void put_scales_last();
 
     // Calls function(panel, first output, number of outputs) for every panel, on several threads.
     void for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const;

@@ -7,46 +7,120 @@ namespace rarefy::matmul {
 
 #define UNROLL _Pragma("GCC unroll 32")
 
-void quantize_row_avx512(const float* x, int64_t num_inputs, int8_t* q, int16_t*, float* scales, int32_t* sums) {
-    constexpr int64_t kAhead = 512;  // floats; rows seldom come from a nearer cache than the last level
-    const __m512 sign = _mm512_set1_ps(-0.0f);
+namespace {
+
+constexpr int64_t kAhead = 512;  // floats; rows seldom come from a nearer cache than the last level
+constexpr int kInfinityBits = 0x7f800000;
+
+// As integers magnitudes keep their order, and infinity and NaN come last.
+inline __m512i larger_magnitude(__m512i magnitude, __m512 values) {
+    return _mm512_max_epi32(magnitude, _mm512_castps_si512(_mm512_andnot_ps(_mm512_set1_ps(-0.0f), values)));
+}
+
+// The integers of a block, and in the lanes sums of 4 columns of them. No product exceeds 127: 127 / amax is rounded by
+// less than what the rounding to an integer takes off again.
+inline __m512i quantize_block(const __m512 (&values)[4], __m512 factor, int8_t* q) {
     const __m512i bytes_in_order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    __m512i quarters[4];
+    UNROLL for (int i = 0; i < 4; ++i) { quarters[i] = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], factor)); }
+    const __m512i words_0 = _mm512_packs_epi32(quarters[0], quarters[1]);
+    const __m512i words_1 = _mm512_packs_epi32(quarters[2], quarters[3]);
+    const __m512i bytes = _mm512_permutexvar_epi32(bytes_in_order, _mm512_packs_epi16(words_0, words_1));
+    _mm512_storeu_si512(q, bytes);
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
+}
+
+// One block, of which `left` columns or all 64 are there.
+void quantize_one(const float* x, int64_t left, int8_t* q, float* scale, int32_t* sums) {
+    __m512 values[4];
+    __m512i magnitude = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < 4; ++i) {
+        const int64_t some = left - 16 * i;
+        const auto lanes = static_cast<__mmask16>(some >= 16 ? 0xffff : some <= 0 ? 0 : (1 << some) - 1);
+        values[i] = _mm512_maskz_loadu_ps(lanes, x + 16 * i);
+        magnitude = larger_magnitude(magnitude, values[i]);
+    }
+    const int32_t bits = _mm512_reduce_max_epi32(magnitude);
+    const bool finite = bits < kInfinityBits;
+    float amax;
+    __builtin_memcpy(&amax, &bits, 4);
     const float infinity = __builtin_inff();
-    for (int64_t begin = 0, block = 0; begin < num_inputs; begin += kBlockInputs, ++block) {
-        __m512 values[4];
-        __m512i magnitude = _mm512_setzero_si512();
+    const float inverse = bits > 0 ? 127.0f / amax : infinity;
+    const bool usable = finite && inverse < infinity;
+    UNROLL for (int i = 0; i < 4; ++i) {
+        if (!usable) values[i] = _mm512_setzero_ps();
+    }
+    *scale = !finite ? __builtin_nanf("") : usable ? amax / 127.0f : 0.0f;
+    __m512i lanes = quantize_block(values, _mm512_set1_ps(usable ? inverse : 0.0f), q);
+    lanes = _mm512_add_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_BADC));
+    lanes = _mm512_add_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_CDAB));
+    lanes = _mm512_add_epi32(lanes, _mm512_shuffle_i64x2(lanes, lanes, _MM_PERM_CDAB));
+    const __m128i halves = _mm_unpacklo_epi32(_mm512_castsi512_si128(lanes), _mm512_extracti32x4_epi32(lanes, 2));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(sums), halves);
+}
+
+// In lane i of each quarter what `join` makes of that quarter of vector i.
+template <class Join>
+inline __m512i join_quarters(const __m512i (&of)[4], Join join) {
+    const __m512i first = join(_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
+    const __m512i second = join(_mm512_unpacklo_epi32(of[2], of[3]), _mm512_unpackhi_epi32(of[2], of[3]));
+    return join(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+}
+
+// Up to four whole blocks, whose steps from a vector to a number are taken together. False where a number is not
+// finite.
+template <int kBlocks>
+bool quantize_blocks(const float* x, int8_t* q, float* scales, int32_t* sums) {
+    constexpr auto kStored = static_cast<__mmask8>((1 << kBlocks) - 1),
+                   kHalves = static_cast<__mmask8>((1 << 2 * kBlocks) - 1);
+    __m512 values[kBlocks][4];
+    __m512i lanes[4] = {};
+    UNROLL for (int block = 0; block < kBlocks; ++block) {
         UNROLL for (int i = 0; i < 4; ++i) {
-            _mm_prefetch(reinterpret_cast<const char*>(x + begin + kAhead + 16 * i), _MM_HINT_T0);
-            const int64_t left = num_inputs - begin - 16 * i;
-            const __mmask16 lanes = static_cast<__mmask16>(left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1);
-            values[i] = _mm512_maskz_loadu_ps(lanes, x + begin + 16 * i);
-            // As integers the magnitudes keep their order, and infinity and NaN come last.
-            magnitude = _mm512_max_epi32(magnitude, _mm512_castps_si512(_mm512_andnot_ps(sign, values[i])));
+            const float* from = x + block * kBlockInputs + 16 * i;
+            _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
+            values[block][i] = _mm512_loadu_ps(from);
+            lanes[block] = larger_magnitude(lanes[block], values[block][i]);
         }
-        const int32_t bits = _mm512_reduce_max_epi32(magnitude);
-        const bool finite = bits < 0x7f800000;
-        float amax;
-        __builtin_memcpy(&amax, &bits, 4);
-        const float inverse = bits > 0 ? 127.0f / amax : infinity;
-        const bool usable = finite && inverse < infinity;
-        const __m512 factor = _mm512_set1_ps(inverse);
-        // No product exceeds 127: 127 / amax is rounded by less than what the rounding to an integer takes off again.
-        __m512i quarters[4];
-        UNROLL for (int i = 0; i < 4; ++i) {
-            quarters[i] = usable ? _mm512_cvtps_epi32(_mm512_mul_ps(values[i], factor)) : _mm512_setzero_si512();
+    }
+    __m512i most = join_quarters(lanes, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
+    most = _mm512_max_epi32(most, _mm512_shuffle_i64x2(most, most, _MM_PERM_BADC));
+    most = _mm512_max_epi32(most, _mm512_shuffle_i64x2(most, most, _MM_PERM_CDAB));
+    const __m128i bits = _mm512_castsi512_si128(most);
+    if (_mm_cmpge_epi32_mask(bits, _mm_set1_epi32(kInfinityBits)) != 0) return false;
+    // Blocks that are too small become zeros with a factor of zero.
+    const __m128 amax = _mm_castsi128_ps(bits), inverse = _mm_div_ps(_mm_set1_ps(127.0f), amax);
+    const __mmask8 usable = _mm_cmp_ps_mask(inverse, _mm_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    _mm_mask_storeu_ps(scales, kStored, _mm_maskz_div_ps(usable, amax, _mm_set1_ps(127.0f)));
+    const __m512 factors = _mm512_zextps128_ps512(_mm_maskz_mov_ps(usable, inverse));
+    UNROLL for (int block = 0; block < kBlocks; ++block) {
+        const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(block), factors);
+        lanes[block] = quantize_block(values[block], factor, q + block * kBlockInputs);
+    }
+    __m512i quarters = join_quarters(lanes, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
+    quarters = _mm512_add_epi32(quarters, _mm512_shuffle_i64x2(quarters, quarters, _MM_PERM_CDAB));
+    const __m128i first = _mm512_castsi512_si128(quarters), second = _mm512_extracti32x4_epi32(quarters, 2);
+    const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi32(first, second));
+    _mm256_mask_storeu_epi32(sums, kHalves, _mm256_inserti128_si256(low, _mm_unpackhi_epi32(first, second), 1));
+    return true;
+}
+
+}  // namespace
+
+void quantize_row_avx512(const float* x, int64_t num_inputs, int8_t* q, int16_t*, float* scales, int32_t* sums) {
+    using Function = bool (*)(const float*, int8_t*, float*, int32_t*);
+    constexpr Function kFunctions[] = {quantize_blocks<1>, quantize_blocks<2>, quantize_blocks<3>, quantize_blocks<4>};
+    for (int64_t block = 0, left = num_inputs; left > 0;) {
+        const int64_t whole = left / kBlockInputs, count = whole < 4 ? whole : 4;
+        const int64_t at = block * kBlockInputs, end = block + (count > 0 ? count : 1);
+        if (count == 0 || !kFunctions[count - 1](x + at, q + at, scales + block, sums + 2 * block)) {
+            for (int64_t i = block; i < end; ++i) {
+                const int64_t from = i * kBlockInputs;
+                quantize_one(x + from, num_inputs - from, q + from, scales + i, sums + 2 * i);
+            }
         }
-        const __m512i words_0 = _mm512_packs_epi32(quarters[0], quarters[1]);
-        const __m512i words_1 = _mm512_packs_epi32(quarters[2], quarters[3]);
-        const __m512i bytes = _mm512_permutexvar_epi32(bytes_in_order, _mm512_packs_epi16(words_0, words_1));
-        _mm512_storeu_si512(q + begin, bytes);
-        scales[block] = !finite ? __builtin_nanf("") : usable ? amax / 127.0f : 0.0f;
-        // Sums of 4 columns in each lane, then of the 8 lanes of each half.
-        __m512i lanes = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), bytes);
-        lanes = _mm512_add_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_BADC));
-        lanes = _mm512_add_epi32(lanes, _mm512_shuffle_epi32(lanes, _MM_PERM_CDAB));
-        lanes = _mm512_add_epi32(lanes, _mm512_shuffle_i64x2(lanes, lanes, _MM_PERM_CDAB));
-        const __m128i halves = _mm_unpacklo_epi32(_mm512_castsi512_si128(lanes), _mm512_extracti32x4_epi32(lanes, 2));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(sums + 2 * block), halves);
+        left -= (end - block) * kBlockInputs;
+        block = end;
     }
 }
 

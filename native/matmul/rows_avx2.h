@@ -18,8 +18,10 @@ struct Totals {
         UNROLL for (int half = 0; half < kHalves; ++half) {
             const int64_t output = panel * kPanelOutputs + 8 * half;
             const __m256i lanes = output_lanes(w, output);
+            const __m256 factor = output_factor(w, panel, half, true);
             UNROLL for (int r = 0; r < kRows; ++r) {
-                _mm256_maskstore_ps(part.y + (row + r) * part.y_stride + output, lanes, load(r, half));
+                _mm256_maskstore_ps(part.y + (row + r) * part.y_stride + output, lanes,
+                                    _mm256_mul_ps(load(r, half), factor));
             }
         }
     }

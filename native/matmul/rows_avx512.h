@@ -1,29 +1,35 @@
 // Products with several rows of activations, by two panels at a time: what is decoded into registers is multiplied with
-// up to 8 rows at once. That is cheap enough to decode again for the next 8: storing expanded panels and loading them
-// was slower for every encoding and every number of rows.
+// up to 8 rows at once. Bytes and nibbles are cheap enough to decode again for the next 8; what is under a mask or in
+// bits is expanded once for many rows.
 #pragma once
 
 #include "matmul/vectors_avx512.h"
 
 namespace rarefy::matmul::avx512 {
 
-constexpr int kMaxRows = 8;  // by a pair of panels: 16 sums
-constexpr int kPair = 2;     // panels
+constexpr int kMaxRows = 8;                  // by a pair of panels: 16 sums
+constexpr int kPair = 2;                     // panels
+constexpr int64_t kFewestExpandedRows = 32;  // that pay for storing codes and loading them
 
 // The first rows that meet a pair of panels would wait for memory, and those after them read it from the L2 cache. So
 // each call fetches its share of the next pair.
 class Ahead {
 public:
-    // Share `index` of `count` of `panel` and `panel + distance`, the next pair; nothing unless there is `any`.
-    Ahead(const PanelWeights& w, int64_t panel, int64_t distance, int64_t index, int64_t count, bool any) {
+    // Share `index` of `count` of `panel` and `panel + distance`, the next pair, in `num_blocks` steps; nothing unless
+    // there is `any`.
+    Ahead(const PanelWeights& w, int64_t panel, int64_t distance, int64_t index, int64_t count, int64_t num_blocks,
+          bool any) {
         for (int p = 0; p < kPair; ++p) {
             const int64_t* offsets = w.value_offsets + panel + p * distance;
             const int64_t share = any ? (offsets[1] - offsets[0] + count - 1) / count : 0;
             from_[p] = w.values + offsets[0] + index * share;
             end_[p] = from_[p] + share;
         }
-        num_bytes_ = ((end_[0] - from_[0]) / w.num_blocks + 63) / 64 * 64;
+        num_bytes_ = ((end_[0] - from_[0]) / num_blocks + 63) / 64 * 64;
+        is_first_ = index == 0;
     }
+    // Of all rows that meet the pair.
+    bool is_first() const { return is_first_; }
     // Once for each block.
     void fetch() {
         UNROLL for (int p = 0; p < kPair; ++p) {
@@ -35,31 +41,46 @@ public:
 private:
     const uint8_t *from_[kPair], *end_[kPair];
     int64_t num_bytes_;
+    bool is_first_;
 };
 
-// kRows rows from `row` on by the panels `panel` and `panel + distance`. kSymmetric: all zero points are the same.
-template <class Stream, int kRows, int kSteps, bool kSymmetric>
-void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
-              Ahead ahead) {
-    const int8_t* q = rows.q + row * rows.stride;
-    const float* row_scales = rows.scales + row * rows.num_blocks;
-    const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
-    // Outputs that are not in a cache when they are stored hold up the next rows, whose totals are stored behind them.
-    UNROLL for (int p = 0; p < kPair; ++p) {
-        const float* y = part.y + row * part.y_stride + (panel + p * distance) * kPanelOutputs;
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            _mm_prefetch(reinterpret_cast<const char*>(y + r * part.y_stride), _MM_HINT_T0);
-        }
-    }
-    alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
-    Stream streams[kPair];
-    UNROLL for (int p = 0; p < kPair; ++p) { streams[p].start(w, panel + p * distance); }
+// Some blocks of the panels `panel` and `panel + distance`.
+struct Stretch {
+    int64_t panel, distance, block_begin, block_end;
+};
+
+inline Lanes output_row(const PanelWeights& w, const Part& part, int64_t row, int64_t panel) {
+    return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
+}
+
+// kRows rows from `row` on by a stretch, whose codes come from the streams; the sums start at 0 with block 0, else at
+// y. kSymmetric: all zero points are the same.
+template <int kRows, int kSteps, bool kSymmetric, class Stream>
+inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, const Stretch& stretch,
+                      Stream (&streams)[kPair], Ahead& ahead) {
     constexpr int kSegments = 16 / kSteps;  // of a block
     constexpr int kPairs = kSteps / 2;
+    const int64_t panel = stretch.panel, distance = stretch.distance;
+    const int8_t* q = rows.q + row * rows.stride + stretch.block_begin * kBlockInputs;
+    const float* row_scales = rows.scales + row * rows.num_blocks;
+    const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
+    alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
+    Lanes outputs[kPair] = {output_row(w, part, row, panel), output_row(w, part, row, panel + distance)};
+    UNROLL for (int p = 0; p < kPair; ++p) {
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            // Outputs that are not in a cache when they are stored hold up the next rows, whose totals are stored
+            // behind them.
+            if (stretch.block_begin == 0)
+                _mm_prefetch(reinterpret_cast<const char*>(outputs[p].y + r * part.y_stride), _MM_HINT_T0);
+            else
+                _mm512_store_ps(totals[r][p], outputs[p].load(r * part.y_stride));
+        }
+    }
+    const bool is_first = ahead.is_first();
     const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
     const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
-    Groups groups(w, 0);
-    for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment) {
+    Groups groups(w, stretch.block_begin * kSegments);
+    for (int64_t segment = stretch.block_begin * kSegments; segment < stretch.block_end * kSegments; ++segment) {
         Sums dots[kRows][kPair];
         __m512i pruned[kPair];
         UNROLL for (int p = 0; p < kPair; ++p) {
@@ -73,7 +94,7 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                 else
                     dots[r][p] = times(zero_points, -sum);
             }
-            streams[p].fetch(2 * kPairs);
+            if (is_first) streams[p].fetch(2 * kPairs);
         }
         if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
         for (int pair = 0; pair < kPairs; ++pair, q += 8) {
@@ -88,21 +109,115 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                 UNROLL for (int p = 0; p < kPair; ++p) { dots[r][p] = dot_4(dots[r][p], odd[p], odd_q); }
             }
         }
-        UNROLL for (int p = 0; p < kPair; ++p) {
-            const __m512 scales = groups.scales(panel + p * distance);
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
-                const __m512 total = _mm512_load_ps(totals[r][p]);
-                _mm512_store_ps(totals[r][p],
-                                _mm512_fmadd_ps(to_floats(dots[r][p]), _mm512_mul_ps(row_scale, scales), total));
+        add_scaled(w, [&](auto scaling) {
+            UNROLL for (int p = 0; p < kPair; ++p) {
+                const __m512 scales = groups.scales(panel + p * distance);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
+                    const __m512 total = _mm512_load_ps(totals[r][p]);
+                    _mm512_store_ps(totals[r][p],
+                                    _mm512_fmadd_ps(to_floats(dots[r][p]), scaling.factor(row_scale, scales), total));
+                }
             }
-        }
+        });
         groups.advance();
     }
     UNROLL for (int p = 0; p < kPair; ++p) {
-        float* y = part.y + row * part.y_stride + (panel + p * distance) * kPanelOutputs;
+        const __m512 factor = output_factor(w, panel + p * distance, stretch.block_end == w.num_blocks);
         UNROLL for (int r = 0; r < kRows; ++r) {
-            Lanes(w, panel + p * distance, y + r * part.y_stride).store(_mm512_load_ps(totals[r][p]));
+            outputs[p].store(_mm512_mul_ps(_mm512_load_ps(totals[r][p]), factor), r * part.y_stride);
+        }
+    }
+}
+
+// Whole panels, decoded for these rows alone.
+template <class Stream, int kRows, int kSteps, bool kSymmetric>
+void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
+              Ahead ahead) {
+    Stream streams[kPair];
+    UNROLL for (int p = 0; p < kPair; ++p) { streams[p].start(w, panel + p * distance); }
+    add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, {panel, distance, 0, w.num_blocks}, streams, ahead);
+}
+
+// Expands blocks [begin, end) of one panel into plain codes.
+template <class Stream, int kSteps>
+void expand_codes(const PanelWeights& w, Stream& stream, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
+    constexpr int kSegments = 16 / kSteps;
+    Groups groups(w, begin * kSegments);
+    for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
+        const __m512i pruned = pruned_codes<Stream>(groups.zero_points(panel));
+        stream.fetch(kSteps);
+        for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
+            __m512i even, odd;
+            stream.next(pruned, even, odd);
+            _mm512_store_si512(out, even);
+            _mm512_store_si512(out + 64, _mm512_srli_epi16(odd, Stream::kOddShift));
+        }
+        groups.advance();
+    }
+}
+
+// What `expand_codes` wrote.
+struct ExpandedCodes {
+    static constexpr int kOddShift = 0;
+    const uint8_t* values;
+    void fetch(int) const {}
+    void next(__m512i, __m512i& even, __m512i& odd) {
+        even = load(values);
+        odd = load(values + 64);
+        values += 128;
+    }
+};
+
+using StretchCodesFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, const Stretch&,
+                                      const uint8_t* const (&expanded)[kPair], Ahead ahead);
+
+template <int kRows, int kSteps, bool kSymmetric>
+void expanded_codes_rows(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, const Stretch& stretch,
+                         const uint8_t* const (&expanded)[kPair], Ahead ahead) {
+    ExpandedCodes streams[kPair] = {{expanded[0]}, {expanded[1]}};
+    add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, stretch, streams, ahead);
+}
+
+template <int kSteps, bool kSymmetric>
+inline constexpr StretchCodesFunction kExpandedCodes[kMaxRows] = {
+    expanded_codes_rows<1, kSteps, kSymmetric>, expanded_codes_rows<2, kSteps, kSymmetric>,
+    expanded_codes_rows<3, kSteps, kSymmetric>, expanded_codes_rows<4, kSteps, kSymmetric>,
+    expanded_codes_rows<5, kSteps, kSymmetric>, expanded_codes_rows<6, kSteps, kSymmetric>,
+    expanded_codes_rows<7, kSteps, kSymmetric>, expanded_codes_rows<8, kSteps, kSymmetric>};
+
+// Decodes a stretch once for all rows.
+template <class Stream, int kSteps, bool kSymmetric>
+void expand_codes_for_rows(const PanelWeights& w, const Rows& rows, const Part& part) {
+    constexpr int kStretchBlocks = 64;
+    constexpr int kBlockBytes = kBlockInputs * kPanelOutputs;
+    alignas(64) uint8_t memory[kPair * kStretchBlocks * kBlockBytes];
+    const int64_t num_rows = part.row_end - part.row_begin;
+    const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t num_stretches = (w.num_blocks + kStretchBlocks - 1) / kStretchBlocks;
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; panel += kPair) {
+        // The last of an odd number of panels is computed beside itself.
+        const int distance = panel + 1 < part.panel_end ? 1 : 0;
+        Stream streams[kPair];
+        for (int p = 0; p <= distance; ++p) streams[p].start(w, panel + p);
+        const int64_t next = panel + kPair, next_distance = next + 1 < part.panel_end ? 1 : 0;
+        for (int64_t stretch = 0, begin = 0; stretch < num_stretches; ++stretch) {
+            const int64_t end = begin + (w.num_blocks + stretch) / num_stretches;
+            const int64_t num_bytes = (end - begin) * kBlockBytes;
+            for (int p = 0; p <= distance; ++p)
+                expand_codes<Stream, kSteps>(w, streams[p], panel + p, begin, end, memory + p * num_bytes);
+            const uint8_t* const expanded[kPair] = {memory, memory + distance * num_bytes};
+            int64_t row = part.row_begin;
+            for (int64_t group = 0; group < num_groups; ++group) {
+                const int64_t count = (num_rows + group) / num_groups;
+                const bool any = next < part.panel_end;
+                const Ahead ahead(w, any ? next : panel, any ? next_distance : 0, stretch * num_groups + group,
+                                  num_stretches * num_groups, end - begin, any);
+                kExpandedCodes<kSteps, kSymmetric>[count - 1](w, rows, part, row, {panel, distance, begin, end},
+                                                              expanded, ahead);
+                row += count;
+            }
+            begin = end;
         }
     }
 }
@@ -169,7 +284,7 @@ inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part,
         int64_t row = part.row_begin;
         for (int64_t group = 0; group < num_groups; ++group) {
             const int64_t count = (num_rows + group) / num_groups;
-            const Ahead ahead(w, next, distance, group, num_groups, next != panel && num_groups > 1);
+            const Ahead ahead(w, next, distance, group, num_groups, w.num_blocks, next != panel && num_groups > 1);
             functions[count - 1](w, rows, part, row, panel, distance, ahead);
             row += count;
         }

@@ -115,7 +115,7 @@ void test_products() {
     } kCases[] = {{1, 1, 0, true, 1.0},       {15, 63, 32, false, 0.5},  {16, 64, 64, true, 0.5},
                   {17, 65, 64, false, 0.1},   {66, 129, 96, false, 0.9}, {97, 601, 0, false, 0.5},
                   {131, 1100, 32, true, 0.3}, {40, 100, 128, true, 0.0}, {0, 64, 64, true, 0.5},
-                  {5, 0, 0, true, 0.5}};
+                  {5, 0, 0, true, 0.5},       {18, 4170, 0, true, 0.5},  {33, 700, 0, true, 0.2}};
     for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
         if (!runs(kernel.isa)) continue;
         for (const auto& c : kCases) {

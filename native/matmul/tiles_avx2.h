@@ -35,10 +35,11 @@ struct TileTotals {
             }
         }
     }
-    void store() const {
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            UNROLL for (int half = 0; half < kHalves; ++half) {
-                _mm256_maskstore_ps(y + r * stride + 8 * half, lanes[half], sums[r][half]);
+    void store(const PanelWeights& w, const Tile& tile) const {
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            const __m256 factor = output_factor(w, tile.panel, half, tile.block_end == w.num_blocks);
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                _mm256_maskstore_ps(y + r * stride + 8 * half, lanes[half], _mm256_mul_ps(sums[r][half], factor));
             }
         }
     }
@@ -110,7 +111,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
         }
         groups.advance();
     }
-    totals.store();
+    totals.store(w, tile);
 }
 
 template <int kRows>
@@ -140,7 +141,7 @@ void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const
             }
         }
     }
-    totals.store();
+    totals.store(w, tile);
 }
 
 using TileFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const Tile&, int64_t);

@@ -47,6 +47,12 @@ inline void widen_pairs(__m256i pairs, __m256& even, __m256& odd) {
     odd = _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
 }
 
+// What sums of codes are multiplied by to become outputs: nothing more until they are finished.
+inline __m256 output_factor(const PanelWeights& w, int64_t panel, int half, bool finished) {
+    if (w.output_scales == nullptr || !finished) return _mm256_set1_ps(1.0f);
+    return widen_bf16(w.output_scales + panel * kPanelOutputs + 8 * half);
+}
+
 // Scales and zero points of the group that a segment lies in, walking the segments in order.
 struct Groups {
     const PanelWeights& w;

@@ -83,6 +83,28 @@ struct Lanes {
     void store(__m512 values, int64_t offset = 0) const { _mm512_mask_storeu_ps(y + offset, lanes, values); }
 };
 
+// What sums of codes are multiplied by to become outputs: nothing more until they are finished.
+inline __m512 output_factor(const PanelWeights& w, int64_t panel, bool finished) {
+    if (w.output_scales == nullptr || !finished) return _mm512_set1_ps(1.0f);
+    return widen_bf16(w.output_scales + panel * kPanelOutputs);
+}
+
+// Calls add(Scaling()), where Scaling::factor says what the sums of a segment are multiplied by. Chosen once for many
+// sums, for the compiler would choose for each.
+struct WithScales {
+    static __m512 factor(__m512 row_scale, __m512 scales) { return _mm512_mul_ps(row_scale, scales); }
+};
+struct ScalesLast {
+    static __m512 factor(__m512 row_scale, __m512) { return row_scale; }
+};
+template <class Add>
+__attribute__((always_inline)) inline void add_scaled(const PanelWeights& w, Add add) {
+    if (w.output_scales != nullptr)
+        add(ScalesLast());
+    else
+        add(WithScales());
+}
+
 inline void widen_pairs(__m512i pairs, __m512& even, __m512& odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));

@@ -52,6 +52,12 @@ struct Outputs {
     }
 };
 
+// What sums of codes are multiplied by to become outputs: nothing more until they are finished.
+inline Floats output_factor(const PanelWeights& w, int64_t panel, int quarter, bool finished) {
+    if (w.output_scales == nullptr || !finished) return vdupq_n_f32(1.0f);
+    return widen_bf16(w.output_scales + panel * kPanelOutputs + 4 * quarter);
+}
+
 // Scales and zero points of the group that a segment lies in, walking the segments in order.
 struct Groups {
     const PanelWeights& w;

@@ -103,6 +103,7 @@ namespace rarefy::matmul::avx512 {
 template <class Bits>
 struct BitStream : PanelStream {
     static constexpr int kOddShift = 0;
+    static constexpr bool kExpandsOnce = true;
     void fetch(int num_steps) const { prefetch<2048>(values, num_steps * Bits::kHalfBytes / kHalfSteps); }
     alignas(64) uint8_t steps[kHalfSteps * 64];
     int next_step = 0;
@@ -162,7 +163,8 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
         const int64_t output = (panel + p * distance) * kPanelOutputs;
-        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(totals[p]);
+        const __m512 factor = output_factor(w, panel + p * distance, true);
+        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(_mm512_mul_ps(totals[p], factor));
     }
 }
 

@@ -59,7 +59,8 @@ inline void tile_cells(const PanelWeights& w, const Rows& rows, const Part& part
                 values = tile_segment(w, rows, panel, block, 32 * half, 1 << half, values, row, num_rows, totals);
         }
     }
-    for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel).store(totals[r]);
+    const __m512 factor = output_factor(w, panel, true);
+    for (int r = 0; r < num_rows; ++r) outputs(w, part, row + r, panel).store(_mm512_mul_ps(totals[r], factor));
 }
 
 inline void tile_cells_int8(const PanelWeights& w, const Rows& rows, const Part& part) {

@@ -9,12 +9,12 @@ constexpr int kCellFloatRows = 6;
 constexpr int kCellIntRows = 4;
 constexpr int kRunCells = 4;  // 16 KiB expanded to floats, 8 KiB to 16-bit codes
 
-// Some cells of a panel that lie one after the other. The first run of a panel starts its sums.
+// Some cells of a panel that lie one after the other. The first run of a panel starts its sums, the last finishes them.
 struct Run {
     const uint8_t* values;
     const int32_t* cells;
     int64_t count, panel;
-    bool is_first;
+    bool is_first, is_last;
 };
 
 template <int kRows>
@@ -33,10 +33,11 @@ struct CellTotals {
             }
         }
     }
-    void store() const {
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            UNROLL for (int half = 0; half < kHalves; ++half) {
-                _mm256_maskstore_ps(y + r * stride + 8 * half, lanes[half], sums[r][half]);
+    void store(const PanelWeights& w, const Run& run) const {
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            const __m256 factor = output_factor(w, run.panel, half, run.is_last);
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                _mm256_maskstore_ps(y + r * stride + 8 * half, lanes[half], _mm256_mul_ps(sums[r][half], factor));
             }
         }
     }
@@ -71,7 +72,7 @@ void cells_tile_float(const PanelWeights& w, const Rows& rows, const Part& part,
             }
         }
     }
-    totals.store();
+    totals.store(w, run);
 }
 
 // One segment of a cell: `num_steps` steps, with AVX-VNNI as they are packed and otherwise expanded, from column
@@ -137,7 +138,7 @@ void cells_tile_int(const PanelWeights& w, const Rows& rows, const Part& part, c
                     segment_int<kRows>(w, rows, run.panel, row, cell, 32 * half, 8, 1 << half, values, totals.sums);
         }
     }
-    totals.store();
+    totals.store(w, run);
 }
 
 using RunFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const Run&, int64_t row);
@@ -175,7 +176,7 @@ inline void walk_cells_bf16(const PanelWeights& w, const Rows& rows, const Part&
     const uint8_t* values = w.values + w.value_offsets[panel];
     int64_t count;
     const int32_t* cells = panel_cells(w, panel, count);
-    Run run{values, cells, count, panel, true};
+    Run run{values, cells, count, panel, true, true};
     CellTotals<1> totals(w, rows, part, run, part.row_begin);
     for (int64_t k = 0; k < count;) {
         constexpr int kCellBytes = kBlockInputs * kPanelOutputs * 2;
@@ -200,7 +201,7 @@ inline void walk_cells_bf16(const PanelWeights& w, const Rows& rows, const Part&
         }
         k += two ? 2 : 1;
     }
-    totals.store();
+    totals.store(w, run);
 }
 
 // Cells of floats, or of codes, whose bytes 0 and 2 and then 1 and 3 of each lane become 16 bits wide.
@@ -233,7 +234,7 @@ void multiply_panel(const PanelWeights& w, const Rows& rows, const Part& part, i
     const int32_t* cells = panel_cells(w, panel, count);
     for (int64_t begin = 0; begin == 0 || begin < count; begin += kRunCells) {
         const int64_t end = begin + kRunCells < count ? begin + kRunCells : count;
-        Run run{expanded, cells + begin, end - begin, panel, begin == 0};
+        Run run{expanded, cells + begin, end - begin, panel, begin == 0, end == count};
         if constexpr (kFloats || !kVnni) {
             values = expand_cells<kFloats>(values, run, expanded);
         } else {

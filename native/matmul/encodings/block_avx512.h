@@ -24,7 +24,8 @@ struct CellWalk {
             prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales_at(w.group_place(panel + 1, 0))), 256);
     }
     void store(const PanelWeights& w, const Part& part) const {
-        Lanes(w, panel, part.y + part.row_begin * part.y_stride + panel * kPanelOutputs).store(total);
+        const __m512 output = _mm512_mul_ps(total, output_factor(w, panel, true));
+        Lanes(w, panel, part.y + part.row_begin * part.y_stride + panel * kPanelOutputs).store(output);
     }
 };
 

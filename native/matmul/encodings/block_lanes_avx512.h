@@ -29,11 +29,14 @@ public:
         lanes_ = output_lanes(w, panel);
         next_ = 0;
         end_ = num_rows;
+        const __m512 factor = output_factor(w, panel, true);
         for (int first = 0; first < num_rows; first += kPanelRows) {
             __m512i square[kPanelOutputs];
             UNROLL for (int i = 0; i < kPanelOutputs; ++i) { square[i] = load(totals.sums[i] + first); }
             transpose(square);
-            UNROLL for (int i = 0; i < kPanelRows; ++i) { _mm512_store_si512(rows_[first + i], square[i]); }
+            UNROLL for (int i = 0; i < kPanelRows; ++i) {
+                _mm512_store_ps(rows_[first + i], _mm512_mul_ps(_mm512_castsi512_ps(square[i]), factor));
+            }
         }
     }
     void store(int64_t count) {
@@ -57,6 +60,7 @@ struct CodeSegment {
 
     const CodeBlock* blocks;  // of the row panels
     int first, num_steps;
+    const PanelWeights& weights;
     alignas(64) int32_t starts[kPassRows];  // -sum q; kSymmetric: times the zero point
     alignas(64) float scales[kPanelOutputs];
     alignas(64) int32_t zero_points[kPanelOutputs];
@@ -64,7 +68,7 @@ struct CodeSegment {
     // The stored `halves` of a block.
     CodeSegment(const PanelWeights& w, int64_t panel, int64_t block, int halves, const CodeBlock* row_blocks,
                 int num_row_panels)
-        : blocks(row_blocks), first(halves == 2 ? 8 : 0), num_steps(halves == 3 ? 16 : 8) {
+        : blocks(row_blocks), first(halves == 2 ? 8 : 0), num_steps(halves == 3 ? 16 : 8), weights(w) {
         const SegmentGroup group(w, panel, w.steps_per_segment == 16 ? block : 2 * block + first / 8);
         _mm512_store_ps(scales, group.scales());
         if (!kSymmetric) _mm512_store_si512(zero_points, group.zero_points());
@@ -106,14 +110,16 @@ struct CodeSegment {
                 }
             }
         }
-        UNROLL for (int p = 0; p < kPanels; ++p) {
-            const __m512 row_scales = _mm512_load_ps(from[p].scales);
-            UNROLL for (int o = 0; o < kOutputs; ++o) {
-                float* sums = totals.sums[output + o] + (row_panel + p) * kPanelRows;
-                const __m512 factor = _mm512_mul_ps(row_scales, _mm512_set1_ps(scales[output + o]));
-                _mm512_store_ps(sums, _mm512_fmadd_ps(to_floats(dots[o][p]), factor, _mm512_load_ps(sums)));
+        add_scaled(weights, [&](auto scaling) {
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                const __m512 row_scales = _mm512_load_ps(from[p].scales);
+                UNROLL for (int o = 0; o < kOutputs; ++o) {
+                    float* sums = totals.sums[output + o] + (row_panel + p) * kPanelRows;
+                    const __m512 factor = scaling.factor(row_scales, _mm512_set1_ps(scales[output + o]));
+                    _mm512_store_ps(sums, _mm512_fmadd_ps(to_floats(dots[o][p]), factor, _mm512_load_ps(sums)));
+                }
             }
-        }
+        });
     }
 };
 

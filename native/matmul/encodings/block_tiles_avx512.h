@@ -13,12 +13,13 @@ constexpr int kGroupPanels = 8;
 constexpr int kFloatRunBlocks = 4;
 constexpr int kIntRunBlocks = 32;
 
-// The cells of a panel that lie in a stretch of blocks. The first run of a panel starts its sums.
+// The cells of a panel that lie in a stretch of blocks. The first run of a panel starts its sums, the
+// last finishes them.
 struct Run {
     const uint8_t* values;
     const int32_t* cells;
     int64_t count, panel;
-    bool is_first;
+    bool is_first, is_last;
 };
 
 // Some rows on their way through runs of the same blocks.
@@ -46,8 +47,11 @@ struct CellTotals {
     }
     __m512 load(int r) const { return _mm512_load_ps(sums[r]); }
     void set(int r, __m512 sum) { _mm512_store_ps(sums[r], sum); }
-    void store() const {
-        UNROLL for (int r = 0; r < kRows; ++r) { _mm512_mask_storeu_ps(y + r * stride, lanes, load(r)); }
+    void store(const PanelWeights& w, const Run& run) const {
+        const __m512 factor = output_factor(w, run.panel, run.is_last);
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            _mm512_mask_storeu_ps(y + r * stride, lanes, _mm512_mul_ps(load(r), factor));
+        }
     }
 };
 
@@ -135,7 +139,7 @@ void cells_tile_bf16(const PanelWeights& w, const Rows& rows, const Part& part, 
 #endif
         UNROLL for (int r = 0; r < kRows; ++r) { totals.set(r, _mm512_add_ps(totals.load(r), sums[r])); }
     }
-    totals.store();
+    totals.store(w, run);
 }
 
 // For each row of a group and each block of a run: the sums of q over its first half, its second and both, at 1, 2 and
@@ -186,10 +190,12 @@ inline const uint8_t* segment_int(const Rows& rows, const RowGroup& rows_at, int
     }
     const __m512 scales = group.scales();
     const float* row_scales = rows.scales + rows_at.row * rows.num_blocks + block;
-    UNROLL for (int r = 0; r < kRows; ++r) {
-        const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks]);
-        totals.set(r, _mm512_fmadd_ps(to_floats(dots[r]), _mm512_mul_ps(row_scale, scales), totals.load(r)));
-    }
+    add_scaled(group.w, [&](auto scaling) {
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks]);
+            totals.set(r, _mm512_fmadd_ps(to_floats(dots[r]), scaling.factor(row_scale, scales), totals.load(r)));
+        }
+    });
     return values;
 }
 
@@ -213,7 +219,7 @@ void cells_tile_int(const PanelWeights& w, const Rows& rows, const Part& part, c
             }
         }
     }
-    totals.store();
+    totals.store(w, run);
 }
 
 using RunFunction = void (*)(const PanelWeights&, const Rows&, const Part&, const Run&, const RowGroup&);
@@ -246,7 +252,8 @@ void multiply_runs(const RunFunction* functions, const PanelWeights& w, const Ro
         const int64_t count = (num_rows + i) / num_groups;
         if constexpr (!kFloats) fill_starts(rows, group, count, w.zero_points == nullptr ? -w.zero_point : -1, starts);
         for (int run = 0; run < num_runs; ++run)
-            if (runs[run].count != 0 || runs[run].is_first) functions[count - 1](w, rows, part, runs[run], group);
+            if (runs[run].count != 0 || runs[run].is_first || runs[run].is_last)
+                functions[count - 1](w, rows, part, runs[run], group);
         group.row += count;
         group.fetches = false;
     }
@@ -265,8 +272,8 @@ struct PanelRuns {
         end = cell + count;
     }
     // The cells before `last_block`; `bytes_per_column`: of the packed values, which the next run comes after.
-    Run next(int64_t last_block, bool is_first, int bytes_per_column) {
-        Run run{values, cell, 0, panel, is_first};
+    Run next(int64_t last_block, bool is_first, bool is_last, int bytes_per_column) {
+        Run run{values, cell, 0, panel, is_first, is_last};
         for (; cell != end && cell_block(*cell) < last_block; ++cell, ++run.count)
             values += num_columns(*cell) * bytes_per_column;
         return run;
@@ -284,7 +291,8 @@ void many_rows_cells(const RunFunction* functions, const PanelWeights& w, const 
         for (int64_t block = 0; block < w.num_blocks; block += kRunBlocks) {
             Run runs[kGroupPanels];
             for (int i = 0; i < num_panels; ++i)
-                runs[i] = panels[i].next(block + kRunBlocks, block == 0, kFloats ? 32 : 16);
+                runs[i] = panels[i].next(block + kRunBlocks, block == 0, block + kRunBlocks >= w.num_blocks,
+                                         kFloats ? 32 : 16);
             multiply_runs<kFloats>(functions, w, rows, part, runs, num_panels, block);
         }
     }

@@ -79,6 +79,7 @@ namespace {
 struct Stream : PanelStream {
     static constexpr int kFetchSteps = 2;
     static constexpr int kOddShift = 4;
+    static constexpr bool kExpandsOnce = false;
     void fetch(int num_steps) const { prefetch<4096>(values, num_steps * 32); }
     void next(__m512i, __m512i& even, __m512i& odd) {
         const __m512i both = load(values);

@@ -5,7 +5,10 @@
 
 namespace rarefy::matmul {
 
-void packers::dense_int8(Packing& packing) { pack_dense_lanes(packing, "codes", Element::u8, 1); }
+void packers::dense_int8(Packing& packing) {
+    packing.put_scales_last();
+    pack_dense_lanes(packing, "codes", Element::u8, 1);
+}
 
 namespace reference {
 namespace {
@@ -55,6 +58,7 @@ namespace {
 struct Stream : PanelStream {
     static constexpr int kFetchSteps = 2;  // a line after the other, as they are read: in bursts they wait
     static constexpr int kOddShift = 0;
+    static constexpr bool kExpandsOnce = false;
     void fetch(int num_steps) const { prefetch<2048>(values, num_steps * 64); }
     void next(__m512i, __m512i& even, __m512i& odd) {
         even = load(values);

@@ -48,6 +48,7 @@ template <bool kOneRow>
 struct Stream : PanelStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
+    static constexpr bool kExpandsOnce = true;
     const uint8_t* high;
     void start(const PanelWeights& w, int64_t panel) {
         PanelStream::start(w, panel);

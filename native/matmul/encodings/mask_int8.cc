@@ -43,6 +43,7 @@ template <bool kOneRow>
 struct Stream : PanelStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 0;
+    static constexpr bool kExpandsOnce = true;
     void fetch(int num_steps) const {
         prefetch<4096>(values, num_steps * 32);
         prefetch<4096>(mask, num_steps * 8);

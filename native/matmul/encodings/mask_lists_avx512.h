@@ -121,12 +121,17 @@ void masked_tile(const PanelWeights& w, const Rows& rows, const Part& part, cons
                     sums[r] = dot_4(sums[r], _mm512_permutexvar_epi8(columns, load(step_q + 64 * r)), levels);
                 }
             }
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m512 both = _mm512_mul_ps(_mm512_set1_ps(row_scales[i][r]), scales);
-                totals[r] = _mm512_fmadd_ps(to_floats(sums[r]), both, totals[r]);
-            }
+            add_scaled(w, [&](auto scaling) {
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m512 factor = scaling.factor(_mm512_set1_ps(row_scales[i][r]), scales);
+                    totals[r] = _mm512_fmadd_ps(to_floats(sums[r]), factor, totals[r]);
+                }
+            });
         }
-        UNROLL for (int r = 0; r < kRows; ++r) { _mm512_mask_storeu_ps(y + r * stride, lanes, totals[r]); }
+        const __m512 factor = output_factor(w, tile.panel + p, tile.block + tile.num_blocks == w.num_blocks);
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            _mm512_mask_storeu_ps(y + r * stride, lanes, _mm512_mul_ps(totals[r], factor));
+        }
     }
 }
 
@@ -178,14 +183,16 @@ void rows_by_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
     }
 }
 
-// Whether lists of some panels save time with so many rows. In quarters of a cycle, measured on 4096 x 4096: a block
-// costs each row 3 for a step of a list and 17 besides, or 49 as dense codes, and its lists cost 600 to make. With 128
-// rows they pay for up to 9.1 steps, which is what random zeros of 57 % take.
+// Whether lists of some panels save time with so many rows. In quarters of a cycle, measured on 2048 x 4096: a block
+// costs each row 3 for a step of a list and 12 besides, or as dense codes 39, once they are expanded, and 49 while rows
+// are too few for that. Its lists cost 500 to make, and 180 to expand it. With 128 rows lists pay for up to 8.1 steps,
+// which is what random zeros of 62 % take.
 inline bool lists_pay(const PanelWeights& w, int64_t panel, int64_t panel_end, int64_t num_rows) {
     const int64_t num_blocks = (panel_end - panel) * w.num_blocks;
     int64_t num_steps = 0;
     for (; panel < panel_end; ++panel) num_steps += reinterpret_cast<const int32_t*>(w.extra)[panel];
-    return num_rows * (3 * num_steps + 17 * num_blocks) + 600 * num_blocks < num_rows * 49 * num_blocks;
+    const int64_t dense = num_rows < kFewestExpandedRows ? 49 * num_rows : 39 * num_rows + 180;
+    return num_rows * (3 * num_steps + 12 * num_blocks) + 500 * num_blocks < dense * num_blocks;
 }
 
 #endif

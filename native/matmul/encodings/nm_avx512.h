@@ -115,7 +115,9 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
         const int64_t output = (panel + p * distance) * kPanelOutputs;
-        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output).store(totals[p]);
+        const __m512 factor = output_factor(w, panel + p * distance, true);
+        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output)
+            .store(_mm512_mul_ps(totals[p], factor));
     }
 }
 
@@ -228,13 +230,19 @@ void tile_lists(const PanelWeights& w, const Rows& rows, const Part& part, const
             }
             const __m512 scales = groups.scales(panel);
             const int64_t block = (tile.segment_begin + i) / kSegments;
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m512 both = _mm512_mul_ps(_mm512_set1_ps(row_scales[r * rows.num_blocks + block]), scales);
-                totals[r] = _mm512_fmadd_ps(to_floats(kWide ? sums[r] - zero_sums[r] : sums[r]), both, totals[r]);
-            }
+            add_scaled(w, [&](auto scaling) {
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + block]);
+                    totals[r] = _mm512_fmadd_ps(to_floats(kWide ? sums[r] - zero_sums[r] : sums[r]),
+                                                scaling.factor(row_scale, scales), totals[r]);
+                }
+            });
             groups.advance();
         }
-        UNROLL for (int r = 0; r < kRows; ++r) { Lanes(w, panel, y + r * part.y_stride).store(totals[r]); }
+        const __m512 factor = output_factor(w, panel, tile.segment_end == w.num_blocks * kSegments);
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            Lanes(w, panel, y + r * part.y_stride).store(_mm512_mul_ps(totals[r], factor));
+        }
     }
 }
 
