@@ -31,6 +31,8 @@ namespace rarefy::matmul {
 
 constexpr int kPanelOutputs = 16;
 constexpr int kBlockInputs = 64;
+// Rows of a Part at most: enough to pay for reading and expanding a panel.
+constexpr int64_t kTaskRows = 128;
 // Kernels may read so many bytes beyond the end of each piece of memory that a weight allocates, and prefetch anywhere.
 constexpr int kReadBeyond = 64;
 

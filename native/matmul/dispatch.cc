@@ -26,8 +26,6 @@ constexpr Row kKernels[] = {
 #undef RAREFY_KERNEL
 };
 
-// Rows of activations that one task multiplies with a panel: enough to pay for reading and expanding it.
-constexpr int64_t kTaskRows = 128;
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set

@@ -94,7 +94,8 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
                 else
                     dots[r][p] = times(zero_points, -sum);
             }
-            if (is_first) streams[p].fetch(2 * kPairs);
+            // With fewer than 8 rows, of 4096 x 4096, asking costs more than fetching again.
+            if (kRows < kMaxRows || is_first) streams[p].fetch(2 * kPairs);
         }
         if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
         for (int pair = 0; pair < kPairs; ++pair, q += 8) {

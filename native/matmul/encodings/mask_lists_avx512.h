@@ -82,9 +82,13 @@ struct MaskedTile {
     int64_t panel, num_panels;
     int64_t block, num_blocks;
     int num_steps[kMaskedPanels][kMaskedBlocks];
+    // Sums that are not finished, (rows of the part, kMaskedPanels from first_panel on, kPanelOutputs). Rows of y that
+    // lie a power of two apart would push each other out of the caches between two stretches of blocks.
+    float* unfinished;
+    int64_t first_panel;
 };
 
-// kRows rows from `row` on by a tile; adds to y unless it starts at block 0.
+// kRows rows from `row` on by a tile.
 template <int kRows>
 void masked_tile(const PanelWeights& w, const Rows& rows, const Part& part, const MaskedTile& tile, int64_t row) {
     alignas(64) uint8_t moved_q[kMaskedBlocks][kRows][64];
@@ -100,13 +104,15 @@ void masked_tile(const PanelWeights& w, const Rows& rows, const Part& part, cons
     }
     const uint8_t* from = tile.lists;
     for (int64_t p = 0; p < tile.num_panels; ++p) {
+        const bool finishes = tile.block + tile.num_blocks == w.num_blocks;
         float* const y = part.y + row * part.y_stride + (tile.panel + p) * kPanelOutputs;
-        const int64_t stride = part.y_stride;
-        const __mmask16 lanes = output_lanes(w, tile.panel + p);
+        const int64_t place = (row - part.row_begin) * kMaskedPanels + tile.panel + p - tile.first_panel;
+        float* const unfinished = tile.unfinished + place * kPanelOutputs;
+        constexpr int64_t kStride = kMaskedPanels * kPanelOutputs;
         __m512 totals[kRows];
         UNROLL for (int r = 0; r < kRows; ++r) {
-            totals[r] = _mm512_maskz_loadu_ps(tile.block == 0 ? 0 : lanes, y + r * stride);
-            _mm_prefetch(reinterpret_cast<const char*>(y + r * stride + kPanelOutputs), _MM_HINT_T0);  // the next panel
+            totals[r] = tile.block == 0 ? _mm512_setzero_ps() : _mm512_load_ps(unfinished + r * kStride);
+            if (finishes) _mm_prefetch(reinterpret_cast<const char*>(y + r * part.y_stride), _MM_HINT_T0);
         }
         for (int64_t i = 0; i < tile.num_blocks; ++i) {
             Sums sums[kRows];
@@ -128,9 +134,14 @@ void masked_tile(const PanelWeights& w, const Rows& rows, const Part& part, cons
                 }
             });
         }
-        const __m512 factor = output_factor(w, tile.panel + p, tile.block + tile.num_blocks == w.num_blocks);
+        if (!finishes) {
+            UNROLL for (int r = 0; r < kRows; ++r) { _mm512_store_ps(unfinished + r * kStride, totals[r]); }
+            continue;
+        }
+        const __mmask16 lanes = output_lanes(w, tile.panel + p);
+        const __m512 factor = output_factor(w, tile.panel + p, true);
         UNROLL for (int r = 0; r < kRows; ++r) {
-            _mm512_mask_storeu_ps(y + r * stride, lanes, _mm512_mul_ps(totals[r], factor));
+            _mm512_mask_storeu_ps(y + r * part.y_stride, lanes, _mm512_mul_ps(totals[r], factor));
         }
     }
 }
@@ -149,12 +160,15 @@ inline int64_t panels_end(const Part& part, int64_t begin) {
 template <class Stream>
 void rows_by_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
     alignas(64) uint8_t lists[kMaskedBytes];
+    alignas(64) float unfinished[kTaskRows * kMaskedPanels * kPanelOutputs];
     const int64_t num_rows = part.row_end - part.row_begin;
     const int64_t num_groups = (num_rows + kMaskedRows - 1) / kMaskedRows;
     MaskedTile tile;
     tile.lists = lists;
+    tile.unfinished = unfinished;
     for (int64_t begin = part.panel_begin; begin < part.panel_end; begin += kMaskedPanels) {
         const int64_t end = panels_end(part, begin);
+        tile.first_panel = begin;
         Stream streams[kMaskedPanels];
         for (int64_t panel = begin; panel < end; ++panel) streams[panel - begin].start(w, panel);
         for (tile.block = 0; tile.block < w.num_blocks; tile.block += kMaskedBlocks) {
