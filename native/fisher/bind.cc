@@ -19,6 +19,8 @@ template <class Number, int Axes>
 using Array = nb::ndarray<Number, nb::ndim<Axes>, nb::c_contig, nb::device::cpu>;
 using Blocks = Array<float, 3>;
 using ConstBlocks = Array<const float, 3>;
+using Triangles = Array<float, 2>;
+using ConstTriangles = Array<const float, 2>;
 
 // Blocks that one thread works on before it takes the next: a few hundred kilobytes.
 constexpr int64_t kNumbersAtOnce = 1 << 16;
@@ -28,6 +30,13 @@ int size_of(const Any& blocks) {
     if (blocks.shape(1) != blocks.shape(2) || blocks.shape(1) > fisher::kMostSize || blocks.shape(1) == 0)
         throw std::invalid_argument("blocks must be square, of 1 to 512 rows");
     return static_cast<int>(blocks.shape(1));
+}
+
+template <class Any>
+void check_triangles(int size, const Any& triangles) {
+    if (size < 1 || size > fisher::kMostSize) throw std::invalid_argument("blocks must have 1 to 512 rows");
+    if (static_cast<int64_t>(triangles.shape(1)) != fisher::triangle(size))
+        throw std::invalid_argument("triangles must have size * (size + 1) / 2 numbers");
 }
 
 template <class Any, class Vectors>
@@ -50,8 +59,8 @@ template <class Number>
 using Rows = std::vector<Array<const Number, 1>>;
 
 template <class Number, class Function>
-void add(const Rows<Number>& x, const Blocks& total, Function function) {
-    const int size = size_of(total);
+void add(const Rows<Number>& x, int size, const Triangles& total, Function function) {
+    check_triangles(size, total);
     const auto num_blocks = static_cast<int64_t>(total.shape(0));
     std::vector<const Number*> rows;
     for (const auto& row : x) {
@@ -63,21 +72,22 @@ void add(const Rows<Number>& x, const Blocks& total, Function function) {
     const nb::gil_scoped_release unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const auto num_rows = static_cast<int64_t>(rows.size());
-        function(rows.data(), num_rows, first * size, count, size, to + first * size * size);
+        function(rows.data(), num_rows, first * size, count, size, to + first * fisher::triangle(size));
     });
 }
 
-void invert(const ConstBlocks& block, double scale, double damp, const Blocks& inverse) {
-    const int size = size_of(block);
-    if (size_of(inverse) != size || inverse.shape(0) != block.shape(0))
+void invert(const ConstTriangles& block, double scale, double damp, const Blocks& inverse) {
+    const int size = size_of(inverse);
+    check_triangles(size, block);
+    if (inverse.shape(0) != block.shape(0))
         throw std::invalid_argument("there must be an inverse for every block");
     const float* from = block.data();
     float* to = inverse.data();
     const auto num_blocks = static_cast<int64_t>(block.shape(0));
     const nb::gil_scoped_release unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
-        const int64_t offset = first * size * size;
-        fisher::functions().invert(from + offset, count, size, scale, damp, to + offset);
+        fisher::functions().invert(from + first * fisher::triangle(size), count, size, scale, damp,
+                                   to + first * size * size);
     });
 }
 
@@ -117,12 +127,16 @@ void drop(const Array<const bool, 2>& dropped, const Array<float, 2>& weight, co
 void bind_fisher(nb::module_& module) {
     module.def(
         "fisher_add_bf16",
-        [](const Rows<uint16_t>& x, const Blocks& total) { add(x, total, fisher::functions().add_bf16); },
-        nb::arg("x").noconvert(), nb::arg("total").noconvert());
+        [](const Rows<uint16_t>& x, int size, const Triangles& total) {
+            add(x, size, total, fisher::functions().add_bf16);
+        },
+        nb::arg("x").noconvert(), nb::arg("size"), nb::arg("total").noconvert());
     module.def(
         "fisher_add_float",
-        [](const Rows<float>& x, const Blocks& total) { add(x, total, fisher::functions().add_float); },
-        nb::arg("x").noconvert(), nb::arg("total").noconvert());
+        [](const Rows<float>& x, int size, const Triangles& total) {
+            add(x, size, total, fisher::functions().add_float);
+        },
+        nb::arg("x").noconvert(), nb::arg("size"), nb::arg("total").noconvert());
     module.def("fisher_invert", &invert, nb::arg("block").noconvert(), nb::arg("scale"), nb::arg("damp"),
                nb::arg("inverse").noconvert());
     module.def("fisher_costs", &costs, nb::arg("weight").noconvert(), nb::arg("inverse").noconvert(),

@@ -24,25 +24,26 @@ inline void widen(const uint16_t* from, int size, float* to) {
 template <class Number>
 void add(const Number* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size, float* total) {
     float vector[kMostSize];
-    for (int64_t b = 0; b < num_blocks; ++b, first += size, total += int64_t{size} * size) {
+    for (int64_t b = 0; b < num_blocks; ++b, first += size, total += triangle(size)) {
         for (int64_t n = 0; n < num_rows; ++n) {
             widen(x[n] + first, size, vector);
             for (int i = 0; i < size; ++i) {
-                float* row = total + int64_t{i} * size;
-                for (int j = 0; j < size; ++j) row[j] += vector[i] * vector[j];
+                float* row = total + triangle(i);
+                for (int j = 0; j <= i; ++j) row[j] += vector[i] * vector[j];
             }
         }
     }
 }
 
-// The sums of a block of 16 stay in registers.
+// The sums of a block of 16 stay in registers, each row in one of 16 numbers: those behind its own are of rows below,
+// which are stored after it.
 template <class Number>
 void add_usual(const Number* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, float* total) {
     typedef float Vector __attribute__((vector_size(4 * kUsual)));
-    for (int64_t b = 0; b < num_blocks; ++b, first += kUsual, total += kUsual * kUsual) {
+    for (int64_t b = 0; b < num_blocks; ++b, first += kUsual, total += triangle(kUsual)) {
         Vector sum[kUsual];
 #pragma GCC unroll 16
-        for (int i = 0; i < kUsual; ++i) std::memcpy(&sum[i], total + i * kUsual, sizeof sum[i]);
+        for (int i = 0; i < kUsual; ++i) std::memcpy(&sum[i], total + triangle(i), sizeof sum[i]);
         for (int64_t n = 0; n < num_rows; ++n) {
             float numbers[kUsual];
             widen(x[n] + first, kUsual, numbers);
@@ -52,7 +53,7 @@ void add_usual(const Number* const* x, int64_t num_rows, int64_t first, int64_t 
             for (int i = 0; i < kUsual; ++i) sum[i] += vector * numbers[i];
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < kUsual; ++i) std::memcpy(total + i * kUsual, &sum[i], sizeof sum[i]);
+        for (int i = 0; i < kUsual; ++i) std::memcpy(total + triangle(i), &sum[i], sizeof sum[i]);
     }
 }
 
@@ -68,7 +69,8 @@ void add_any(const Number* const* x, int64_t num_rows, int64_t first, int64_t nu
 template <class Size>
 void invert_one(const float* block, Size size, double scale, double damp, double* a, float* inverse) {
     double row[kMostSize], column[kMostSize];
-    for (int i = 0; i < size * size; ++i) a[i] = block[i] / scale;
+    for (int i = 0; i < size; ++i)
+        for (int j = 0; j <= i; ++j) a[i * size + j] = a[j * size + i] = *block++ / scale;
     for (int i = 0; i < size; ++i) a[i * size + i] += damp;
     for (int k = 0; k < size; ++k) {
         const double pivot = 1 / a[k * size + k];
@@ -159,7 +161,7 @@ template <class Size>
 void invert(const float* block, int64_t num_blocks, Size size, double scale, double damp, float* inverse) {
     Room<double> room(size);
     for (int64_t b = 0; b < num_blocks; ++b)
-        invert_one(block + b * size * size, size, scale, damp, room.numbers, inverse + b * size * size);
+        invert_one(block + b * triangle(size), size, scale, damp, room.numbers, inverse + b * size * size);
 }
 
 template <class Size>

@@ -14,7 +14,7 @@ IDS_NL = torch.randint(3, 99, (5, 12), generator=torch.Generator().manual_seed(1
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize(("num_heads", "num_groups"), [(6, 2), (4, 4), (3, 1)])
 # around the size of a chunk of queries
-@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300])
+@pytest.mark.parametrize("length", [1, 2, 255, 256, 257, 600])
 def test_equals_the_fused_kernel(is_causal, num_heads, num_groups, length):
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(2, num_heads, length, 16, generator=generator)
@@ -22,6 +22,34 @@ def test_equals_the_fused_kernel(is_causal, num_heads, num_groups, length):
     expected = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=0.3, enable_gqa=True)
     found = chunked_attention(query, key, value, scaling=0.3, is_causal=is_causal)
     torch.testing.assert_close(found, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pytest.mark.parametrize("length", [1, 255, 256, 257, 600])
+def test_gradients_are_those_of_the_fused_kernel(is_causal, num_groups, length):
+    generator = torch.Generator().manual_seed(length)
+    shapes = (2, 6, length, 8), (2, num_groups, length, 8), (2, num_groups, length, 12)
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    query, key, value = given
+    output = chunked_attention(query, key, value, scaling=0.3, is_causal=is_causal)
+    expected = scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=0.3, enable_gqa=True)
+    ends = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    for found, own in zip(
+        torch.autograd.grad(output, given, ends),
+        torch.autograd.grad(expected.transpose(1, 2), given, ends),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, own, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_of_some_arguments_alone():
+    query, key, value = torch.randn(3, 1, 2, 5, 4)
+    value.requires_grad_()
+    chunked_attention(query, key, value, scaling=0.5, is_causal=True).sum().backward()
+    assert value.grad is not None
+    expected = torch.softmax((0.5 * query @ key.mT).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf), -1).sum(2)
+    torch.testing.assert_close(value.grad, expected[..., None].expand_as(value))
 
 
 def test_other_lengths_of_keys_and_widths_of_values():

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibrate.calls import Call
-from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, GradientAbsMean, GradientMean
+from rarefy.calibrate.gradient_statistics import (
+    FisherBlocks,
+    FisherDiagonal,
+    GradientAbsMean,
+    GradientMean,
+    in_triangle,
+)
 from rarefy.calibrate.gradient_sums import chunks_of
 from rarefy.calibrate.gradients import collect_gradients
 from rarefy.calibrate.losses import negative_log_likelihood
@@ -113,6 +119,15 @@ def test_diagonal_and_sizes_are_those_of_a_loop_over_samples(net, data):
             torch.testing.assert_close(value, expected.float(), rtol=1e-5, atol=1e-9)
 
 
+def whole(triangle_OGT, size: int):
+    """Blocks from their lower triangles."""
+    assert triangle_OGT.shape[2] == size * (size + 1) // 2
+    blocks = torch.zeros(*triangle_OGT.shape[:2], size, size)
+    row, column = in_triangle(size)
+    blocks[..., row, column] = blocks[..., column, row] = triangle_OGT
+    return blocks
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 7, 100])
 def test_blocks_are_inverted_as_woodbury_does_it(net, data, block_size):
     """The paper's recursion over gradients, in float64, gives the inverse of what is collected plus dampening."""
@@ -124,7 +139,7 @@ def test_blocks_are_inverted_as_woodbury_does_it(net, data, block_size):
         if layer == "grouped.group1":  # nine taps with both channels become both channels with their nine taps
             gradient_NOI = gradient_NOI.reshape(-1, rows, 9, 2).swapaxes(2, 3).reshape(-1, rows, width)
         size = min(block_size, width)
-        blocks = found[layer][FisherBlocks(block_size)].double().numpy()
+        blocks = whole(found[layer][FisherBlocks(block_size)], size).double().numpy()
         assert blocks.shape == (rows, -(-width // size), size, size)
         for row in range(rows):
             for place, start in enumerate(range(0, width, size)):
@@ -147,7 +162,7 @@ def test_blocks_of_more_gradients_than_wait_together():
     states = [statistic.init((3, 10)), statistic.init((3, 10))]
     for number, gradient in enumerate(gradient_NOI):
         statistic.add_gradient(states[number > 12], gradient)
-    value = statistic.finish(statistic.merge(*states))
+    value = whole(statistic.finish(statistic.merge(*states)), 4)
     expected = torch.einsum("noi,noj->oij", gradient_NOI, gradient_NOI) / 21
     torch.testing.assert_close(value[:, 1], expected[:, 4:8, 4:8])
     torch.testing.assert_close(value[:, 2, :2, :2], expected[:, 8:, 8:])
@@ -220,9 +235,9 @@ def test_gradients_are_those_of_the_model_as_it_was(net, data):
 def test_blocks_that_do_not_fit_are_refused_with_a_size_that_does(net, data):
     budget = 4 * FisherBlocks(2).num_floats((3, 5))
     with pytest.raises(
-        UsageError, match=r"layer linear: its Fisher blocks of 5 columns take \d+ bytes.*block_size: 2 "
+        UsageError, match=r"layer linear: its Fisher blocks of 4 columns take \d+ bytes.*block_size: 2 "
     ):
-        collected(net, data, (FisherBlocks(5),), ("linear",), budget_bytes=budget)
+        collected(net, data, (FisherBlocks(4),), ("linear",), budget_bytes=budget)
     assert "linear" in collected(net, data, (FisherBlocks(2),), ("linear",), budget_bytes=budget)
 
 
@@ -257,6 +272,21 @@ def test_the_loss_of_text_is_that_of_the_next_token():
     torch.testing.assert_close(loss_for(Output(logits=logits), model=LlamaForCausalLM(), input_ids=ids), expected)
     read = torch.tensor([[6, 6, 6]])  # an encoder's tokens, of which there may be more or fewer
     torch.testing.assert_close(loss_for(Output(logits=logits), input_ids=read, decoder_input_ids=ids), expected)
+
+
+@pytest.mark.parametrize("num_predictions", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_cross_entropy_is_torchs(num_predictions, dtype):
+    generator = torch.Generator().manual_seed(num_predictions)
+    logits = (5 * torch.randn(num_predictions, 11, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(11, (num_predictions,), generator=generator)
+    expected = nn.functional.cross_entropy(logits.float(), labels)
+    for factor in (1, 3):
+        value = loss_for(logits, labels)
+        torch.testing.assert_close(value, expected)
+        (found,) = torch.autograd.grad(factor * value, logits)
+        (own,) = torch.autograd.grad(factor * expected, logits, retain_graph=True)
+        torch.testing.assert_close(found, own)
 
 
 def test_without_labels_they_are_drawn_from_the_prediction():

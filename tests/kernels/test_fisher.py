@@ -19,6 +19,11 @@ def problem(count: int, size: int, seed: int = 0):
     return rng.normal(size=(count, size)).astype(np.float32), block_NBB.astype(np.float32)
 
 
+def triangles(block_NBB):
+    """Lower triangles, row after row."""
+    return np.ascontiguousarray(block_NBB[:, *np.tril_indices(block_NBB.shape[-1])])
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_rows", [0, 1, 5])
 def test_outer_products_are_added(size, num_rows):
@@ -31,15 +36,15 @@ def test_outer_products_are_added(size, num_rows):
     wide = vector_RX.reshape(num_rows, count, size).astype(np.float64)
     expected = start + np.einsum("rni,rnj->nij", wide, wide)
     for given in (bits_RX, vector_RX):
-        total = start.copy()
-        fisher.add_outer_products(list(given), total)
-        np.testing.assert_allclose(total, expected, rtol=1e-6, atol=1e-5)
+        total = triangles(start)
+        fisher.add_outer_products(list(given), size, total)
+        np.testing.assert_allclose(total, triangles(expected), rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_inverses(size):
     _, block_NBB = problem(6, size)
-    inverse_NBB = fisher.invert_blocks(block_NBB, 0.7, 0.05)
+    inverse_NBB = fisher.invert_blocks(triangles(block_NBB), size, 0.7, 0.05)
     expected = np.linalg.inv(block_NBB.astype(np.float64) / 0.7 + 0.05 * np.eye(size))
     np.testing.assert_allclose(inverse_NBB, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
@@ -77,7 +82,7 @@ def test_dropped_entries_are_zero_and_the_others_make_up(size):
     weight_NB, block_NBB = problem(count, size, seed=3)
     drop_NB = np.random.default_rng(4).random((count, size)) < 0.4
     drop_NB[0] = False
-    inverse_NBB = fisher.invert_blocks(block_NBB, 1.0, 0.05)
+    inverse_NBB = fisher.invert_blocks(triangles(block_NBB), size, 1.0, 0.05)
     after_NB, after_NBB = weight_NB.copy(), inverse_NBB.copy()
     fisher.drop_entries(drop_NB, after_NB, after_NBB)
     assert not after_NB[drop_NB].any()
@@ -103,10 +108,10 @@ def test_threads_give_the_same_bits():
     try:
         for number in (1, 3):
             set_num_threads(number)
-            inverse_NBB = fisher.invert_blocks(block_NBB, 1.0, 0.01)
+            inverse_NBB = fisher.invert_blocks(triangles(block_NBB), 16, 1.0, 0.01)
             cost_NB = fisher.costs_in_order(weight_NB, inverse_NBB, free_NB)
-            total = block_NBB.copy()
-            fisher.add_outer_products([weight_NB.reshape(-1)], total)
+            total = triangles(block_NBB)
+            fisher.add_outer_products([weight_NB.reshape(-1)], 16, total)
             moved = weight_NB.copy()
             fisher.drop_entries(cost_NB < np.median(cost_NB), moved, inverse_NBB)
             found.append((cost_NB, total, moved, inverse_NBB))
@@ -119,15 +124,20 @@ def test_arrays_that_do_not_fit_are_refused():
     weight_NB, block_NBB = problem(3, 4)
     free_NB = np.ones(weight_NB.shape, dtype=bool)
     with pytest.raises(ValueError, match="a vector for every block"):
-        fisher.add_outer_products(list(weight_NB.reshape(2, -1)), block_NBB)
+        fisher.add_outer_products(list(weight_NB.reshape(2, -1)), 4, triangles(block_NBB))
+    for size in (-1, 0, 3, 5):
+        with pytest.raises(ValueError, match="1 to 512 rows" if size < 1 else "triangles must have"):
+            fisher.add_outer_products([weight_NB.reshape(-1)], size, triangles(block_NBB))
+    with pytest.raises(ValueError, match="triangles must have"):
+        fisher.invert_blocks(triangles(block_NBB), 3, 1.0, 0.1)
     with pytest.raises(ValueError, match="square"):
-        fisher.invert_blocks(np.ascontiguousarray(block_NBB[:, :3]), 1.0, 0.1)
+        native().fisher_invert(triangles(block_NBB), 1.0, 0.1, block_NBB[:, :3].copy())
     with pytest.raises(ValueError, match="an inverse for every block"):
-        native().fisher_invert(block_NBB, 1.0, 0.1, block_NBB[:2].copy())
+        native().fisher_invert(triangles(block_NBB), 1.0, 0.1, block_NBB[:2].copy())
     with pytest.raises(ValueError, match="a vector as long"):
         fisher.costs_in_order(weight_NB[:2], block_NBB, free_NB)
     with pytest.raises(ValueError, match="a vector as long"):
         fisher.drop_entries(free_NB[:, :3].copy(), weight_NB, block_NBB)
     wide = np.zeros((1, 513, 513), np.float32)
     with pytest.raises(ValueError, match="1 to 512"):
-        fisher.invert_blocks(wide, 1.0, 0.1)
+        fisher.invert_blocks(triangles(wide), 513, 1.0, 0.1)

@@ -178,7 +178,8 @@ def test_fisher() -> None:
         rows, count, size = draw.size(), draw.size(), draw.size()
         dtype = np.uint16 if draw.chance(0.5) else np.float32
         function = native.fisher_add_bf16 if dtype == np.uint16 else native.fisher_add_float
-        return function, ([draw.array(count * size, dtype=dtype) for _ in range(rows)], draw.array(count, size, size))
+        vectors = [draw.array(count * size, dtype=dtype) for _ in range(rows)]
+        return function, (vectors, size, draw.array(count, size * (size + 1) // 2))
 
     def costs(draw: Draw):
         count, size = draw.size(), draw.size()
@@ -193,7 +194,8 @@ def test_fisher() -> None:
 
     def invert(draw: Draw):
         count, size = draw.size(), draw.size()
-        return native.fisher_invert, (draw.array(count, size, size), 1.0, 0.1, draw.array(count, size, size))
+        block = draw.array(count, size * (size + 1) // 2)
+        return native.fisher_invert, (block, 1.0, 0.1, draw.array(count, size, size))
 
     for name, make in (("add", add), ("costs", costs), ("drop", drop), ("invert", invert)):
         call_often(f"fisher_{name}", make)

@@ -1,4 +1,6 @@
-"""Statistics of a layer's gradients. Shape suffixes: O outputs, I inputs, N gradients, G blocks of columns, B columns.
+"""Statistics of a layer's gradients.
+
+Shape suffixes: O outputs, I inputs, N gradients, G blocks of columns, B columns, T numbers of a block's lower triangle.
 
 The gradient of sample n is that of its loss by the layer's matrix. Sums are kept in float32.
 """
@@ -125,6 +127,7 @@ def taps_apart(matrix_OI: Tensor, num_taps: int) -> Tensor:
 class _BlockSum(Sum):
     """A sum of outer products, and gradients that are still to be added, each with the columns of all blocks."""
 
+    size: int = 1
     waiting: list[Tensor] = field(default_factory=list)
     num_taps: int = 1
 
@@ -135,8 +138,9 @@ class FisherBlocks:
     """Blocks of the empirical Fisher matrix along each row: mean over samples of g g^T for runs of columns.
 
     The columns run as they do in the parameter (`kernels_whole`): a convolution's taps of a channel, which have most to
-    do with each other, are in one block. Its result is float32 (O, G, B, B): of row o the columns from g * B on, where
-    B is `block_size`, or all columns if there are fewer. The last block of a row is filled up with zeros.
+    do with each other, are in one block. Its result is float32 (O, G, T): of row o the columns from g * B on, where B
+    is `block_size`, or all columns if there are fewer; of every block, which is symmetric, the lower triangle, row
+    after row (`in_triangle`). The last block of a row is filled up with zeros.
     """
 
     block_size: int
@@ -144,12 +148,13 @@ class FisherBlocks:
     def init(self, shape: tuple[int, int], num_taps: int = 1) -> Sum:
         """An empty sum."""
         size, count = self.blocks_of(shape[1])
-        return _BlockSum(torch.zeros(shape[0], count, size, size, dtype=torch.float32), num_taps=num_taps)
+        total = torch.zeros(shape[0], count, size * (size + 1) // 2, dtype=torch.float32)
+        return _BlockSum(total, size=size, num_taps=num_taps)
 
     def add_gradient(self, state: Sum, gradient_OI: Tensor) -> Sum:
         """Add the outer products of one gradient, together with those of some later ones: it is not to be changed."""
         assert isinstance(state, _BlockSum)
-        _, count, size, _ = state.total.shape
+        count, size = state.total.shape[1], state.size
         own_OI = kernels_whole(gradient_OI, state.num_taps)
         own_OI = own_OI if own_OI.dtype == torch.bfloat16 else own_OI.to(torch.float32)
         padding = count * size - own_OI.shape[1]
@@ -166,7 +171,7 @@ class FisherBlocks:
         assert isinstance(b, _BlockSum)
         _add_waiting(a)
         _add_waiting(b)
-        return _BlockSum(a.total + b.total, a.num_tokens + b.num_tokens, num_taps=a.num_taps)
+        return _BlockSum(a.total + b.total, a.num_tokens + b.num_tokens, size=a.size, num_taps=a.num_taps)
 
     def finish(self, state: Sum) -> Tensor:
         """The mean; the sum itself, which is not to be used any more."""
@@ -177,7 +182,7 @@ class FisherBlocks:
     def num_floats(self, shape: tuple[int, int]) -> int:
         """The blocks, and the gradients that wait."""
         size, count = self.blocks_of(shape[1])
-        return shape[0] * count * (size * size + _GRADIENTS_PER_PRODUCT * size)
+        return shape[0] * count * (size * (size + 1) // 2 + _GRADIENTS_PER_PRODUCT * size)
 
     def blocks_of(self, width: int) -> tuple[int, int]:
         """Columns of a block, and how many blocks a row has."""
@@ -185,23 +190,31 @@ class FisherBlocks:
         return size, -(-width // size)
 
 
+def in_triangle(size: int) -> tuple[Tensor, Tensor]:
+    """Row and column of the numbers of a lower triangle, in the order in which they are kept."""
+    row, column = torch.tril_indices(size, size)
+    return row, column
+
+
 def result_bytes(statistic: GradientStatistic, shape: tuple[int, int]) -> int:
     """Bytes of a finished statistic of a matrix: of its sum, without gradients that wait."""
     if isinstance(statistic, FisherBlocks):
         size, count = statistic.blocks_of(shape[1])
-        return 4 * shape[0] * count * size * size
+        return 4 * shape[0] * count * (size * (size + 1) // 2)
     return 4 * statistic.num_floats(shape)
 
 
 def _add_waiting(state: _BlockSum) -> None:
-    size = state.total.shape[-1]
-    total_XBB = state.total.view(-1, size, size)
+    total_XT = state.total.view(-1, state.total.shape[-1])
     waiting, state.waiting = state.waiting, []
     if not waiting:
         return
     if has_fisher_kernels():
         is_half = waiting[0].dtype == torch.bfloat16
-        add_outer_products([(row.view(torch.uint16) if is_half else row).numpy() for row in waiting], total_XBB.numpy())
+        rows = [(row.view(torch.uint16) if is_half else row).numpy() for row in waiting]
+        add_outer_products(rows, state.size, total_XT.numpy())
     else:
-        block_XNB = torch.stack(waiting).to(torch.float32).view(len(waiting), -1, size).transpose(0, 1)
-        total_XBB.baddbmm_(block_XNB.transpose(1, 2), block_XNB)
+        row, column = in_triangle(state.size)
+        for vectors in waiting:
+            vector_XB = vectors.to(torch.float32).view(-1, state.size)
+            total_XT.addcmul_(vector_XB[:, row], vector_XB[:, column])

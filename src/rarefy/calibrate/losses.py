@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rarefy.calibrate.calls import Call
@@ -86,15 +85,39 @@ def _against(prediction: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cross_entropy(prediction: Tensor, labels: Tensor) -> Tensor:
-    """The mean over predictions, in float32. A few are worked on at a time, and once more in the backward pass: over a
-    large vocabulary what one would hold of all at once is more than everything else that a sample needs."""
-    pieces = [torch.split(each, _PREDICTIONS_AT_ONCE) for each in (prediction.flatten(0, -2), labels.flatten().long())]
-    total = sum(checkpoint(_piece_of_loss, *piece, use_reentrant=False) for piece in zip(*pieces, strict=True))
-    return torch.as_tensor(total) / labels.numel()
+    """The mean over predictions, in float32."""
+    value: Tensor = _CrossEntropy.apply(prediction.flatten(0, -2), labels.flatten().long())  # type: ignore[no-untyped-call]
+    return value
 
 
-def _piece_of_loss(prediction_TV: Tensor, label_T: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(prediction_TV.float(), label_T, reduction="sum")
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy whose gradient is made with it, for a few predictions at a time.
+
+    Over a large vocabulary the chances of all predictions in float32 are more than everything else that a sample needs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prediction_TV: Tensor, label_T: Tensor) -> Tensor:
+        """The mean of -log p(label)."""
+        num_predictions = len(label_T)
+        gradient_TV = torch.empty_like(prediction_TV)
+        total = torch.zeros((), dtype=torch.float32)
+        for start in range(0, num_predictions, _PREDICTIONS_AT_ONCE):
+            piece = slice(start, start + _PREDICTIONS_AT_ONCE)
+            chance_TV = torch.log_softmax(prediction_TV[piece].float(), dim=-1)
+            label_T1 = label_T[piece, None]
+            total -= chance_TV.gather(1, label_T1).sum()
+            chance_TV.exp_().scatter_add_(1, label_T1, torch.full(label_T1.shape, -1.0))
+            gradient_TV[piece] = chance_TV.div_(num_predictions)
+        ctx.save_for_backward(gradient_TV)
+        return total / num_predictions
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """p - [label], over the number of predictions."""
+        (gradient_TV,) = ctx.saved_tensors
+        return gradient_TV if float(gradient) == 1 else gradient_TV * gradient.to(gradient_TV.dtype), None
 
 
 def _predicts_the_next_token(model: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Many small square matrices at once, for oBERT: sums of outer products, inverses, and dropping entries from them.
 
-Shape suffixes: N blocks, B columns of a block.
+Sums are kept as lower triangles, row after row. Shape suffixes: N blocks, B columns of a block, T numbers of a
+triangle.
 """
 
 from collections.abc import Sequence
@@ -24,26 +25,27 @@ def has_fisher_kernels() -> bool:
 
 
 def add_outer_products(
-    rows: Sequence[npt.NDArray[np.uint16]] | Sequence[Float32Array], total_NBB: Float32Array
+    rows: Sequence[npt.NDArray[np.uint16]] | Sequence[Float32Array], size: int, total_NT: Float32Array
 ) -> None:
     """Add v v^T of the vectors of each block, in place, row after row.
 
     Args:
         rows: each with the vectors of all blocks, (N * B,); float32, or bfloat16 bits as uint16.
-        total_NBB: the sums.
+        size: B.
+        total_NT: the sums.
     """
     module = native()
     assert module is not None
     add = module.fisher_add_bf16 if rows and rows[0].dtype == np.uint16 else module.fisher_add_float
-    add(rows, total_NBB)
+    add(rows, size, total_NT)
 
 
-def invert_blocks(block_NBB: Float32Array, scale: float, damp: float) -> Float32Array:
-    """(block / scale + damp I)^-1 of positive semidefinite blocks, computed in float64."""
+def invert_blocks(block_NT: Float32Array, size: int, scale: float, damp: float) -> Float32Array:
+    """(block / scale + damp I)^-1 of positive semidefinite blocks (N, B, B), computed in float64; B is `size`."""
     module = native()
     assert module is not None
-    inverse_NBB = np.empty_like(block_NBB)
-    module.fisher_invert(block_NBB, scale, damp, inverse_NBB)
+    inverse_NBB = np.empty((len(block_NT), size, size), dtype=np.float32)
+    module.fisher_invert(block_NT, scale, damp, inverse_NBB)
     return inverse_NBB
 
 

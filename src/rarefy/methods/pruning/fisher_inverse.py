@@ -1,6 +1,7 @@
 """The inverse of a Fisher matrix in blocks, of which weights can be dropped one after the other; for oBERT.
 
-Shape suffixes: O out, I in, G blocks of columns, B columns of a block, N blocks of all rows (O times G).
+Shape suffixes: O out, I in, G blocks of columns, B columns of a block, T numbers of its lower triangle, N blocks of all
+rows (O times G).
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from rarefy.calibrate.gradient_statistics import kernels_whole, taps_apart
+from rarefy.calibrate.gradient_statistics import in_triangle, kernels_whole, taps_apart
 from rarefy.kernels.fisher import costs_in_order, drop_entries, has_fisher_kernels, invert_blocks
 from rarefy.methods.masks import BoolArray, FloatArray
 
@@ -26,30 +27,34 @@ class FisherInverse:
     """F^-1 in blocks.
 
     Args:
-        fisher: F, float32 (O, G, B, B).
+        fisher: F, float32 (O, G, T).
+        size: B.
         shape: (O, I).
         num_taps: how many runs of columns, one column a channel, the matrix has.
         percent_damp: see OBERT.
     """
 
-    def __init__(self, fisher: Tensor, shape: tuple[int, ...], num_taps: int, percent_damp: float) -> None:
+    def __init__(self, fisher: Tensor, size: int, shape: tuple[int, ...], num_taps: int, percent_damp: float) -> None:
         self._num_taps = num_taps
-        _, self._count, self._size, _ = fisher.shape
+        self._count, self._size = fisher.shape[1], size
         self._shape = shape
-        fisher_NBB = fisher.reshape(-1, self._size, self._size)
-        mean = float(fisher.diagonal(dim1=2, dim2=3).sum(dtype=torch.float64)) / max(1, shape[0] * shape[1])
+        fisher_NT = fisher.reshape(-1, fisher.shape[2])
+        row, column = in_triangle(size)
+        diagonal = fisher_NT[:, row == column]
+        mean = float(diagonal.sum(dtype=torch.float64)) / max(1, shape[0] * shape[1])
         # Where no gradient is known, all weights cost next to nothing, and the larger ones more.
         self._scale = mean or 1e-30
-        self._native = has_fisher_kernels() and bool(fisher_NBB.numel())
+        self._native = has_fisher_kernels() and bool(fisher_NT.numel())
         if self._native:
-            inverse = invert_blocks(fisher_NBB.contiguous().numpy(), self._scale, percent_damp)
+            inverse = invert_blocks(fisher_NT.contiguous().numpy(), size, self._scale, percent_damp)
             self._inverse_NBB = torch.from_numpy(inverse)
         else:
-            self._inverse_NBB = torch.empty_like(fisher_NBB)
+            self._inverse_NBB = torch.empty(len(fisher_NT), size, size)
             for part in self._parts():
-                inverse_BBN = _inverted(fisher_NBB[part].permute(1, 2, 0).double() / self._scale, percent_damp)
-                self._inverse_NBB[part] = inverse_BBN.permute(2, 0, 1).float()
-        self._free_NB = torch.ones(fisher_NBB.shape[0], self._size, dtype=torch.bool)
+                block_BBN = torch.empty(size, size, len(fisher_NT[part]), dtype=torch.float64)
+                block_BBN[row, column] = block_BBN[column, row] = fisher_NT[part].T.double() / self._scale
+                self._inverse_NBB[part] = _inverted(block_BBN, percent_damp).permute(2, 0, 1).float()
+        self._free_NB = torch.ones(len(fisher_NT), size, dtype=torch.bool)
 
     def score_OI(self, weight_OI: FloatArray) -> FloatArray:  # noqa: N802 (shape suffix)
         """The cost at which each weight goes, the cheapest of its block first; 0 of those that are dropped already."""

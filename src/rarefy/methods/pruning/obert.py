@@ -83,7 +83,7 @@ class OBERT:
     def _inverse(self, stats: Mapping[Statistic, Tensor], shape: tuple[int, ...], layer: str) -> FisherInverse:
         rows, width = shape
         size = max(1, min(self.block_size, width))
-        shape_of_blocks = (rows, -(-width // size), size, size)
+        shape_of_blocks = (rows, -(-width // size), size * (size + 1) // 2)
         fisher = finite_statistic(stats, FisherBlocks(self.block_size), shape_of_blocks, layer)
         num_taps = int(finite_statistic(stats, NumTaps(), (rows, 1), layer)[0, 0]) if rows else 1
-        return FisherInverse(fisher, shape, num_taps, self.percent_damp)
+        return FisherInverse(fisher, size, shape, num_taps, self.percent_damp)
