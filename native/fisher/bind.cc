@@ -79,8 +79,7 @@ void add(const Rows<Number>& x, int size, const Triangles& total, Function funct
 void invert(const ConstTriangles& block, double scale, double damp, const Blocks& inverse) {
     const int size = size_of(inverse);
     check_triangles(size, block);
-    if (inverse.shape(0) != block.shape(0))
-        throw std::invalid_argument("there must be an inverse for every block");
+    if (inverse.shape(0) != block.shape(0)) throw std::invalid_argument("there must be an inverse for every block");
     const float* from = block.data();
     float* to = inverse.data();
     const auto num_blocks = static_cast<int64_t>(block.shape(0));

@@ -9,6 +9,8 @@ namespace rarefy::fisher {
 namespace {
 
 constexpr int kUsual = 16;
+// Wider blocks are worked on fewer at a time, for the cache's sake.
+constexpr int kWide = 128;
 
 inline void widen(const float* from, int size, float* to) {
     for (int i = 0; i < size; ++i) to[i] = from[i];
@@ -65,59 +67,98 @@ void add_any(const Number* const* x, int64_t num_rows, int64_t first, int64_t nu
         add(x, num_rows, first, num_blocks, size, total);
 }
 
-// Gauss-Jordan elimination without a choice of pivots. `a` has room for size * size numbers.
-template <class Size>
-void invert_one(const float* block, Size size, double scale, double damp, double* a, float* inverse) {
-    double row[kMostSize], column[kMostSize];
-    for (int i = 0; i < size; ++i)
-        for (int j = 0; j <= i; ++j) a[i * size + j] = a[j * size + i] = *block++ / scale;
-    for (int i = 0; i < size; ++i) a[i * size + i] += damp;
-    for (int k = 0; k < size; ++k) {
-        const double pivot = 1 / a[k * size + k];
-        for (int j = 0; j < size; ++j) row[j] = a[k * size + j] * pivot;
-        for (int i = 0; i < size; ++i) column[i] = a[i * size + k];
-        for (int i = 0; i < size; ++i) {
-            const double factor = column[i];
-            for (int j = 0; j < size; ++j) a[i * size + j] -= factor * row[j];
-        }
-        for (int j = 0; j < size; ++j) a[k * size + j] = row[j];
-        for (int i = 0; i < size; ++i) a[i * size + k] = -column[i] * pivot;
-        a[k * size + k] = pivot;
+// As many numbers as there are blocks worked on at once, one of each.
+template <class Number, int kLanes>
+using Lanes [[gnu::vector_size(sizeof(Number) * kLanes)]] = Number;
+
+// Symmetric elimination without a choice of pivots (the sweep operator) on the lower triangles of kLanes blocks; where
+// there are fewer, the last one stands in for the rest. `a` has room for a triangle of lanes.
+template <int kLanes, class Size>
+void invert_some(const float* block, int count, Size size, double scale, double damp, Lanes<double, kLanes>* a,
+                 float* inverse) {
+    Lanes<double, kLanes> column[kMostSize];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const float* own = block + (lane < count ? lane : count - 1) * triangle(size);
+        for (int i = 0; i < triangle(size); ++i) a[i][lane] = own[i];
     }
-    for (int i = 0; i < size * size; ++i) inverse[i] = static_cast<float>(a[i]);
+    for (int i = 0; i < triangle(size); ++i) a[i] /= scale;
+    for (int i = 0; i < size; ++i) a[triangle(i) + i] += damp;
+    for (int k = 0; k < size; ++k) {
+        const Lanes<double, kLanes> pivot = 1 / a[triangle(k) + k];
+        for (int j = 0; j < k; ++j) column[j] = a[triangle(k) + j];
+        for (int i = k + 1; i < size; ++i) column[i] = a[triangle(i) + k];
+        column[k] = Lanes<double, kLanes>{};
+        for (int i = 0; i < size; ++i) {
+            const Lanes<double, kLanes> factor = column[i] * pivot;
+            for (int j = 0; j <= i; ++j) a[triangle(i) + j] -= factor * column[j];
+        }
+        for (int j = 0; j < k; ++j) a[triangle(k) + j] = column[j] * pivot;
+        for (int i = k + 1; i < size; ++i) a[triangle(i) + k] = column[i] * pivot;
+        a[triangle(k) + k] = -pivot;
+    }
+    for (int lane = 0; lane < count; ++lane, inverse += size * size)
+        for (int i = 0; i < size; ++i)
+            for (int j = 0; j <= i; ++j)
+                inverse[i * size + j] = inverse[j * size + i] = static_cast<float>(-a[triangle(i) + j][lane]);
 }
 
 // Less than this of a diagonal is rounding; more than that of a cost is infinite.
 constexpr float kLeast = 1e-30f, kMost = 3.4028234663852886e38f, kInfinity = __builtin_inff();
 
-template <class Size>
-void costs_of_one(float* weight, float* inverse, const uint8_t* free, Size size, float* cost) {
-    float column[kMostSize], diagonal[kMostSize], price[kMostSize];
-    int left[kMostSize];
-    float most = 0;
-    for (int i = 0; i < size; ++i) left[i] = free[i] != 0, cost[i] = 0, diagonal[i] = inverse[i * size + i];
-    for (int step = 0; step < size; ++step) {
+// On the lower triangles of kLanes blocks, see `invert_some`.
+template <int kLanes, class Size>
+void costs_of_some(const float* weight, const float* inverse, const uint8_t* free, int count, Size size,
+                   Lanes<float, kLanes>* a, float* cost) {
+    using Floats = Lanes<float, kLanes>;
+    using Places = Lanes<int32_t, kLanes>;
+    Floats moving[kMostSize], column[kMostSize], paid[kMostSize];
+    Places left[kMostSize];
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int64_t own = lane < count ? lane : count - 1;
         for (int i = 0; i < size; ++i) {
-            const float each = weight[i] * weight[i] / (diagonal[i] > kLeast ? diagonal[i] : kLeast);
-            price[i] = left[i] ? (each < kMost ? each : kMost) : kInfinity;
-        }
-        int place = 0;
-        float least = price[0];
-        for (int i = 1; i < size; ++i)
-            if (price[i] < least) place = i, least = price[i];
-        if (!(least < kInfinity)) return;
-        most = least > most ? least : most;
-        cost[place] = most;
-        left[place] = 0;
-        for (int i = 0; i < size; ++i) column[i] = inverse[place * size + i];
-        const float reciprocal = 1 / column[place], moved = weight[place];
-        for (int i = 0; i < size; ++i) {
-            const float factor = column[i] * reciprocal;
-            weight[i] -= factor * moved;
-            for (int j = 0; j < size; ++j) inverse[i * size + j] -= factor * column[j];
-            diagonal[i] -= factor * column[i];
+            moving[i][lane] = weight[own * size + i];
+            left[i][lane] = free[own * size + i] != 0 ? -1 : 0;
+            paid[i][lane] = 0;
+            for (int j = 0; j <= i; ++j) a[triangle(i) + j][lane] = inverse[(own * size + i) * size + j];
         }
     }
+    for (int i = 0; i < size; ++i) column[i] = Floats{};
+    Floats most{};
+    for (int step = 0; step < size; ++step) {
+        Floats least = Floats{} + kInfinity;
+        Places place{};
+        for (int i = 0; i < size; ++i) {
+            const Floats diagonal = a[triangle(i) + i];
+            const Floats each = moving[i] * moving[i] / (diagonal > kLeast ? diagonal : Floats{} + kLeast);
+            const Floats price = left[i] ? (each < kMost ? each : Floats{} + kMost) : Floats{} + kInfinity;
+            place = price < least ? Places{} + i : place;
+            least = price < least ? price : least;
+        }
+        const Places any = least < kInfinity;
+        most = any && least > most ? least : most;
+        Floats moved{}, pivot = Floats{} + 1;
+        bool found = false;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            if (any[lane] == 0) continue;
+            const int k = place[lane];
+            for (int j = 0; j < k; ++j) column[j][lane] = a[triangle(k) + j][lane];
+            for (int i = k; i < size; ++i) column[i][lane] = a[triangle(i) + k][lane];
+            pivot[lane] = column[k][lane];
+            moved[lane] = moving[k][lane];
+            paid[k][lane] = most[lane];
+            left[k][lane] = 0;
+            found = true;
+        }
+        if (!found) break;
+        const Floats reciprocal = any ? 1 / pivot : Floats{};
+        for (int i = 0; i < size; ++i) {
+            const Floats factor = column[i] * reciprocal;
+            moving[i] -= factor * moved;
+            for (int j = 0; j <= i; ++j) a[triangle(i) + j] -= factor * column[j];
+        }
+    }
+    for (int lane = 0; lane < count; ++lane)
+        for (int i = 0; i < size; ++i) cost[lane * size + i] = paid[i][lane];
 }
 
 template <class Size>
@@ -157,21 +198,23 @@ struct Room {
     Number* numbers;
 };
 
-template <class Size>
+template <int kLanes, class Size>
 void invert(const float* block, int64_t num_blocks, Size size, double scale, double damp, float* inverse) {
-    Room<double> room(size);
-    for (int64_t b = 0; b < num_blocks; ++b)
-        invert_one(block + b * triangle(size), size, scale, damp, room.numbers, inverse + b * size * size);
+    Room<Lanes<double, kLanes>> room(size);
+    for (int64_t b = 0; b < num_blocks; b += kLanes) {
+        const int count = static_cast<int>(num_blocks - b < kLanes ? num_blocks - b : kLanes);
+        invert_some<kLanes>(block + b * triangle(size), count, size, scale, damp, room.numbers,
+                            inverse + b * size * size);
+    }
 }
 
-template <class Size>
+template <int kLanes, class Size>
 void costs(const float* weight, const float* inverse, const uint8_t* free, int64_t num_blocks, Size size, float* cost) {
-    Room<float> room(size);
-    float own[kMostSize];
-    for (int64_t b = 0; b < num_blocks; ++b) {
-        std::memcpy(own, weight + b * size, sizeof(float) * static_cast<size_t>(size));
-        std::memcpy(room.numbers, inverse + b * size * size, sizeof(float) * static_cast<size_t>(size) * size);
-        costs_of_one(own, room.numbers, free + b * size, size, cost + b * size);
+    Room<Lanes<float, kLanes>> room(size);
+    for (int64_t b = 0; b < num_blocks; b += kLanes) {
+        const int count = static_cast<int>(num_blocks - b < kLanes ? num_blocks - b : kLanes);
+        costs_of_some<kLanes>(weight + b * size, inverse + b * size * size, free + b * size, count, size, room.numbers,
+                              cost + b * size);
     }
 }
 
@@ -190,15 +233,15 @@ const Functions RAREFY_FISHER_TABLE = {
     add_any<float>,
     [](const float* block, int64_t num_blocks, int size, double scale, double damp, float* inverse) {
         if (size == kUsual)
-            invert(block, num_blocks, Usual{}, scale, damp, inverse);
+            invert<8>(block, num_blocks, Usual{}, scale, damp, inverse);
         else
-            invert(block, num_blocks, size, scale, damp, inverse);
+            (size <= kWide ? invert<8, int> : invert<2, int>)(block, num_blocks, size, scale, damp, inverse);
     },
     [](const float* weight, const float* inverse, const uint8_t* free, int64_t num_blocks, int size, float* cost) {
         if (size == kUsual)
-            costs(weight, inverse, free, num_blocks, Usual{}, cost);
+            costs<16>(weight, inverse, free, num_blocks, Usual{}, cost);
         else
-            costs(weight, inverse, free, num_blocks, size, cost);
+            (size <= kWide ? costs<16, int> : costs<4, int>)(weight, inverse, free, num_blocks, size, cost);
     },
     [](const uint8_t* dropped, int64_t num_blocks, int size, float* weight, float* inverse) {
         if (size == kUsual)

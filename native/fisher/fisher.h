@@ -1,8 +1,8 @@
 // Many small square matrices at once: sums of outer products, and the surgery that oBERT does on their inverses.
 //
 // Blocks are float32 and symmetric: sums are kept as their lower triangles, row after row (num_blocks, triangle(size)),
-// inverses as (num_blocks, size, size). A vector of `size` numbers belongs to each. Every block is worked on by itself, so
-// that results do not depend on the number of threads.
+// inverses as (num_blocks, size, size). A vector of `size` numbers belongs to each. Every block is worked on by itself,
+// so that results do not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,8 @@ constexpr int64_t triangle(int64_t size) { return size * (size + 1) / 2; }
 
 // What is done with a run of blocks; one table for each instruction set.
 struct Functions {
-    // The triangles total[b] += sum over n of v v^T, with v the vector of block b in row x[n], whose blocks begin at number `first`.
+    // The triangles total[b] += sum over n of v v^T, with v the vector of block b in row x[n], whose blocks begin at
+    // number `first`.
     void (*add_bf16)(const uint16_t* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size,
                      float* total);
     void (*add_float)(const float* const* x, int64_t num_rows, int64_t first, int64_t num_blocks, int size,
