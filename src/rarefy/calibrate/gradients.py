@@ -110,9 +110,9 @@ def collect_gradients(
     places: dict[str, dict[Statistic, Stored]] = {}
     in_blocks = len(blocks) > 1 and not _share(loaded.model, blocks, weights.values())
     with calibration_mode(loaded.model), without_cache(loaded.model), without_gradients(loaded.model):
-        for own in (blocks, ()) if in_blocks else ((),):
+        for own, derive in ((blocks, True), (blocks, False), ((), False)) if in_blocks else (((), False),):
             with Scratch(directory) as borders:
-                replay = Replay(loaded.model, own, samples, borders)
+                replay = Replay(loaded.model, own, samples, borders, derive)
                 try:
                     places = GradientPass(loaded, replay, wanted, weights, dtype, budget, scratch, tick).run(loss, seed)
                     break

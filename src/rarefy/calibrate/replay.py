@@ -3,7 +3,8 @@
 So a block can run alone in either direction: forward, what the model gives a block follows from the outputs of those
 before it; backward, gradients go from a block's arguments through whatever the model does between blocks to the outputs
 that they were made of. What that is (a residual stream alone, or norms, biases of positions, the bridge from encoder to
-decoder) is the model's business. A pass up to a block costs little where blocks are what costs.
+decoder) is the model's business. A pass up to a block costs little where blocks are what costs, and still less where
+arguments are those of the block before (`derived.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rarefy.calibrate.calls import Call, Place, leaves, substitute
+from rarefy.calibrate.derived import DerivedCalls
 from rarefy.calibrate.samples import Sample
 from rarefy.calibrate.scratch import Scratch, Stored
 from rarefy.calibrate.walk import Reached, intercepted
@@ -38,6 +40,17 @@ class _Output:
 
 
 @final
+@dataclass(frozen=True)
+class _Handed:
+    """A tensor that was handed out: how often it had been changed, where it lies, and which block returned it where."""
+
+    tensor: Tensor
+    version: int
+    stored: Stored
+    source: tuple[str, Place]
+
+
+@final
 @dataclass
 class Replay:
     """A model whose blocks run one at a time. Inside `active` the blocks' `forward` is replaced.
@@ -47,12 +60,14 @@ class Replay:
         blocks: names of its blocks.
         samples: what the model is called with.
         scratch: holds what blocks return.
+        derive: whether to derive calls from others where the first sample shows how they follow.
     """
 
     model: nn.Module
     blocks: Sequence[str]
     samples: Sequence[Sample]
     scratch: Scratch
+    derive: bool = True
     # finished blocks in the order in which the model calls them; their outputs, one for each sample
     order: list[str] = field(default_factory=list)
     _outputs: dict[str, list[_Output]] = field(default_factory=dict)
@@ -60,12 +75,18 @@ class Replay:
     through: set[str] = field(default_factory=set)
     following: bool = True
     _gradients: dict[tuple[str, int], dict[Place, Tensor]] = field(default_factory=dict)
+    _next: str = ""
     _sample: int = -1
     _until: str | None = None
     _called: set[str] = field(default_factory=set)
     _watch: Callable[[str, Call], None] = lambda _name, _call: None
-    # of the run that is on: where the tensors lie that were handed out
-    _handed: dict[int, tuple[Tensor, Stored]] = field(default_factory=dict)
+    # of the run that is on, by id
+    _handed: dict[int, _Handed] = field(default_factory=dict)
+    _calls: DerivedCalls = field(init=False)
+    _checks: bool = False
+
+    def __post_init__(self) -> None:
+        self._calls = DerivedCalls(len(self.samples), self._source_of)
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -79,14 +100,21 @@ class Replay:
         Raises:
             UnlikeCallsError: the model calls a block twice, or with objects that may hide tensors.
         """
+        if sample and self._next in self._calls:
+            return self._next, self._derived(sample, self._next)
         reached = self._run(sample, None)
         if not isinstance(reached, Reached):
             return None
         _check(reached.call)
+        self._next = reached.name
+        if self.derive:
+            self._calls.see(reached.name, sample, reached.call)
         return reached.name, reached.call
 
     def reach(self, sample: int, block: str) -> Call:
         """What a sample gives a finished block."""
+        if block in self._calls:
+            return self._derived(sample, block)
         reached = self._run(sample, block)
         assert isinstance(reached, Reached)
         return reached.call
@@ -99,10 +127,15 @@ class Replay:
             watch: told what every block is given.
 
         Raises:
-            UnlikeCallsError: the model calls a block that it has not called for others, or one twice.
+            UnlikeCallsError: the model calls other blocks than for other samples, or one twice, or with something else
+                than was derived.
         """
-        output = self._run(sample, None, watch)
-        if isinstance(output, Reached):
+        self._checks = True
+        try:
+            output = self._run(sample, None, watch)
+        finally:
+            self._checks = False
+        if isinstance(output, Reached) or len(self._called) < len(self.order):
             raise UnlikeCallsError
         return output
 
@@ -125,9 +158,8 @@ class Replay:
     def _run(
         self, sample: int, until: str | None, watch: Callable[[str, Call], None] = lambda _name, _call: None
     ) -> Any:
-        self._sample, self._until, self._called, self._watch = sample, until, set(), watch
-        self._handed.clear()
-        self.scratch.forget()
+        self._begin(sample)
+        self._until, self._called, self._watch = until, set(), watch
         call = self.samples[sample].call
         try:
             return self.model(*call.args, **call.kwargs)
@@ -135,6 +167,18 @@ class Replay:
             return reached
         finally:
             self._sample = -1
+
+    def _derived(self, sample: int, block: str) -> Call:
+        self._begin(sample)
+        try:
+            return self._calls.call(block, sample, self._tensor)
+        finally:
+            self._sample = -1
+
+    def _begin(self, sample: int) -> None:
+        self._sample = sample
+        self._handed.clear()
+        self.scratch.forget()
 
     def _answer(self, name: str, original: Callable[..., Any], call: Call) -> Any:
         if self._sample < 0:
@@ -144,6 +188,8 @@ class Replay:
         if name in self._called:
             raise UnlikeCallsError
         self._called.add(name)
+        if self._checks and name in self._calls and not self._calls.agrees(name, self._sample, call):
+            raise UnlikeCallsError
         self._watch(name, call)
         output = self._outputs[name][self._sample]
         return substitute(output.value, {path: self._tensor(name, path) for path in output.places})
@@ -161,13 +207,19 @@ class Replay:
             tensor: Tensor = _Border.apply(anchor, lambda: self.scratch.get(stored), receive)  # type: ignore[no-untyped-call]
         else:
             tensor = self.scratch.get(stored)
-        self._handed[id(tensor)] = tensor, stored
+        self._handed[id(tensor)] = _Handed(tensor, tensor._version, stored, (name, path))
         return tensor
 
     def _place_of(self, tensor: Tensor) -> Stored | None:
         """Where a tensor lies already that a block was given and handed on as it was."""
-        handed, place = self._handed.get(id(tensor), (None, None))
-        return place if handed is tensor and tensor._version == 0 else None
+        return self._handed[id(tensor)].stored if self._source_of(tensor) is not None else None
+
+    def _source_of(self, tensor: Tensor) -> tuple[str, Place] | None:
+        """What a tensor is of that was handed out in this run and is as it was."""
+        handed = self._handed.get(id(tensor))
+        if handed is None or handed.tensor is not tensor or handed.version != tensor._version:
+            return None
+        return handed.source
 
 
 class _Border(torch.autograd.Function):
