@@ -14,6 +14,7 @@ from rarefy.calibrate.gradient_statistics import FisherBlocks, FisherDiagonal, G
 from rarefy.calibrate.gradients import collect_gradients
 from rarefy.calibrate.inputs import text_calls
 from rarefy.calibrate.losses import negative_log_likelihood
+from rarefy.calibrate.replay import Replay
 from rarefy.calibrate.samples import samples_of
 from rarefy.core.errors import NonFiniteError, OutputError
 from rarefy.models import load_model
@@ -58,7 +59,12 @@ class Chain(nn.Module):
         for number, block in enumerate(self.blocks):
             if self.how == "skips one" and number == 1 and bool(inputs.sum() > 0):
                 continue
-            output = block(x, early if number == 3 else None)
+            other = early if number == 3 else None
+            if self.how in ("one aside", "another aside"):
+                # the same for every block: for all samples, or only where inputs are like those of the first sample
+                other = inputs.sum() * torch.ones(6)
+                other = other if number < 2 or self.how == "one aside" or bool(inputs.sum() < 0) else 3 * other
+            output = block(x, other)
             x = output["x"]
             if number == 0:
                 early = 2 * x
@@ -172,7 +178,7 @@ def blocks_of(model: nn.Module) -> list[str]:
 
 
 IN_BLOCKS = ("llama", "qwen2", "gemma3", "gpt2", "bert", "distilbert", "t5", "whisper", "torch_encoder", "residual")
-CHAINS = ("plain", "first twice")
+CHAINS = ("plain", "first twice", "one aside", "another aside")
 WHOLE = ("albert", "mlp", "shared weight", "weight outside too", "twice", "skips one")
 
 
@@ -204,6 +210,26 @@ def test_gradients_are_those_of_a_loop_over_samples(name, monkeypatch):
     assert required == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "derived"),
+    [("llama", True), ("bert", True), ("t5", True), ("residual", True), ("one aside", True), ("another aside", False)],
+)
+def test_calls_are_derived_where_they_follow_for_every_sample(name, derived, monkeypatch):
+    """Then the model runs up to its first block for every sample, to others for one alone, and through for each."""
+    model, calls, labels = case(name)
+    runs: list[str | None] = []
+    run = Replay._run
+    monkeypatch.setattr(
+        Replay, "_run", lambda self, sample, until, *rest: (runs.append(until), run(self, sample, until, *rest))[1]
+    )
+    blocks = blocks_of(model)
+    layers = [layer for layer in layers_of(model) if layer.startswith(tuple(f"{block}." for block in blocks))]
+    collect_gradients(load_model(model), blocks, calls, labels, dict.fromkeys(layers, STATISTICS))
+    num_samples = len(samples_of(calls, labels))
+    of_all = (len(blocks) + 1) * num_samples + 1 + len(blocks) * num_samples
+    assert len(runs) < of_all if derived else len(runs) >= of_all
 
 
 @pytest.mark.parametrize(
