@@ -123,7 +123,7 @@ class Dense:
         self._vectors: dict[str, dict[Statistic, Tensor]] = {}
         self._walked: set[Statistic] = set()  # those that `_vectors` has of every layer that an input reaches
         block_of = {layer.name: layer.block for layer in structure.layers}
-        several = len(structure.blocks) > 1
+        several = not structure.in_one_pass
         self._inside: dict[str, list[str]] = {block.name: [] for block in structure.blocks} if several else {}
         self._outside: list[str] = []
         for layer in layers:

@@ -19,7 +19,7 @@ import transformers
 from torch import nn
 
 from rarefy.allocate import allocate
-from rarefy.artifact import check_output, write_artifact
+from rarefy.artifact import STORED_DTYPES, check_output, write_artifact
 from rarefy.calibrate.attention import fast_attention
 from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
 from rarefy.calibrate.calls import Call
@@ -38,7 +38,7 @@ from rarefy.checkpoint import (
     partial_path,
     removed_if_hopeless,
 )
-from rarefy.core.errors import RecipeError, UsageError
+from rarefy.core.errors import RecipeError, UnsupportedModelError, UsageError
 from rarefy.core.results import Metric, RunReport
 from rarefy.kernels import detect_cpu
 from rarefy.layouts import AnyLayout
@@ -74,10 +74,14 @@ class RunResult:
     _loaded: LoadedModel
     _biases: Mapping[str, torch.Tensor]
     _batch_norm: Mapping[str, torch.Tensor]
+    _half: bool
 
     def model(self) -> nn.Module:
-        """The compressed model in torch, ready to be called; computed with rarefy's kernels. A new one at each call."""
-        model = _packed_model(self._loaded, self.layers, self.tied, self._biases)
+        """The compressed model in torch, ready to be called; computed with rarefy's kernels. A new one at each call.
+
+        It gives what the artifact gives, whose other matrices are stored in the recipe's `rest_dtype`.
+        """
+        model = _packed_model(self._loaded, self.layers, self.tied, self._biases, half=self._half)
         for name, value in self._batch_norm.items():
             model.get_buffer(name).copy_(value)
         return model
@@ -156,6 +160,8 @@ def compress(
         structure = loaded.structure()
         layers = resolve(parsed, structure)
         _check_batch_norm(parsed, loaded)
+        if out is not None or measure:
+            _check_storable(loaded)
     dtype = choose_dtype(compute_dtype, loaded.model, detect_cpu())
     if calibration is not None and not isinstance(calibration, str | os.PathLike):
         calibration = list(itertools.islice(calibration, samples))
@@ -227,12 +233,13 @@ def compress(
         )
         del gradients  # and its scratch file
     tied = {layer.name: layer.tied_to for layer in structure.layers if layer.tied_to in solved.layouts}
-    tensors = _rest(loaded, solved.layouts, structure, half=parsed.rest_dtype == "bfloat16")
+    half = parsed.rest_dtype == "bfloat16"
+    tensors = _rest(loaded, solved.layouts, structure, solved.biases, half=half)
     tensors |= {name: bias_O.numpy() for name, bias_O in solved.biases.items()}
     batch_norm: dict[str, torch.Tensor] = {}
     if parsed.reestimate_batch_norm:
         with clock.phase("batch norm"):
-            packed = _packed_model(loaded, solved.layouts, tied, solved.biases)
+            packed = _packed_model(loaded, solved.layouts, tied, solved.biases, half=half)
             batch_norm = reestimate_batch_norm(packed, data.calls)
             del packed
         tensors |= {name: value.numpy() for name, value in batch_norm.items()}
@@ -272,19 +279,34 @@ def compress(
             write(path, documents(report, parsed))
         if checkpoint is not None:
             checkpoint.remove()
-    return RunResult(report, solved.layouts, tied, path, loaded, solved.biases, batch_norm)
+    return RunResult(report, solved.layouts, tied, path, loaded, solved.biases, batch_norm, half)
 
 
 def _packed_model(
-    loaded: LoadedModel, layouts: Mapping[str, AnyLayout], tied: Mapping[str, str], biases: Mapping[str, torch.Tensor]
+    loaded: LoadedModel,
+    layouts: Mapping[str, AnyLayout],
+    tied: Mapping[str, str],
+    biases: Mapping[str, torch.Tensor],
+    *,
+    half: bool,
 ) -> nn.Module:
-    """A new module with the packed layers in their places."""
+    """A new module with the packed layers in their places, and all else as `_rest` has it stored."""
     loaded.materialize("")
     model = copy.deepcopy(loaded.model).eval()
     loaded.release("")
+    packed = {find_weight(model, layer).parameter_name for layer in (*layouts, *tied)}
+    if half:
+        for name, tensor in model.state_dict().items():
+            if name not in packed and _stored_half(tensor):
+                tensor.copy_(tensor.to(torch.bfloat16))
     replace_linear(model, layouts, tied)
     set_biases(model, biases)
     return model
+
+
+def _stored_half(tensor: torch.Tensor) -> bool:
+    """Whether `rest_dtype: bfloat16` is for a tensor: matrices, and what has more axes."""
+    return tensor.is_floating_point() and tensor.ndim >= 2
 
 
 def _load(source: str | os.PathLike[str] | nn.Module | LoadedModel) -> LoadedModel:
@@ -322,6 +344,18 @@ def _check_batch_norm(recipe: Recipe, loaded: LoadedModel) -> None:
         raise RecipeError("reestimate_batch_norm", f"{loaded.architecture} has no batch norm", allowed="false")
 
 
+def _check_storable(loaded: LoadedModel) -> None:
+    """Refuse a tensor that the artifact has no type for before the work, and not when it is to be written."""
+    for name, tensor in loaded.model.state_dict(keep_vars=True).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if not tensor.is_floating_point() and dtype not in STORED_DTYPES:
+            raise UnsupportedModelError(
+                f"tensor {name}",
+                f"dtype {dtype}, which an artifact cannot store",
+                hint="if the model computes it anew, register it with persistent=False",
+            )
+
+
 def _plan_of(
     loaded: LoadedModel,
     structure: Structure,
@@ -344,17 +378,24 @@ def _plan_of(
 
 
 def _rest(
-    loaded: LoadedModel, layouts: Mapping[str, AnyLayout], structure: Structure, *, half: bool
+    loaded: LoadedModel,
+    layouts: Mapping[str, AnyLayout],
+    structure: Structure,
+    biases: Mapping[str, torch.Tensor],
+    *,
+    half: bool,
 ) -> dict[str, npt.NDArray[Any]]:
     """Every tensor that no layout holds: matrices in bfloat16 (if half), vectors in float32, integers as they are."""
     tied = (layer.name for layer in structure.layers if layer.tied_to is not None)
     packed = {find_weight(loaded.model, layer).parameter_name for layer in (*layouts, *tied)}
     rest: dict[str, npt.NDArray[Any]] = {}
-    for name in loaded.model.state_dict(keep_vars=True):
-        if name in packed:
+    held = loaded.model.state_dict(keep_vars=True)
+    corrected = {id(held[name]) for name in biases if name in held}
+    for name, parameter in held.items():
+        if name in packed or id(parameter) in corrected:  # of a module with several names as well
             continue
         tensor = loaded.read(name)
-        if half and tensor.is_floating_point() and tensor.ndim >= 2:
+        if half and _stored_half(tensor):
             rest[name] = tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
         else:
             rest[name] = tensor.contiguous().numpy()

@@ -18,8 +18,8 @@ from rarefy.core.results import Metric, RunReport, UntouchedLayer
 from rarefy.kernels import describe_cpu
 from rarefy.measure.memory import peak_memory_bytes
 from rarefy.models.loaded import LoadedModel
-from rarefy.models.structure import LayerRef, Structure
-from rarefy.recipe import Recipe, notes, resolve
+from rarefy.models.structure import Structure
+from rarefy.recipe import UNTARGETED, Recipe, left_alone, notes, resolve
 from rarefy.report import render_html, render_model_card
 from rarefy.solve import Solved
 
@@ -74,13 +74,12 @@ class Facts:
                 yield f"bias-correction left {plan.layer} as it was: it has no bias, and can be given none"
 
     def _untouched(self) -> Iterator[UntouchedLayer]:
+        unfit = left_alone(self.recipe, self.structure)
         for layer in self.structure.layers:
             if layer.name in self.solved.layouts or layer.tied_to in self.solved.layouts:
                 continue
-            yield UntouchedLayer(layer.name, layer.kind, layer.shape, layer.num_bytes, self._why(layer))
-
-    def _why(self, layer: LayerRef) -> str:
-        return self.solved.skipped.get(layer.name) or layer.reason or "no step of the recipe targets it"
+            why = self.solved.skipped.get(layer.name) or layer.reason or unfit.get(layer.name, UNTARGETED)
+            yield UntouchedLayer(layer.name, layer.kind, layer.shape, layer.num_bytes, why)
 
     def _machine(self) -> dict[str, str | int | float]:
         cpu = describe_cpu()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,11 +24,12 @@ from rarefy.calibrate.walk import BlockWalk
 from rarefy.checkpoint import Checkpoint, Finished
 from rarefy.core.grids import Float32Array
 from rarefy.core.results import LayerResult
-from rarefy.core.solution import Solution, stack
+from rarefy.core.solution import Solution
 from rarefy.layouts import AnyLayout, FloatFormat, pack
 from rarefy.methods.base import LayerMethod
 from rarefy.methods.bias_correction import BiasCorrection
 from rarefy.methods.closeness import relative_error
+from rarefy.methods.row_groups import compress_in_groups
 from rarefy.models.loaded import LoadedModel, check_finite
 from rarefy.models.memory import release_freed_memory
 from rarefy.models.structure import Readers, Structure
@@ -129,7 +129,7 @@ def solve_model(
     with calibration_mode(loaded.model), without_cache(loaded.model):
         if not any(task.needs_inputs() for task in ordered):
             run.without_data(ordered)
-        elif len(structure.blocks) <= 1:
+        elif structure.in_one_pass:
             run.whole_model(ordered, cast_inputs(calls, dtype))
         else:
             run.block_by_block(structure, ordered, cast_inputs(calls, dtype))
@@ -357,12 +357,10 @@ class _Pass:
         start = time.perf_counter()
         weight_OI = weight.contiguous().numpy()
         place = find_weight(self.model, task.layer)
-        num_groups = place.matrix.num_row_groups if task.needs() else 1
-        parts = [
-            _apply(task, Solution.dense(part_OI, place.matrix.taps), part_stats)
-            for part_OI, part_stats in zip(np.split(weight_OI, num_groups), _split(stats, num_groups), strict=True)
-        ]
-        solution = stack(parts)
+        num_groups = place.matrix.num_row_groups
+        solution = Solution.dense(weight_OI, place.matrix.taps)
+        for _, method in task.steps:
+            solution = compress_in_groups(method, solution, stats, num_groups, layer=task.layer)
         layout = pack(solution, float_format=self.float_format)
         # A figure for the report: rounding in the products moves it by far less than its last printed digit.
         with bfloat16_products(self.dtype == torch.bfloat16):
@@ -412,16 +410,3 @@ def _num_passes(inside: Mapping[str, Sequence[Task]], rest_needs_data: bool) -> 
     num_collecting = sum(any(task.needs_inputs() for task in tasks) for tasks in inside.values())
     # Nothing follows the last block unless layers outside of the blocks need data, which is one more pass.
     return num_collecting + (num_visited + 1 if rest_needs_data else max(0, num_visited - 1))
-
-
-def _apply(task: Task, solution: Solution, stats: Mapping[Statistic, Tensor]) -> Solution:
-    for _, method in task.steps:
-        solution = method.compress(solution, stats, layer=task.layer)
-    return solution
-
-
-def _split(stats: Mapping[Statistic, Tensor], num_groups: int) -> list[Mapping[Statistic, Tensor]]:
-    """The statistics of each group of rows."""
-    if num_groups == 1:
-        return [stats]
-    return [{statistic: value[group] for statistic, value in stats.items()} for group in range(num_groups)]

@@ -62,7 +62,7 @@ def test_a_later_step_never_undoes_an_earlier_one(first: str, second: str) -> No
                 assert result.mask_OI is not None
                 most = (1 - pattern.sparsity + 0.02) * result.mask_OI.size
                 if isinstance(pattern, Lines):
-                    pattern = pattern.fit(result.shape, "x")
+                    pattern = pattern.fit(result.shape)
                 if isinstance(pattern, Blocks):  # smaller ones at the edges
                     most = pattern.max_num_values(result.shape)
                 assert result.mask_OI.sum() <= most

@@ -13,7 +13,7 @@ from rarefy.core.solution import Solution
 from rarefy.layouts import BlockFloat, pack
 from rarefy.methods import ALPS, OATS, APoZ, Lasso, LayerMethod, Magnitude, Random, SparseGPT, Wanda
 from rarefy.plan import Rates, make_plan
-from rarefy.recipe import Recipe, Step, load_recipe, resolve
+from rarefy.recipe import Recipe, Step, load_recipe
 from rarefy.testing.method import make_problem
 
 KINDS: list[type] = [Magnitude, Random, Wanda, SparseGPT, ALPS, Lasso]
@@ -53,14 +53,27 @@ def test_magnitude_drops_the_smallest_lines() -> None:
     assert both.pattern == Blocks((1, 6), 0.5)
 
 
-def test_lines_that_no_block_can_be_are_refused_before_any_work() -> None:
-    model = Model((), (Layer("linear", "linear", (8, 5000)),))
-    recipe = Recipe((Step(Magnitude(Lines("rows", 0.5)), where="mine.yaml:2"),))
-    with pytest.raises(RecipeError, match=r"mine.yaml:2: layer linear: rows of 5000 entries; allowed: at most 4096"):
-        resolve(recipe, model)
-    with pytest.raises(PatternError, match="layer x: rows of 5000"):
-        Magnitude(Lines("rows", 0.5)).compress(Solution.dense(np.ones((2, 5000), np.float32)), {}, layer="x")
-    assert resolve(Recipe((Step(Magnitude(Lines("columns", 0.5))),)), model)
+@pytest.mark.parametrize(("axis", "shape"), [("rows", (8, 5000)), ("rows", (3, 8193)), ("columns", (4608, 6))])
+def test_lines_longer_than_a_stored_block_are_stored_as_several(axis: str, shape: tuple[int, int]) -> None:
+    """The rows of a convolution of 512 channels and 9 taps have 4608 entries."""
+    method = Magnitude(Lines(axis, 0.5))
+    weight_OI = make_problem(*shape, ())[0]
+    layout = pack(method.compress(Solution.dense(weight_OI), {}, layer="x"))
+    assert isinstance(layout, BlockFloat)
+    assert max(layout.block_shape) <= 4096
+    by_line = layout.to_dense() if axis == "rows" else layout.to_dense().T
+    sizes = np.abs(weight_OI.astype(np.float64)).sum(axis=1 if axis == "rows" else 0)
+    gone = np.argsort(sizes)[: round(0.5 * len(sizes))]
+    assert set(np.flatnonzero(~by_line.any(axis=1))) == set(gone)
+    model = Model((), (Layer("linear", "linear", shape, num_bytes=4 * weight_OI.size),))
+    (planned,) = make_plan(Recipe((Step(method),)), model, rates=Rates(1e11, 4e11)).layers
+    assert (planned.format, planned.packed_bytes) == (layout.format, layout.nbytes)
+
+
+def test_blocks_too_large_to_be_stored_are_cut_where_they_begin() -> None:
+    assert Blocks((1, 6000), 0.5).stored((2, 12000)) == Blocks((1, 3000), 0.5)
+    assert Blocks((2, 5003), 0.5).stored((2, 10006)) == Blocks((2, 1), 0.5)  # a prime
+    assert Blocks((4096, 2), 0.5).stored((9000, 9)) == Blocks((4096, 2), 0.5)
 
 
 def test_lines_in_a_recipe(tmp_path) -> None:

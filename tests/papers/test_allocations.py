@@ -222,7 +222,7 @@ def test_whole_blocks_and_lines_compete_by_the_mean_of_their_entries(pattern: Bl
     units = []
     for layer in (layer for group in model.groups for layer in group):
         rows, width = layer.weight_OI.shape
-        shape = pattern.block_shape if isinstance(pattern, Blocks) else pattern.fit((rows, width), "x").block_shape
+        shape = pattern.block_shape if isinstance(pattern, Blocks) else pattern.fit((rows, width)).block_shape
         for o in range(0, rows, shape[0]):
             for i in range(0, width, shape[1]):
                 part = np.abs(layer.weight_OI[o : o + shape[0], i : i + shape[1]].astype(np.float64))

@@ -123,6 +123,10 @@ def test_the_recipes_that_the_documentation_names_are_there() -> None:
         "int8",
         "int4",
         "wanda-50",
+        "owl-70",
+        "obert-global-50",
+        "oats",
+        "svd-llm",
     } <= set(shipped_names())
 
 

@@ -1,5 +1,7 @@
 """Which steps apply to which layers."""
 
+from dataclasses import replace
+
 import pytest
 from tests.recipe.conftest import Layer, Model, decoder
 
@@ -176,6 +178,16 @@ def test_a_group_wider_than_a_layer() -> None:
     small = Model((), (Layer("small", "linear", (8, 16)),))
     with pytest.raises(RecipeError, match=r"layer small: input axis 16 is smaller than the group of 32"):
         resolve(Recipe((Step(Magnitude(NM(16, 32))),)), small)
+
+
+def test_what_fits_none_of_the_layers_names_none_of_them(model: Model) -> None:
+    with pytest.raises(RecipeError, match=r"it is no convolution; hint: it fits none of the step's targets"):
+        resolve(Recipe((Step(Tucker(Rank(ratio=0.5))),)), model)
+    queries = [layer for layer in model.layers if layer.name.endswith("q_proj")]
+    narrow = Model(model.blocks, tuple(replace(x, shape=(64, 48)) if x in queries else x for x in model.layers))
+    names = '"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"'
+    with pytest.raises(RecipeError, match=rf"hint: exclude: \[{names}\], or choose a smaller group"):
+        resolve(Recipe((Step(Magnitude(NM(16, 64)), ("*",)),)), narrow)
 
 
 @pytest.mark.parametrize("name", shipped_names())

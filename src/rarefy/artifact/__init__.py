@@ -6,12 +6,13 @@
 
 from rarefy.artifact.read import Artifact, read_artifact
 from rarefy.artifact.schema import FORMAT_VERSION, QUANT_METHOD, LayoutSpec, parse_quantization_config
-from rarefy.artifact.write import SHARD_BYTES, check_output, write_artifact
+from rarefy.artifact.write import SHARD_BYTES, STORED_DTYPES, check_output, write_artifact
 
 __all__ = [
     "FORMAT_VERSION",
     "QUANT_METHOD",
     "SHARD_BYTES",
+    "STORED_DTYPES",
     "Artifact",
     "LayoutSpec",
     "check_output",

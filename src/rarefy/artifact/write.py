@@ -17,7 +17,18 @@ from rarefy.layouts import AnyLayout
 
 SHARD_BYTES = 5_000_000_000
 
-_STORED_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64", "int32": "I32", "uint8": "U8"}
+# numpy's names of what tensors that no layout holds may be; bfloat16 comes as its bits
+STORED_DTYPES = {
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 def write_artifact(
@@ -125,9 +136,9 @@ def _collect(
     for name, tensor in tensors.items():
         if name in result:
             raise OutputError(str(target), f"tensor {name!r} twice", hint="it belongs to a compressed layer already")
-        dtype = _STORED_DTYPES.get(tensor.dtype.name)
+        dtype = STORED_DTYPES.get(tensor.dtype.name)
         if dtype is None:
-            raise OutputError(f"{target} {name}", f"dtype {tensor.dtype}", allowed=", ".join(_STORED_DTYPES))
+            raise OutputError(f"{target} {name}", f"dtype {tensor.dtype}", allowed=", ".join(STORED_DTYPES))
         result[name] = (dtype, tensor)
     return result
 

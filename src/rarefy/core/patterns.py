@@ -9,7 +9,8 @@ import numpy.typing as npt
 from rarefy.core.errors import PatternError
 
 MAX_GROUP = 64
-MAX_BLOCK = 4096
+MAX_BLOCK = 4096  # rows or columns of a block that is stored
+_MAX_AXIS = 2**31 - 1
 
 
 @final
@@ -116,7 +117,7 @@ class Blocks:
     """Whole blocks are zero: the matrix is cut into a grid of blocks, which are smaller at its lower and right edge.
 
     Args:
-        block_shape: rows and columns of a block, each in [1, 4096].
+        block_shape: rows and columns of a block, each in [1, 2**31).
         sparsity: fraction of blocks that are zero, in [0, 1].
 
     Raises:
@@ -129,8 +130,8 @@ class Blocks:
     def __post_init__(self) -> None:
         shape: object = self.block_shape
         ok = isinstance(shape, tuple) and len(shape) == 2
-        if not ok or not all(type(size) is int and 1 <= size <= MAX_BLOCK for size in self.block_shape):
-            raise PatternError("pattern", f"block {shape!r:.60}", allowed=f"two integers in [1, {MAX_BLOCK}]")
+        if not ok or not all(type(size) is int and 1 <= size <= _MAX_AXIS for size in self.block_shape):
+            raise PatternError("pattern", f"block {shape!r:.60}", allowed="two integers in [1, 2**31)")
         Unstructured(self.sparsity)  # the same bounds
 
     def grid_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
@@ -140,6 +141,11 @@ class Blocks:
     def is_even(self, shape: tuple[int, int]) -> bool:
         """Whether all blocks of a matrix (O, I) are whole."""
         return shape[0] % self.block_shape[0] == 0 and shape[1] % self.block_shape[1] == 0
+
+    def stored(self, shape: tuple[int, int]) -> "Blocks":
+        """Blocks of at most 4096 rows and columns that these consist of on a matrix (O, I), as few as possible."""
+        rows, columns = (_piece(size, extent) for size, extent in zip(self.block_shape, shape, strict=True))
+        return self if (rows, columns) == self.block_shape else Blocks((rows, columns), self.sparsity)
 
     def max_num_values(self, shape: tuple[int, int]) -> int:
         """Entries in the blocks that are kept, if those at the edges are the ones pruned; exact where all are whole."""
@@ -181,21 +187,18 @@ class Lines:
             raise PatternError("pattern", f"axis {self.axis!r}", allowed="rows or columns")
         Unstructured(self.sparsity)  # the same bounds
 
-    def fit(self, shape: tuple[int, int], layer: str) -> Blocks:
-        """The blocks that the rows or columns of a matrix (O, I) are.
+    def fit(self, shape: tuple[int, int]) -> Blocks:
+        """The blocks that the rows or columns of a matrix (O, I) are."""
+        return Blocks((1, max(1, shape[1])) if self.axis == "rows" else (max(1, shape[0]), 1), self.sparsity)
 
-        Raises:
-            PatternError: they are longer than a block can be.
-        """
-        block_shape = (1, max(1, shape[1])) if self.axis == "rows" else (max(1, shape[0]), 1)
-        if max(block_shape) > MAX_BLOCK:
-            raise PatternError(
-                f"layer {layer}",
-                f"{self.axis} of {max(block_shape)} entries",
-                allowed=f"at most {MAX_BLOCK}",
-                hint="choose blocks, which cut them into pieces, or exclude the layer",
-            )
-        return Blocks(block_shape, self.sparsity)
+
+def _piece(size: int, extent: int) -> int:
+    """How long the parts are that blocks of a size are cut into along an axis, where they are too long to be stored."""
+    if size <= MAX_BLOCK:
+        return size
+    if extent <= size:  # one block, which any parts make up
+        return max(1, -(-extent // max(1, -(-extent // MAX_BLOCK))))
+    return next(part for part in range(MAX_BLOCK, 0, -1) if size % part == 0)
 
 
 Pattern = Unstructured | NM | Blocks

@@ -217,6 +217,29 @@ class Solution:
                 raise LayoutError("solution", "a weight that is not on its grid", hint="round with core.grids")
 
 
+def cut_rows(solution: Solution, num_parts: int) -> list[Solution]:
+    """The solutions of parts of the rows, of equal size, one below the other: what `stack` puts together again.
+
+    Raises:
+        LayoutError: it has factors: those of a part of the rows are no factors of the whole.
+    """
+    if solution.factors is not None:
+        raise LayoutError("solution", "factors of a part of the rows", allowed="factors of a layer without groups")
+    size = solution.shape[0] // num_parts
+    grid, mask_OI, original_OI, bias_O = solution.grid, solution.mask_OI, solution.original_OI, solution.bias_O
+    return [
+        dataclasses.replace(
+            solution,
+            weight_OI=solution.weight_OI[rows],
+            mask_OI=None if mask_OI is None else mask_OI[rows],
+            grid=None if grid is None else FittedGrid(grid.grid, grid.scale_OG[rows], grid.zero_point_OG[rows]),
+            original_OI=None if original_OI is None else original_OI[rows],
+            bias_O=None if bias_O is None else bias_O[rows],
+        )
+        for rows in (slice(part * size, (part + 1) * size) for part in range(num_parts))
+    ]
+
+
 def stack(parts: Sequence[Solution]) -> Solution:
     """The solutions of parts of the rows, one below the other, as one; all must be of one pattern and grid.
 
@@ -238,11 +261,14 @@ def stack(parts: Sequence[Solution]) -> Solution:
         scale_OG = np.concatenate([each.scale_OG for each in grids])
         grid = FittedGrid(first.grid.grid, scale_OG, np.concatenate([each.zero_point_OG for each in grids]))
     biases = [part.bias_O for part in parts if part.bias_O is not None]
+    originals = [part.original_OI for part in parts if part.original_OI is not None]
     return Solution(
         np.concatenate([part.weight_OI for part in parts]),
         np.concatenate(masks) if masks else None,
         first.pattern,
         grid,
+        original_OI=np.concatenate(originals) if originals else None,
+        taps=first.taps,
         bias_O=np.concatenate(biases) if biases else None,
     )
 

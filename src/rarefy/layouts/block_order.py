@@ -7,8 +7,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from rarefy.core.errors import LayoutError, PatternError
-from rarefy.core.patterns import Blocks
+from rarefy.core.errors import LayoutError
+from rarefy.core.patterns import MAX_BLOCK, Blocks
 from rarefy.layouts import base
 from rarefy.layouts.base import ArraySpec, Meta
 
@@ -22,10 +22,10 @@ def read_blocks(format: str, meta: Meta) -> Blocks:
     shape = meta["block_shape"]
     if not isinstance(shape, list | tuple):
         raise LayoutError(format, f"block_shape {shape!r:.60}", allowed="two integers")
-    try:
-        return Blocks(tuple(shape), 0.0)
-    except PatternError as error:
-        raise LayoutError(format, f"block_shape {shape!r:.60}", allowed=error.allowed) from error
+    sizes = all(type(size) is int and 1 <= size <= MAX_BLOCK for size in shape)
+    if len(shape) != 2 or not sizes:
+        raise LayoutError(format, f"block_shape {shape!r:.60}", allowed=f"two integers in [1, {MAX_BLOCK}]")
+    return Blocks((shape[0], shape[1]), 0.0)
 
 
 def block_mask_spec(blocks: Blocks, shape: tuple[int, int]) -> ArraySpec:

@@ -124,7 +124,8 @@ def choose_format(
         case Blocks():
             if num_block_values is None:
                 num_block_values = pattern.max_num_values(shape)
-            block_meta = {"block_shape": list(pattern.block_shape), "num_values": num_block_values}
+            block_shape = list(pattern.stored(shape).block_shape)
+            block_meta = {"block_shape": block_shape, "num_values": num_block_values}
             if f"block-{sparse_values}-v1" in FORMATS:
                 candidates.append((f"block-{sparse_values}-v1", block_meta))
             num_values = num_block_values if num_values is None else num_values
@@ -169,6 +170,7 @@ def pack_matrix(solution: Solution, float_format: FloatFormat) -> MatrixLayout:
         return _pack_dense(solution, float_format)
     mask_RC, num_block_values = None, None
     if isinstance(pattern, Blocks):
+        pattern = pattern.stored(solution.shape)
         mask_RC = blocks_of(mask_OI, pattern)
         num_block_values = count_entries(mask_RC, pattern, solution.shape)
     format, _ = choose_format(

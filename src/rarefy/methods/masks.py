@@ -52,7 +52,7 @@ def concrete(pattern: WantedPattern, shape: tuple[int, ...], layer: str) -> Patt
     rows, width = shape
     if isinstance(pattern, NM):
         pattern.check_fits(width, layer)
-    return pattern.fit((rows, width), layer) if isinstance(pattern, Lines) else pattern
+    return pattern.fit((rows, width)) if isinstance(pattern, Lines) else pattern
 
 
 def select(
@@ -68,7 +68,7 @@ def select(
         per_row: unstructured zeros compete within their row, and blocks within their row of blocks, not over the layer.
 
     Raises:
-        PatternError: the layer is narrower than an N:M group, or its rows or columns are longer than a block can be.
+        PatternError: the layer is narrower than an N:M group.
     """
     per_row = per_row and not isinstance(pattern, Lines)  # whole rows compete with each other
     pattern = concrete(pattern, score_OI.shape, layer)

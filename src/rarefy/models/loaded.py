@@ -79,7 +79,7 @@ class LoadedModel:
         """The values of a parameter or persistent buffer, floating-point ones as float32.
 
         Raises:
-            NonFiniteError: a value is NaN or infinite.
+            NonFiniteError: a value is NaN, or one of a parameter infinite.
             DamagedFileError: the file does not hold what it declares.
         """
         if self.store is None:
@@ -92,7 +92,8 @@ class LoadedModel:
                 raise DamagedFileError(
                     self.source, f"tensor {name} has shape {tuple(tensor.shape)}", allowed=str(tuple(expected))
                 )
-        check_finite(name, tensor)
+        # a mask that is added to scores is a buffer of zeros and minus infinities
+        check_finite(name, tensor[~tensor.isinf()] if _is_buffer(self.model, name) else tensor)
         return tensor
 
     def materialize(
@@ -168,6 +169,11 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
                 f"{num_bad} of {tensor.numel()} values are NaN or infinite",
                 hint="the model is damaged: compare it with its source",
             )
+
+
+def _is_buffer(model: nn.Module, name: str) -> bool:
+    module_name, _, key = name.rpartition(".")
+    return key in model.get_submodule(module_name)._buffers
 
 
 def _tensor_of(model: nn.Module, name: str) -> torch.Tensor:

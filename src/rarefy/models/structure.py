@@ -85,10 +85,22 @@ class Readers:
 @final
 @dataclass(frozen=True)
 class Structure:
-    """The blocks and layers of a model, in the order of its module tree."""
+    """The blocks and layers of a model, in the order of its module tree.
+
+    Args:
+        blocks: the repeated blocks.
+        layers: every layer.
+        reuses_blocks: a list holds a block at several places, so that the model cannot be gone through block by block.
+    """
 
     blocks: tuple[BlockRef, ...]
     layers: tuple[LayerRef, ...]
+    reuses_blocks: bool = False
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether a pass over the model takes it as a whole, and not one block after the other."""
+        return len(self.blocks) <= 1 or self.reuses_blocks
 
     def layer(self, name: str) -> LayerRef:
         """The layer of that name (KeyError if there is none)."""
@@ -166,7 +178,8 @@ def discover(
                     matrix=None if part is None else part.matrix.shape,
                 )
             )
-    return Structure(blocks, tuple(layers))
+    stacks = [model.get_submodule(name) for name in {block.stack for block in blocks}]
+    return Structure(blocks, tuple(layers), any(len(set(x._modules.values())) < len(x._modules) for x in stacks))
 
 
 @final

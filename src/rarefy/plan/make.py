@@ -17,7 +17,17 @@ from rarefy.methods.masks import sparser
 from rarefy.plan.cost import Rates, gram_seconds, measure_rates, num_walks, solve_seconds
 from rarefy.plan.gradients import gradient_costs
 from rarefy.plan.records import Plan, PlannedLayer, UntouchedRow
-from rarefy.recipe import LayerPlan, LayerRef, Recipe, Structure, amounts_in_words, notes, resolve
+from rarefy.recipe import (
+    UNTARGETED,
+    LayerPlan,
+    LayerRef,
+    Recipe,
+    Structure,
+    amounts_in_words,
+    left_alone,
+    notes,
+    resolve,
+)
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # torch and transformers, imported
@@ -91,8 +101,9 @@ def make_plan(
         for layer in layers
     )
     targeted = {layer.layer for layer in layers}
+    why = left_alone(recipe, structure)
     untouched = tuple(
-        UntouchedRow(layer.name, layer.kind, _num_bytes(layer), layer.reason or "no step of the recipe targets it")
+        UntouchedRow(layer.name, layer.kind, _num_bytes(layer), layer.reason or why.get(layer.name, UNTARGETED))
         for layer in structure.layers
         if layer.name not in targeted and layer.tied_to not in targeted
     )
@@ -159,7 +170,7 @@ def _planned(layer: LayerPlan, ref: LayerRef, float_format: FloatFormat, *, is_m
                 pattern = Unstructured(1.0)
         wanted = getattr(method, "pattern", None)
         if isinstance(wanted, Lines):
-            wanted = wanted.fit(layer.shape, layer.layer)
+            wanted = wanted.fit(layer.shape)
         if isinstance(wanted, NM | Unstructured | Blocks):
             num_patterns += 1
             pattern = sparser(pattern, wanted)

@@ -3,10 +3,12 @@
 from rarefy.recipe.load import load_recipe, shipped_names
 from rarefy.recipe.model import Recipe, Step
 from rarefy.recipe.resolve import (
+    UNTARGETED,
     LayerPlan,
     LayerRef,
     Structure,
     amounts_in_words,
+    left_alone,
     notes,
     resolve,
     shapes_of,
@@ -15,12 +17,14 @@ from rarefy.recipe.resolve import (
 )
 
 __all__ = [
+    "UNTARGETED",
     "LayerPlan",
     "LayerRef",
     "Recipe",
     "Step",
     "Structure",
     "amounts_in_words",
+    "left_alone",
     "load_recipe",
     "notes",
     "resolve",

@@ -1,7 +1,7 @@
 """Which steps apply to which layers of a model; everything that can be wrong is found here, before any work."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, final
@@ -9,7 +9,7 @@ from typing import Protocol, final
 from rarefy.calibrate.row_counts import RowCounts
 from rarefy.core.errors import PatternError, RecipeError
 from rarefy.core.grids import IntGrid
-from rarefy.core.patterns import NM, Lines
+from rarefy.core.patterns import NM, Blocks, Lines
 from rarefy.methods import BiasCorrection, LayerMethod
 from rarefy.methods.allocation import LayerShape, ModelAllocation, Uniform, patterns_of
 from rarefy.methods.grid_search import describe
@@ -17,6 +17,7 @@ from rarefy.recipe.allocations import rule_of
 from rarefy.recipe.model import Recipe, Step
 from rarefy.recipe.schema import did_you_mean
 
+UNTARGETED = "no step of the recipe targets it"
 _SHOWN = 12
 # What a step without targets is for. Embeddings and depthwise convolutions have to be asked for: of the one a method
 # sees no inputs unless a head shares it, and of the other every weight counts and all together are few.
@@ -185,6 +186,21 @@ def notes(recipe: Recipe, structure: Structure) -> tuple[str, ...]:
     )
 
 
+def left_alone(recipe: Recipe, structure: Structure) -> dict[str, str]:
+    """For layers that no step targets, because steps without targets leave out what they do not fit: the reason."""
+    targeted = {layer.name for step in recipe.steps for layer in _targets(step, structure)}
+    found: dict[str, str] = {}
+    for step in recipe.steps:
+        for layer in structure.layers:
+            by_default = step.targets is None and layer.kind in _BY_DEFAULT and layer.compressible
+            inside = layer.block is not None or not structure.blocks
+            if by_default and inside and layer.name not in targeted and layer.tied_to is None:
+                why = _why_left_out(step, layer)
+                if why is not None:
+                    found.setdefault(layer.name, f"{step.name} does not fit it: {why}")
+    return found
+
+
 def amounts_in_words(recipe: Recipe, plans: Sequence[LayerPlan], *, final: bool) -> tuple[str, ...]:
     """What a plan or report should say of the steps whose layers give amounts of their own.
 
@@ -214,7 +230,7 @@ def _targets(step: Step, structure: Structure) -> list[LayerRef]:
     excluded = {owners[layer.name] for layer in structure.layers if any(_matches(layer, g) for g in step.exclude)}
     if step.targets is None:
         kind_fits = [layer for layer in structure.layers if layer.kind in _BY_DEFAULT and layer.tied_to is None]
-        fits = [layer for layer in kind_fits if layer.compressible and _misfit(step, layer) is None]
+        fits = [layer for layer in kind_fits if layer.compressible and _why_left_out(step, layer) is None]
         chosen = {layer.name for layer in fits or kind_fits if layer.block is not None or not structure.blocks}
     else:
         chosen = set()
@@ -274,9 +290,19 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(parts[:_SHOWN]) + (f" and {more} more" if more > 0 else "") if parts else "(no layer)"
 
 
+def _without(misfit: Callable[[LayerRef], object], step: Step, structure: Structure) -> str:
+    """What to leave out of a step so that it fits."""
+    targets = _targets(step, structure)
+    names = [layer.name for layer in targets if misfit(layer) is not None]
+    if len(names) == len(targets) > 1:
+        return "it fits none of the step's targets; `rarefy inspect MODEL` lists the layers"
+    quoted = ", ".join(f'"{name}"' for name in names[:_SHOWN])
+    return f"exclude: [{quoted}{', ...' if len(names) > _SHOWN else ''}]"
+
+
 def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Sequence[Step]) -> None:
     tied = [other for other in structure.layers if layer.name in (other.name, other.tied_to)]
-    pattern, values = (getattr(step.method, name, None) for name in ("pattern", "values"))
+    values = getattr(step.method, "values", None)
     is_looked_up = any(other.kind == "embedding" for other in tied)
     if is_looked_up and all(other.kind == "embedding" for other in tied) and set(step.method.needs()) - {RowCounts()}:
         raise RecipeError(
@@ -292,22 +318,12 @@ def _check_fit(step: Step, layer: LayerRef, structure: Structure, earlier: Seque
             allowed="embeddings",
             hint="svd-llm",
         )
-    if isinstance(pattern, NM) and layer.matrix is not None and layer.matrix[1] < pattern.group:
-        raise RecipeError(
-            step.where,
-            f"layer {layer.name}: input axis {layer.matrix[1]} is smaller than the group of {pattern.group}",
-            hint="exclude it in the step's targets, or choose a smaller group",
-        )
-    if isinstance(pattern, Lines):
-        try:
-            pattern.fit((layer.shape[0], layer.shape[1]), layer.name)
-        except PatternError as error:
-            found = f"{error.where}: {error.found}"
-            raise RecipeError(step.where, found, allowed=error.allowed, hint=error.hint) from None
+    if (error := _pattern_misfit(step, layer)) is not None:
+        hint = _without(lambda other: _pattern_misfit(step, other), step, structure) + ", or choose a smaller group"
+        raise RecipeError(step.where, f"{error.where}: {error.found}", allowed=error.allowed, hint=hint)
     if (misfit := _misfit(step, layer)) is not None:
-        raise RecipeError(
-            step.where, f"{step.name} does not fit layer {layer.name}: {misfit}", hint=f'exclude: ["{layer.name}"]'
-        )
+        found = f"{step.name} does not fit layer {layer.name}: {misfit}"
+        raise RecipeError(step.where, found, hint=_without(lambda other: _misfit(step, other), step, structure))
     if any(isinstance(other.method, BiasCorrection) for other in earlier):
         raise RecipeError(
             step.where,
@@ -355,7 +371,38 @@ def _misfit(step: Step, layer: LayerRef) -> str | None:
     """Why a method for one kind of layer does not fit this one; None if it does, or is for all kinds."""
     misfit = getattr(step.method, "misfit", None)
     reason: str | None = None if misfit is None else misfit(layer.kind, layer.shape)
-    return reason
+    return _depthwise_misfit(step) if reason is None and layer.kind == "depthwise" else reason
+
+
+def _depthwise_misfit(step: Step) -> str | None:
+    """Why a step does not fit a layer whose channels each meet inputs of their own, which statistics are taken of."""
+    pattern = getattr(step.method, "pattern", None)
+    if not step.method.needs():
+        return None
+    if getattr(step.method, "rank", None) is not None:
+        return "each of its channels meets inputs of its own, which leaves factors nothing to share"
+    if isinstance(pattern, Lines) and pattern.axis == "columns":
+        return "each of its rows has inputs of its own, so that no column is an input; rows fit it"
+    if isinstance(pattern, Blocks) and pattern.block_shape[0] > 1:
+        return "each of its rows has inputs of its own; blocks of one row fit it"
+    return None
+
+
+def _pattern_misfit(step: Step, layer: LayerRef) -> PatternError | None:
+    """What is wrong with the pattern of a step on a layer; None if it fits, or the step has none."""
+    pattern = getattr(step.method, "pattern", None)
+    if isinstance(pattern, NM) and layer.matrix is not None:
+        try:
+            pattern.check_fits(layer.matrix[1], layer.name)
+        except PatternError as error:
+            return error
+    return None
+
+
+def _why_left_out(step: Step, layer: LayerRef) -> str | None:
+    """Why a step that names no targets is not for a layer of a kind that it is for by default; None if it is."""
+    error = _pattern_misfit(step, layer)
+    return _misfit(step, layer) if error is None else error.found
 
 
 def _values(step: Step) -> object:
