@@ -14,8 +14,8 @@ from rarefy.layouts import FORMATS, Layout
 
 @dataclass(frozen=True)
 class Weight:
-    """A layout, and what is multiplied: integers, or entries of a table as bfloat16, and scales; or floats in `level_OI`,
-    with scales of 1. In float64."""
+    """A layout, and what is multiplied: integers, or a table's entries as bfloat16, with scales; or floats in
+    `level_OI`, with scales of 1. In float64."""
 
     layout: Layout
     level_OI: np.ndarray

@@ -93,6 +93,27 @@ struct LutStream : PanelStream {
 
 namespace rarefy::matmul::avx512 {
 
+// Two columns of a row, which meet the pairs of all outputs. Without vdpbf16ps they are widened once for all calls.
+#if RAREFY_PASS_AVX512_BF16
+struct ColumnPair {
+    __m512i x;
+    explicit ColumnPair(const uint16_t* from) : x(broadcast_pair(from)) {}
+    static const uint16_t* row(const Rows& rows, int64_t row) { return rows.bf16_x + row * rows.stride; }
+    __m512 add(__m512 sums, __m512i pairs) const { return add_pairs(sums, pairs, x); }
+};
+#else
+struct ColumnPair {
+    __m512 even, odd;
+    explicit ColumnPair(const float* from) : even(_mm512_set1_ps(from[0])), odd(_mm512_set1_ps(from[1])) {}
+    static const float* row(const Rows& rows, int64_t row) { return rows.x + row * rows.stride; }
+    __m512 add(__m512 sums, __m512i pairs) const {
+        __m512 even_entries, odd_entries;
+        widen_pairs(pairs, even_entries, odd_entries);
+        return _mm512_fmadd_ps(even, even_entries, _mm512_fmadd_ps(odd, odd_entries, sums));
+    }
+};
+#endif
+
 // kRows rows from `row` on by two panels, `distance` apart. A Lookup holds the table:
 //   static constexpr int kPairs, kBytes    pairs of columns that it reads at once, and their bytes
 //   void read(const uint8_t* from, __m512i (&pairs)[kPairs])
@@ -100,7 +121,7 @@ namespace rarefy::matmul::avx512 {
 template <class Lookup, bool kScaled, int kRows>
 void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
               Ahead ahead) {
-    const uint16_t* x = rows.bf16_x + row * rows.stride;
+    const auto* x = ColumnPair::row(rows, row);
     const Lookup lookup(w.table);
     const uint8_t* values[kPair];
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
@@ -125,8 +146,8 @@ void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             }
             UNROLL for (int s = 0; s < Lookup::kPairs; ++s) {
                 UNROLL for (int r = 0; r < kRows; ++r) {
-                    const __m512i pair = broadcast_pair(x + r * rows.stride + 2 * s);
-                    UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = add_pairs(sums[r][p], pairs[p][s], pair); }
+                    const ColumnPair columns(x + r * rows.stride + 2 * s);
+                    UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = columns.add(sums[r][p], pairs[p][s]); }
                 }
             }
         }

@@ -24,7 +24,14 @@ from rarefy.kernels import (
     prepare,
     set_num_threads,
 )
-from rarefy.kernels.reference import BLOCK, is_bf16, is_integer, multiplied_weights, quantize_activations, round_activations
+from rarefy.kernels.reference import (
+    BLOCK,
+    is_bf16,
+    is_integer,
+    multiplied_weights,
+    quantize_activations,
+    round_activations,
+)
 from rarefy.layouts import FORMATS, Layout, LookupTable, LowRank, Sum, Tapwise
 from rarefy.measure.kernel_samples import Sample, samples_of
 from rarefy.measure.latency import Timings, interleave
