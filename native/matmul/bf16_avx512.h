@@ -1,5 +1,5 @@
 // Products of bfloat16 with vdpbf16ps: what the AVX-512 kernels of these encodings are where the CPU has it. They are
-// compiled a second time for it, as the namespace avx512_bf16, and again with AMX, as are lookup tables (CMakeLists.txt).
+// compiled a second time for it, as the namespace avx512_bf16, and again with AMX (CMakeLists.txt).
 //
 // Zeros of a mask cost as much as other weights, and many rows expand them once.
 #pragma once
