@@ -122,8 +122,9 @@ def test_the_reference_kernels_agree(
             patch.setattr("rarefy.nn.product.kernels.prepare", partial(prepare, isa=isa))
             model = load("llama", tmp_path / "out")
             found = outputs(model, token_ids)
-            # integers: the reference gives the same bits; numpy sums in another order, so that roundings tip over
-            rounds = rounds_activations(format_name)
+            # Integers and tables: the reference gives the same bits; numpy sums in another order, so that roundings of
+            # activations tip over. (Other bfloat16 formats could as well: with these weights none does.)
+            rounds = rounds_activations(format_name) or "lut" in format_name
             if rounds and isa == "reference":
                 assert torch.equal(found, native)
             else:
