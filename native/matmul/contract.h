@@ -18,6 +18,7 @@
 // or, where there are output_scales, with 1 for the scale, and then y = y * output scale,
 // and float kernels
 //   y = sum over blocks, in order:    y = y + (sum over columns 1, 0, 3, 2, ... 63, 62:    part = fma(x, w, part))
+// or, where they have scales (lookup tables), over halves of blocks: y = fma(sum over 32 columns ..., scale, y),
 // so all kernels of an encoding give the same bits, for every number of rows and threads. The odd column of two comes
 // first because vdpbf16ps, which does two of these steps at once, takes it first. Three exceptions: vdpbf16ps and AMX
 // count weights and sums of bfloat16 products below 2^-126 as zero; the float reference emulates fma in double

@@ -108,23 +108,30 @@ void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
         UNROLL for (int p = 0; p < kPanels; ++p) {
             UNROLL for (int half = 0; half < kHalves; ++half) { sums[p][half] = _mm256_setzero_ps(); }
         }
-        for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
-            if (pair % 8 == 0) {
-                UNROLL for (int p = 0; p < kPanels; ++p) { ahead[p].fetch(4 * block + pair / 8); }
-            }
-            const __m256 even_x = _mm256_broadcast_ss(x), odd_x = _mm256_broadcast_ss(x + 1);
-            UNROLL for (int p = 0; p < kPanels; ++p) {
-                __m256 even[kHalves], odd[kHalves];
-                streams[p].next(even, odd);
-                UNROLL for (int half = 0; half < kHalves; ++half) {
-                    sums[p][half] = _mm256_fmadd_ps(odd_x, odd[half], sums[p][half]);
-                    sums[p][half] = _mm256_fmadd_ps(even_x, even[half], sums[p][half]);
+        for (int half_of_block = 0; half_of_block < 2; ++half_of_block) {
+            for (int pair = 0; pair < kBlockInputs / 4; ++pair, x += 2) {
+                if (pair % 8 == 0) {
+                    UNROLL for (int p = 0; p < kPanels; ++p) {
+                        ahead[p].fetch(4 * block + 2 * half_of_block + pair / 8);
+                    }
+                }
+                const __m256 even_x = _mm256_broadcast_ss(x), odd_x = _mm256_broadcast_ss(x + 1);
+                UNROLL for (int p = 0; p < kPanels; ++p) {
+                    __m256 even[kHalves], odd[kHalves];
+                    streams[p].next(even, odd);
+                    UNROLL for (int half = 0; half < kHalves; ++half) {
+                        sums[p][half] = _mm256_fmadd_ps(odd_x, odd[half], sums[p][half]);
+                        sums[p][half] = _mm256_fmadd_ps(even_x, even[half], sums[p][half]);
+                    }
                 }
             }
-        }
-        UNROLL for (int p = 0; p < kPanels; ++p) {
-            UNROLL for (int half = 0; half < kHalves; ++half) {
-                totals[p][half] = _mm256_add_ps(totals[p][half], sums[p][half]);
+            if (sums_go_on(w, half_of_block)) continue;
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                UNROLL for (int half = 0; half < kHalves; ++half) {
+                    const __m256 scales = half_block_scales(w, panel + p, 2 * block + half_of_block, half);
+                    totals[p][half] = _mm256_fmadd_ps(sums[p][half], scales, totals[p][half]);
+                    sums[p][half] = _mm256_setzero_ps();
+                }
             }
         }
     }

@@ -149,13 +149,20 @@ void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int i = 0; i < kQuarters; ++i) { sums[r][i] = vdupq_n_f32(0.0f); }
         }
-        for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
-            Floats even[kQuarters], odd[kQuarters];
-            stream.next(even, odd);
-            add_pair(x, rows.stride, even, odd, sums);
-        }
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            UNROLL for (int i = 0; i < kQuarters; ++i) { totals[r][i] = vaddq_f32(totals[r][i], sums[r][i]); }
+        for (int half_of_block = 0; half_of_block < 2; ++half_of_block) {
+            for (int pair = 0; pair < kBlockInputs / 4; ++pair, x += 2) {
+                Floats even[kQuarters], odd[kQuarters];
+                stream.next(even, odd);
+                add_pair(x, rows.stride, even, odd, sums);
+            }
+            if (sums_go_on(w, half_of_block)) continue;
+            UNROLL for (int i = 0; i < kQuarters; ++i) {
+                const Floats scales = half_block_scales(w, stretch.panel, 2 * block + half_of_block, i);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    totals[r][i] = vfmaq_f32(totals[r][i], sums[r][i], scales);
+                    sums[r][i] = vdupq_n_f32(0.0f);
+                }
+            }
         }
     }
     store_totals(w, part, stretch, row, totals);

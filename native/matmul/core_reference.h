@@ -5,6 +5,7 @@
 //            the zero points of the block's two halves, 2 x 16: the codes of what is not stored.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -34,6 +35,7 @@ void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
             stream.block(values);
             for (int64_t row = part.row_begin; row < part.row_end; ++row) {
                 const float* x = rows.x + row * rows.stride + block * kBlockInputs;
+                float* y = part.y + row * part.y_stride + panel * kPanelOutputs;
                 float sums[kPanelOutputs] = {};
                 for (int i = 0; i < kBlockInputs; ++i) {
                     const int column = i ^ 1;  // the odd one of two comes first
@@ -42,8 +44,12 @@ void multiply_float(const PanelWeights& w, const Rows& rows, const Part& part) {
                             static_cast<double>(x[column]) * static_cast<double>(values[column * kPanelOutputs + o]);
                         sums[o] = static_cast<float>(product + static_cast<double>(sums[o]));
                     }
+                    if (w.scales == nullptr || i % (kBlockInputs / 2) != kBlockInputs / 2 - 1) continue;
+                    const int64_t segment = (2 * block + i / (kBlockInputs / 2)) * 8 / w.steps_per_segment;
+                    const uint16_t* scales = w.scales_at(w.group_place(panel, segment / w.segments_per_group));
+                    for (int o = 0; o < num_outputs; ++o) y[o] = std::fma(sums[o], widen(scales[o]), y[o]);
+                    std::fill(sums, sums + kPanelOutputs, 0.0f);
                 }
-                float* y = part.y + row * part.y_stride + panel * kPanelOutputs;
                 for (int o = 0; o < num_outputs; ++o) y[o] += sums[o];
             }
         }

@@ -122,26 +122,31 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_ps(); }
         }
-        for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
-            if (pair % 8 == 0) ahead.fetch(4 * block + pair / 8);
-            __m256 even[kHalves], odd[kHalves];
-            stream.next(even, odd);
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride + 1);
-                UNROLL for (int half = 0; half < kHalves; ++half) {
-                    sums[r][half] = _mm256_fmadd_ps(row_x, odd[half], sums[r][half]);
+        for (int half_of_block = 0; half_of_block < 2; ++half_of_block) {
+            for (int pair = 0; pair < kBlockInputs / 4; ++pair, x += 2) {
+                if (pair % 8 == 0) ahead.fetch(4 * block + 2 * half_of_block + pair / 8);
+                __m256 even[kHalves], odd[kHalves];
+                stream.next(even, odd);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride + 1);
+                    UNROLL for (int half = 0; half < kHalves; ++half) {
+                        sums[r][half] = _mm256_fmadd_ps(row_x, odd[half], sums[r][half]);
+                    }
+                }
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride);
+                    UNROLL for (int half = 0; half < kHalves; ++half) {
+                        sums[r][half] = _mm256_fmadd_ps(row_x, even[half], sums[r][half]);
+                    }
                 }
             }
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m256 row_x = _mm256_broadcast_ss(x + r * rows.stride);
-                UNROLL for (int half = 0; half < kHalves; ++half) {
-                    sums[r][half] = _mm256_fmadd_ps(row_x, even[half], sums[r][half]);
-                }
-            }
-        }
-        UNROLL for (int r = 0; r < kRows; ++r) {
+            if (sums_go_on(w, half_of_block)) continue;
             UNROLL for (int half = 0; half < kHalves; ++half) {
-                totals.store(r, half, _mm256_add_ps(totals.load(r, half), sums[r][half]));
+                const __m256 scales = half_block_scales(w, panel, 2 * block + half_of_block, half);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    totals.store(r, half, _mm256_fmadd_ps(sums[r][half], scales, totals.load(r, half)));
+                    sums[r][half] = _mm256_setzero_ps();
+                }
             }
         }
     }

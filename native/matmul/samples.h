@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <random>
 #include <stdexcept>
@@ -60,6 +61,13 @@ inline float bf16_value(uint16_t bits) {
     float value;
     __builtin_memcpy(&value, &wide, 4);
     return value;
+}
+
+// The nearest bfloat16, half to even: 8 bits of a number.
+inline float rounded_to_bf16(float value) {
+    int exponent;
+    const double mantissa = std::frexp(static_cast<double>(value), &exponent);
+    return static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8));
 }
 
 // Random numbers for samples, and the parts that several encodings have.

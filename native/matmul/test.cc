@@ -63,13 +63,6 @@ struct Expected {
     std::vector<double> y, bound;
 };
 
-// The nearest bfloat16, half to even: 8 bits of a number.
-float rounded_to_bf16(float value) {
-    int exponent;
-    const double mantissa = std::frexp(static_cast<double>(value), &exponent);
-    return static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(mantissa, 8)), exponent - 8));
-}
-
 Expected expect(const Sample& sample, const Weights& weights, const std::vector<float>& x, int64_t num_rows) {
     const bool is_integer = weights.is_integer();
     Expected expected;
@@ -86,7 +79,7 @@ Expected expect(const Sample& sample, const Weights& weights, const std::vector<
             for (int64_t i = begin; i < end; ++i) {
                 const float value = x[static_cast<size_t>(row * num_inputs + i)];
                 const double rounded = amax == 0.0f ? 0.0 : std::nearbyint(value * inverse);
-                const float exact = weights.is_bf16() ? rounded_to_bf16(value) : value;
+                const float exact = weights.is_bf16() ? matmul::rounded_to_bf16(value) : value;
                 activations.push_back(is_integer ? rounded * static_cast<double>(amax / 127.0f) : exact);
             }
         }

@@ -124,20 +124,25 @@ void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_ps(); }
         }
-        for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2, values += 128) {
-            UNROLL for (int column = 1; column >= 0; --column) {
-                const __m256 low = _mm256_castsi256_ps(load(values + 64 * column));
-                const __m256 high = _mm256_castsi256_ps(load(values + 64 * column + 32));
-                UNROLL for (int r = 0; r < kRows; ++r) {
-                    const __m256 row_x = _mm256_broadcast_ss(x + column + r * rows.stride);
-                    sums[r][0] = _mm256_fmadd_ps(row_x, low, sums[r][0]);
-                    sums[r][1] = _mm256_fmadd_ps(row_x, high, sums[r][1]);
+        for (int half_of_block = 0; half_of_block < 2; ++half_of_block) {
+            for (int pair = 0; pair < kBlockInputs / 4; ++pair, x += 2, values += 128) {
+                UNROLL for (int column = 1; column >= 0; --column) {
+                    const __m256 low = _mm256_castsi256_ps(load(values + 64 * column));
+                    const __m256 high = _mm256_castsi256_ps(load(values + 64 * column + 32));
+                    UNROLL for (int r = 0; r < kRows; ++r) {
+                        const __m256 row_x = _mm256_broadcast_ss(x + column + r * rows.stride);
+                        sums[r][0] = _mm256_fmadd_ps(row_x, low, sums[r][0]);
+                        sums[r][1] = _mm256_fmadd_ps(row_x, high, sums[r][1]);
+                    }
                 }
             }
-        }
-        UNROLL for (int r = 0; r < kRows; ++r) {
+            if (sums_go_on(w, half_of_block)) continue;
             UNROLL for (int half = 0; half < kHalves; ++half) {
-                totals.sums[r][half] = _mm256_add_ps(totals.sums[r][half], sums[r][half]);
+                const __m256 scales = half_block_scales(w, tile.panel, 2 * block + half_of_block, half);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    totals.sums[r][half] = _mm256_fmadd_ps(sums[r][half], scales, totals.sums[r][half]);
+                    sums[r][half] = _mm256_setzero_ps();
+                }
             }
         }
     }

@@ -86,6 +86,14 @@ struct Groups {
     }
 };
 
+// What the sums over half a block of floats are multiplied by: 1 where there are no scales.
+inline __m256 half_block_scales(const PanelWeights& w, int64_t panel, int64_t half_block, int half) {
+    if (w.scales == nullptr) return _mm256_set1_ps(1.0f);
+    return Groups(w, half_block * 8 / w.steps_per_segment).scales(panel, half);
+}
+// Without scales sums go on to the end of the block.
+inline bool sums_go_on(const PanelWeights& w, int half_of_block) { return half_of_block == 0 && w.scales == nullptr; }
+
 // Fetches a panel's values ahead of the stream that reads them, a block (or a kPieces-th of one) at a time. Where the
 // values of a block are depends on a mask; that they are spread evenly is near enough.
 template <int kPieces>

@@ -91,6 +91,14 @@ struct Groups {
     }
 };
 
+// What the sums over half a block of floats are multiplied by: 1 where there are no scales.
+inline Floats half_block_scales(const PanelWeights& w, int64_t panel, int64_t half_block, int quarter) {
+    if (w.scales == nullptr) return vdupq_n_f32(1.0f);
+    return Groups(w, half_block * 8 / w.steps_per_segment).scales(panel, quarter);
+}
+// Without scales sums go on to the end of the block.
+inline bool sums_go_on(const PanelWeights& w, int half_of_block) { return half_of_block == 0 && w.scales == nullptr; }
+
 template <int kSteps>
 inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
     return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];

@@ -14,7 +14,8 @@ from rarefy.layouts import FORMATS, Layout
 
 @dataclass(frozen=True)
 class Weight:
-    """A layout, and the same weight as integers and scales (or floats in `level_OI`, with scales of 1), in float64."""
+    """A layout, and what is multiplied: integers, or a table's entries as bfloat16, with scales; or floats in
+    `level_OI`, with scales of 1. In float64."""
 
     layout: Layout
     level_OI: np.ndarray
@@ -28,9 +29,13 @@ class Weight:
     def dense_OI(self) -> np.ndarray:  # noqa: N802 (shape suffix)
         return self.level_OI * self.scale_OI
 
+    @property
+    def is_bf16(self) -> bool:
+        return "bf16" in self.layout.format or self.layout.format.startswith("lut")
+
     def met(self, x: np.ndarray) -> np.ndarray:
         """The activations that a float weight meets, in float64: bfloat16 meets bfloat16."""
-        return to_eight_bits(x) if "bf16" in self.layout.format else x.astype(np.float64)
+        return to_eight_bits(x) if self.is_bf16 else x.astype(np.float64)
 
 
 def to_eight_bits(x: np.ndarray) -> np.ndarray:
@@ -215,13 +220,11 @@ def make_table(spec: Spec, rng: np.random.Generator) -> Weight:
     code_OI = rng.integers(0, 2**num_bits, spec.shape)
     arrays["codes"] = packed_rows(spec, code_OI.tolist(), num_bits)
     meta["scaled"] = spec.scaled
-    value_OI = table[code_OI]
-    if spec.scaled:
-        value_OI *= scale_OI.astype(np.float32)  # rounded to float32 once
-    else:
+    if not spec.scaled:
         meta["group_size"] = None
         del arrays["scales"]
-    return finish(spec, meta, arrays, value_OI, np.ones(spec.shape))
+        scale_OI = np.ones(spec.shape)
+    return finish(spec, meta, arrays, to_eight_bits(table)[code_OI], scale_OI)
 
 
 # By the first word of the format's name: a new kind of layout adds its maker here.

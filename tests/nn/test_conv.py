@@ -51,16 +51,17 @@ def tolerance(dense: nn.Module, x: Tensor, format_name: str) -> Tensor:
     """How far a product of patches may be from exact arithmetic.
 
     Sums of float32 err by at most the number of terms times the unit roundoff, of which 1e-5 is generous for what fits
-    here. bfloat16 layouts also round activations to 8 bits, each by at most 2^-8 of itself; with factors also what
-    comes out of one, whose magnitudes are some times those of the product. Integer ones round to multiples of
-    amax / 127 of a block: each is off by half of one.
+    here. bfloat16 layouts also round activations to 8 bits, each by at most 2^-9 of itself (2^-8 with the
+    entries of tables, which are rounded so too); with factors also what comes out of one, whose magnitudes are some
+    times those of the product.
+    Integer ones round to multiples of amax / 127 of a block: each is off by half of one.
     """
     absolute = copy.deepcopy(dense)
     absolute.weight.data = absolute.weight.data.abs()
     if absolute.bias is not None:
         absolute.bias.data = absolute.bias.data.abs()
     has_factors = format_name in ("sum-v1", "lowrank-bf16-v1", "tapwise-bf16-v1")
-    roundings = 6 if has_factors else 1 if "bf16" in format_name else 0
+    roundings = 6 if has_factors else 1 if "bf16" in format_name or "lut" in format_name else 0
     bound = (1e-5 + roundings * 2.0**-8) * absolute(x.double().abs())
     is_rounded = "int" in format_name or format_name in ("ternary-v1", "binary-v1")
     if is_rounded and (dense.groups == 1 or dense.out_channels >= 16 * dense.groups):

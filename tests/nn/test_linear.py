@@ -39,6 +39,9 @@ def tolerance(layer: CompressedLinear, x: torch.Tensor) -> torch.Tensor:
         # A block's activations are rounded to multiples of amax / 127: each is off by at most half of one.
         step = x.detach().double().abs().amax(-1, keepdim=True) / 127
         return 0.5 * step * weight.sum(1) + 1e-5 * size
+    if "lut" in layer.format_name:
+        # Activations and the entries of a table are each off by at most 2^-9 of themselves.
+        return (1.01 * 2.0**-8 + 1e-5) * size
     if "bf16" not in layer.format_name and layer.format_name != "sum-v1":
         return 1e-5 * size
     # An activation is off by at most 2^-8 of itself, and so is an intermediate of factors.

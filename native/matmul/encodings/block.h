@@ -3,7 +3,8 @@
 // layout are whole cells, or halves: their rows are a multiple of 16 and their columns of 32.
 //
 // extra, of each panel: int32_t number of cells, then one int32_t for each in order, 4 * block + halves; halves: 1 the
-// first, 2 the second, 3 both. values: the stored halves in order, each as in the dense encoding.
+// first, 2 the second, 3 both; padded to 64 bytes. values: the stored halves in order, each as in the dense encoding.
+// Both follow the ones of the panel before without a gap.
 //
 // Zeros that no kernel sees must not hide a NaN or an infinity: every sum starts from Rows::starts, which is NaN for a
 // row that holds one. For finite rows a skipped cell changes no bit: it would add 0 to a sum that is never -0.
@@ -16,6 +17,9 @@ namespace rarefy::matmul {
 inline int64_t cell_block(int32_t cell) { return cell >> 2; }
 inline int first_column(int32_t cell) { return (cell & 3) == 2 ? kBlockInputs / 2 : 0; }
 inline int num_columns(int32_t cell) { return (cell & 3) == 3 ? kBlockInputs : kBlockInputs / 2; }
+
+// Of a list of so many cells, with its padding.
+inline int64_t list_words(int64_t count) { return (count + 16) / 16 * 16; }
 
 inline const int32_t* panel_cells(const PanelWeights& w, int64_t panel, int64_t& count) {
     const auto* cells = reinterpret_cast<const int32_t*>(w.extra + w.extra_offsets[panel]);
@@ -95,7 +99,7 @@ inline void pack_blocks(Packing& packing, const char* name, Element element, int
     for (int64_t panel = 0; panel < view.num_panels; ++panel) {
         int64_t count = 0;
         for (int64_t block = 0; block < view.num_blocks; ++block) count += halves(panel, block) != 0;
-        offsets[panel + 1] = offsets[panel] + round_up((1 + count) * 4, 64);
+        offsets[panel + 1] = offsets[panel] + list_words(count) * 4;
     }
     uint8_t* const lists = packing.allocate(offsets[view.num_panels]);
     for (int64_t panel = 0; panel < view.num_panels; ++panel) {

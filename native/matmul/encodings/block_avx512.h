@@ -5,29 +5,76 @@
 
 namespace rarefy::matmul::avx512 {
 
-// One row on its way through the cells of a panel.
+// One row on its way through the cells of some panels. The values of a panel and its list begin where those of the
+// panel before end: to read the offsets would be to wait for memory that nothing fetches.
 struct CellWalk {
     const uint8_t* values;
-    const int32_t *cell, *end;
-    int64_t panel;
-    __m512 total;
-    CellWalk(const PanelWeights& w, const Rows& rows, const Part& part, int64_t of_panel)
-        : values(w.values + w.value_offsets[of_panel]),
-          panel(of_panel),
-          total(_mm512_set1_ps(rows.starts[part.row_begin])) {
-        int64_t count;
-        cell = panel_cells(w, panel, count);
-        end = cell + count;
+    const int32_t *cell = nullptr, *end = nullptr;
+    int64_t panel, panel_end;
+    __m512 total = _mm512_setzero_ps();
+    CellWalk(const PanelWeights& w, const Rows& rows, const Part& part, int64_t begin, int64_t last)
+        : values(w.values + w.value_offsets[begin]),
+          panel(begin),
+          panel_end(last),
+          next_list(reinterpret_cast<const int32_t*>(w.extra + w.extra_offsets[begin])) {
+        if (panel == panel_end) return;
+        start(w, rows, part);
+        if (cell == end) finish_panel(w, rows, part);
+    }
+    bool has_cell() const { return panel != panel_end; }
+    // To the next cell, past the end of the panel and of those that have none.
+    void advance(const PanelWeights& w, const Rows& rows, const Part& part) {
+        if (++cell == end) finish_panel(w, rows, part);
+    }
+
+private:
+    const int32_t* next_list;
+
+    void start(const PanelWeights& w, const Rows& rows, const Part& part) {
+        cell = next_list + 1;
+        end = cell + *next_list;
+        next_list += list_words(*next_list);
+        total = _mm512_set1_ps(rows.starts[part.row_begin]);
         // What the walk through the next panel begins with, and no stream leads to.
-        prefetch<0>(w.extra + w.extra_offsets[panel + 1], 192);
+        prefetch<0>(reinterpret_cast<const uint8_t*>(next_list), 192);
         if (w.scales != nullptr)
             prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales_at(w.group_place(panel + 1, 0))), 256);
     }
-    void store(const PanelWeights& w, const Part& part) const {
-        const __m512 output = _mm512_mul_ps(total, output_factor(w, panel, true));
-        Lanes(w, panel, part.y + part.row_begin * part.y_stride + panel * kPanelOutputs).store(output);
+    void finish_panel(const PanelWeights& w, const Rows& rows, const Part& part) {
+        do {
+            const __m512 output = _mm512_mul_ps(total, output_factor(w, panel, true));
+            Lanes(w, panel, part.y + part.row_begin * part.y_stride + panel * kPanelOutputs).store(output);
+            if (++panel == panel_end) return;
+            start(w, rows, part);
+        } while (cell == end);
     }
 };
+
+// Walks through two stretches of panels of about as many bytes, each a sequential read of memory; or through one, where
+// they would be so short that fetching ahead in the first would only reach into the second. `take` takes the cells that
+// one walk is at, or two are, which then have all columns.
+template <class Take>
+inline void walk_cells(const PanelWeights& w, const Rows& rows, const Part& part, const Take& take) {
+    constexpr int64_t kShortest = 32 << 10;
+    const int64_t* const offsets = w.value_offsets;
+    const int64_t begin = offsets[part.panel_begin], num_bytes = offsets[part.panel_end] - begin;
+    int64_t middle = part.panel_begin;
+    if (num_bytes >= 2 * kShortest)
+        while (offsets[middle] - begin < num_bytes / 2) ++middle;
+    CellWalk first(w, rows, part, part.panel_begin, middle), second(w, rows, part, middle, part.panel_end);
+    while (first.has_cell() && second.has_cell()) {
+        if ((*first.cell & *second.cell & 3) == 3) {
+            take.two(first, second);
+        } else {
+            take.one(first);
+            take.one(second);
+        }
+        first.advance(w, rows, part);
+        second.advance(w, rows, part);
+    }
+    for (; first.has_cell(); first.advance(w, rows, part)) take.one(first);
+    for (; second.has_cell(); second.advance(w, rows, part)) take.one(second);
+}
 
 // kWalks walks take one cell each, of so many columns, so that their chains of additions overlap.
 template <int kWalks>
@@ -48,34 +95,14 @@ inline void take_cells_bf16(const uint16_t* row_x, CellWalk* const (&walks)[kWal
     UNROLL for (int i = 0; i < kWalks; ++i) {
         walks[i]->values += columns * 32;
         walks[i]->total = _mm512_add_ps(walks[i]->total, sums[i]);
-        ++walks[i]->cell;
     }
 }
 
-inline void finish_bf16(const uint16_t* row_x, CellWalk& walk) {
-    while (walk.cell != walk.end) take_cells_bf16<1>(row_x, {&walk}, num_columns(*walk.cell));
-}
-
-template <int kPanels>
-void walk_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    const uint16_t* row_x = rows.bf16_x + part.row_begin * rows.stride;
-    CellWalk first(w, rows, part, panel);
-    if constexpr (kPanels == 2) {
-        CellWalk second(w, rows, part, panel + distance);
-        while (first.cell != first.end && second.cell != second.end) {
-            if ((*first.cell & *second.cell & 3) == 3) {
-                take_cells_bf16<2>(row_x, {&first, &second}, kBlockInputs);
-            } else {
-                take_cells_bf16<1>(row_x, {&first}, num_columns(*first.cell));
-                take_cells_bf16<1>(row_x, {&second}, num_columns(*second.cell));
-            }
-        }
-        finish_bf16(row_x, second);
-        second.store(w, part);
-    }
-    finish_bf16(row_x, first);
-    first.store(w, part);
-}
+struct TakeBf16 {
+    const uint16_t* row_x;
+    void two(CellWalk& a, CellWalk& b) const { take_cells_bf16<2>(row_x, {&a, &b}, kBlockInputs); }
+    void one(CellWalk& walk) const { take_cells_bf16<1>(row_x, {&walk}, num_columns(*walk.cell)); }
+};
 
 // kWalks walks take one segment each of the cells that they are at: `num_steps` steps from column `first` on, in the
 // given halves of the block.
@@ -131,32 +158,20 @@ inline void take_cells_int(const PanelWeights& w, const Rows& rows, const Part& 
         for (int half = 0; half < 2; ++half)
             if (cell >> half & 1) take_segments<kWalks, 8>(w, rows, part.row_begin, walks, 32 * half, 8, 1 << half);
     }
-    UNROLL for (int i = 0; i < kWalks; ++i) { ++walks[i]->cell; }
 }
 
-template <int kPanels, int kSteps>
-void walk_cells_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    CellWalk first(w, rows, part, panel);
-    if constexpr (kPanels == 2) {
-        CellWalk second(w, rows, part, panel + distance);
-        while (first.cell != first.end && second.cell != second.end) {
-            if ((*first.cell & *second.cell & 3) == 3) {
-                take_cells_int<2, kSteps>(w, rows, part, {&first, &second});
-            } else {
-                take_cells_int<1, kSteps>(w, rows, part, {&first});
-                take_cells_int<1, kSteps>(w, rows, part, {&second});
-            }
-        }
-        while (second.cell != second.end) take_cells_int<1, kSteps>(w, rows, part, {&second});
-        second.store(w, part);
-    }
-    while (first.cell != first.end) take_cells_int<1, kSteps>(w, rows, part, {&first});
-    first.store(w, part);
-}
+template <int kSteps>
+struct TakeCodes {
+    const PanelWeights& w;
+    const Rows& rows;
+    const Part& part;
+    void two(CellWalk& a, CellWalk& b) const { take_cells_int<2, kSteps>(w, rows, part, {&a, &b}); }
+    void one(CellWalk& walk) const { take_cells_int<1, kSteps>(w, rows, part, {&walk}); }
+};
 
 inline void multiply_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin == 1)
-        walk_panels(w, rows, part, walk_cells_bf16<2>, walk_cells_bf16<1>);
+        walk_cells(w, rows, part, TakeBf16{rows.bf16_x + part.row_begin * rows.stride});
     else if (rows.row_panels != nullptr)
         lanes_by_cells<PairSegment>(w, rows, part,
                                     [&](const Part& some) { many_rows_cells<true>(kCellBf16Tiles, w, rows, some); });
@@ -170,7 +185,7 @@ void multiply_cells_int8_as(const PanelWeights& w, const Rows& rows, const Part&
         many_rows_cells<false>(kCellIntTiles<kSteps, kSymmetric>, w, rows, some);
     };
     if (part.row_end - part.row_begin == 1)
-        walk_panels(w, rows, part, walk_cells_int<2, kSteps>, walk_cells_int<1, kSteps>);
+        walk_cells(w, rows, part, TakeCodes<kSteps>{w, rows, part});
     else if (rows.row_panels != nullptr)
         lanes_by_cells<CodeSegment<kSymmetric>>(w, rows, part, tiles);
     else

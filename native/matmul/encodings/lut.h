@@ -1,5 +1,6 @@
-// What the lookup tables share. A weight is float32(entry * scale), or the entry where there are no scales, and meets
-// float activations as other floats do. PanelWeights::table holds the entries; scales are null where there are none.
+// What the lookup tables share. Entries are bfloat16 and meet rounded activations as bfloat16 weights do; sums over
+// half a block are multiplied by the scale of its group, where there are scales (else null). PanelWeights::table holds
+// the entries.
 #pragma once
 
 #include "matmul/encodings/dense.h"
@@ -42,20 +43,12 @@ namespace reference {
 // Coder: `static int code(const uint8_t* block, int column, int output)` and kBlockBytes; entry: of the table.
 template <class Coder>
 struct LutStream : PanelStream {
-    const PanelWeights& w;
-    int64_t panel, segment = 0;
-    LutStream(const PanelWeights& weights, int64_t which) : PanelStream(weights, which), w(weights), panel(which) {}
+    const uint8_t* table;
+    LutStream(const PanelWeights& w, int64_t panel) : PanelStream(w, panel), table(w.table) {}
     void block(float* out) {
-        for (int column = 0; column < kBlockInputs; ++column) {
-            if (column > 0 && column % (w.steps_per_segment * 4) == 0) ++segment;
-            for (int output = 0; output < kPanelOutputs; ++output) {
-                const float entry = Coder::entry(w.table, Coder::code(values, column, output));
-                const int64_t place = w.group_place(panel, segment / w.segments_per_group);
-                const float scale = w.scales == nullptr ? 1.0f : widen(w.scales_at(place)[output]);
-                out[column * kPanelOutputs + output] = entry * scale;
-            }
-        }
-        ++segment;
+        for (int column = 0; column < kBlockInputs; ++column)
+            for (int output = 0; output < kPanelOutputs; ++output)
+                out[column * kPanelOutputs + output] = Coder::entry(table, Coder::code(values, column, output));
         values += Coder::kBlockBytes;
     }
 };
@@ -72,34 +65,25 @@ namespace rarefy::matmul::avx2 {
 template <class Lookup>
 struct LutStream : PanelStream {
     static constexpr int kFewRows = 4;
-    const PanelWeights* w;
-    int64_t panel, half_block;
+    const uint8_t* table;
     int column;
-    __m256 scales[kHalves];
     alignas(32) float entries[32 * kPanelOutputs];
-    void start(const PanelWeights& weights, int64_t which) {
-        PanelStream::start(weights, which);
-        w = &weights;
-        panel = which;
-        half_block = 0;
+    void start(const PanelWeights& w, int64_t panel) {
+        PanelStream::start(w, panel);
+        table = w.table;
         column = 0;
     }
     void next(__m256 (&even)[kHalves], __m256 (&odd)[kHalves]) {
-        if (column == 0) advance();
+        if (column == 0) {
+            Lookup::expand(table, values, entries);
+            values += Lookup::kHalfBytes;
+        }
         UNROLL for (int half = 0; half < kHalves; ++half) {
             const float* from = entries + column * kPanelOutputs + 8 * half;
-            even[half] = _mm256_mul_ps(_mm256_load_ps(from), scales[half]);
-            odd[half] = _mm256_mul_ps(_mm256_load_ps(from + kPanelOutputs), scales[half]);
+            even[half] = _mm256_load_ps(from);
+            odd[half] = _mm256_load_ps(from + kPanelOutputs);
         }
         column = (column + 2) % 32;
-    }
-    void advance() {
-        const Groups groups(*w, half_block++ * 8 / w->steps_per_segment);
-        UNROLL for (int half = 0; half < kHalves; ++half) {
-            scales[half] = w->scales == nullptr ? _mm256_set1_ps(1.0f) : groups.scales(panel, half);
-        }
-        Lookup::expand(w->table, values, entries);
-        values += Lookup::kHalfBytes;
     }
 };
 
@@ -109,111 +93,89 @@ struct LutStream : PanelStream {
 
 namespace rarefy::matmul::avx512 {
 
-// Panels that one row walks together, so that the chains of additions overlap.
-constexpr int kLutPanels = 4;
-
-// One row of activations by kPanels panels, `distance` apart. A Lookup holds the table:
-//   static constexpr int kColumns, kBytes    columns that it reads at once, and their bytes
-//   Codes read(const uint8_t* from)
-//   __m512 column(const Codes&, int c)    the entries of one of these columns
-template <class Lookup, int kPanels, bool kScaled>
-void walk_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    const float* x = rows.x + part.row_begin * rows.stride;
-    const Lookup lookup(w.table);
-    const uint8_t* values[kPanels];
-    __m512 totals[kPanels], scales[kPanels];
-    UNROLL for (int p = 0; p < kPanels; ++p) {
-        values[p] = w.values + w.value_offsets[panel + p * distance];
-        totals[p] = _mm512_setzero_ps();
+// Two columns of a row, which meet the pairs of all outputs. Without vdpbf16ps they are widened once for all calls.
+#if RAREFY_PASS_AVX512_BF16
+struct ColumnPair {
+    __m512i x;
+    explicit ColumnPair(const uint16_t* from) : x(broadcast_pair(from)) {}
+    static const uint16_t* row(const Rows& rows, int64_t row) { return rows.bf16_x + row * rows.stride; }
+    __m512 add(__m512 sums, __m512i pairs) const { return add_pairs(sums, pairs, x); }
+};
+#else
+struct ColumnPair {
+    __m512 even, odd;
+    explicit ColumnPair(const float* from) : even(_mm512_set1_ps(from[0])), odd(_mm512_set1_ps(from[1])) {}
+    static const float* row(const Rows& rows, int64_t row) { return rows.x + row * rows.stride; }
+    __m512 add(__m512 sums, __m512i pairs) const {
+        __m512 even_entries, odd_entries;
+        widen_pairs(pairs, even_entries, odd_entries);
+        return _mm512_fmadd_ps(even, even_entries, _mm512_fmadd_ps(odd, odd_entries, sums));
     }
+};
+#endif
+
+// kRows rows from `row` on by two panels, `distance` apart. A Lookup holds the table:
+//   static constexpr int kPairs, kBytes    pairs of columns that it reads at once, and their bytes
+//   void read(const uint8_t* from, __m512i (&pairs)[kPairs])
+// Looking up again for every 8 rows costs less than storing what was found and loading it.
+template <class Lookup, bool kScaled, int kRows>
+void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
+              Ahead ahead) {
+    const auto* x = ColumnPair::row(rows, row);
+    const Lookup lookup(w.table);
+    const uint8_t* values[kPair];
+    alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
+    __m512 sums[kRows][kPair];
+    UNROLL for (int p = 0; p < kPair; ++p) {
+        values[p] = w.values + w.value_offsets[panel + p * distance];
+        UNROLL for (int r = 0; r < kRows; ++r) { sums[r][p] = _mm512_setzero_ps(); }
+    }
+    const bool fetches = kRows < kMaxRows || ahead.is_first();
     Groups groups(w, 0);
-    for (int64_t block = 0; block < w.num_blocks; ++block) {
-        __m512 sums[kPanels];
-        UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = _mm512_setzero_ps(); }
-        for (int half = 0; half < 2; ++half) {
-            UNROLL for (int p = 0; p < kPanels; ++p) {
-                if (kScaled) scales[p] = groups.scales(panel + p * distance);
-                prefetch<2048>(values[p], 32 / Lookup::kColumns * Lookup::kBytes);
+    for (int64_t half_block = 0; half_block < 2 * w.num_blocks; ++half_block) {
+        if (half_block % 2 == 0) ahead.fetch();
+        if (kScaled && fetches) {
+            UNROLL for (int p = 0; p < kPair; ++p) { groups.fetch(panel + p * distance); }
+        }
+        for (int i = 0; i < 16 / Lookup::kPairs; ++i, x += 2 * Lookup::kPairs) {
+            __m512i pairs[kPair][Lookup::kPairs];
+            UNROLL for (int p = 0; p < kPair; ++p) {
+                if (fetches) prefetch<4096>(values[p], Lookup::kBytes);
+                lookup.read(values[p], pairs[p]);
+                values[p] += Lookup::kBytes;
             }
-            if (half == 1 || w.steps_per_segment == 8) groups.advance();
-            for (int i = 0; i < 32 / Lookup::kColumns; ++i, x += Lookup::kColumns) {
-                typename Lookup::Codes codes[kPanels];
-                UNROLL for (int p = 0; p < kPanels; ++p) {
-                    codes[p] = lookup.read(values[p]);
-                    values[p] += Lookup::kBytes;
-                }
-                UNROLL for (int at = 0; at < Lookup::kColumns; ++at) {
-                    const int c = at ^ 1;  // the odd one of two comes first
-                    const __m512 one_x = _mm512_set1_ps(x[c]);
-                    UNROLL for (int p = 0; p < kPanels; ++p) {
-                        const __m512 entries = lookup.column(codes[p], c);
-                        const __m512 weights = kScaled ? _mm512_mul_ps(entries, scales[p]) : entries;
-                        sums[p] = _mm512_fmadd_ps(one_x, weights, sums[p]);
-                    }
+            UNROLL for (int s = 0; s < Lookup::kPairs; ++s) {
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const ColumnPair columns(x + r * rows.stride + 2 * s);
+                    UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = columns.add(sums[r][p], pairs[p][s]); }
                 }
             }
         }
-        UNROLL for (int p = 0; p < kPanels; ++p) { totals[p] = _mm512_add_ps(totals[p], sums[p]); }
+        if (!kScaled && half_block % 2 == 0) continue;
+        UNROLL for (int p = 0; p < kPair; ++p) {
+            const __m512 scales = kScaled ? groups.scales(panel + p * distance) : _mm512_set1_ps(1.0f);
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                _mm512_store_ps(totals[r][p], _mm512_fmadd_ps(sums[r][p], scales, _mm512_load_ps(totals[r][p])));
+                sums[r][p] = _mm512_setzero_ps();
+            }
+        }
+        if (kScaled && (half_block % 2 == 1 || w.steps_per_segment == 8)) groups.advance();
     }
-    UNROLL for (int p = 0; p < kPanels; ++p) {
-        const int64_t output = (panel + p * distance) * kPanelOutputs;
-        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output).store(totals[p]);
+    UNROLL for (int p = 0; p < kPair; ++p) {
+        const Lanes outputs = output_row(w, part, row, panel + p * distance);
+        UNROLL for (int r = 0; r < kRows; ++r) { outputs.store(_mm512_load_ps(totals[r][p]), r * part.y_stride); }
     }
 }
 
 template <class Lookup, bool kScaled>
-void one_row_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
-    const int64_t distance = (part.panel_end - part.panel_begin) / kLutPanels;
-    int64_t panel = part.panel_begin;
-    for (; panel < part.panel_begin + distance; ++panel)
-        walk_lut<Lookup, kLutPanels, kScaled>(w, rows, part, panel, distance);
-    for (panel += (kLutPanels - 1) * distance; panel < part.panel_end; ++panel)
-        walk_lut<Lookup, 1, kScaled>(w, rows, part, panel, 0);
-}
-
-// For many rows.
-template <class Lookup>
-struct LutStream : PanelStream {
-    const PanelWeights* w;
-    int64_t panel, half_block;
-    int column;
-    alignas(64) float weights[32 * kPanelOutputs];
-    void start(const PanelWeights& all, int64_t which) {
-        PanelStream::start(all, which);
-        w = &all;
-        panel = which;
-        half_block = 0;
-        column = 0;
-    }
-    void fetch(int num_columns) const { prefetch<2048>(values, num_columns * Lookup::kBytes / Lookup::kColumns); }
-    void next(__m512& even, __m512& odd) {
-        if (column == 0) expand();
-        even = _mm512_load_ps(weights + column * kPanelOutputs);
-        odd = _mm512_load_ps(weights + (column + 1) * kPanelOutputs);
-        column = (column + 2) % 32;
-    }
-    void expand() {
-        const Groups groups(*w, half_block++ * 8 / w->steps_per_segment);
-        const __m512 scales = w->scales == nullptr ? _mm512_set1_ps(1.0f) : groups.scales(panel);
-        const Lookup lookup(w->table);
-        for (int first = 0; first < 32; first += Lookup::kColumns, values += Lookup::kBytes) {
-            const typename Lookup::Codes codes = lookup.read(values);
-            UNROLL for (int c = 0; c < Lookup::kColumns; ++c) {
-                const __m512 column_weights = _mm512_mul_ps(lookup.column(codes, c), scales);
-                _mm512_store_ps(weights + (first + c) * kPanelOutputs, column_weights);
-            }
-        }
-    }
-};
+constexpr RowsFunction kRowsLut[kMaxRows] = {rows_lut<Lookup, kScaled, 1>, rows_lut<Lookup, kScaled, 2>,
+                                             rows_lut<Lookup, kScaled, 3>, rows_lut<Lookup, kScaled, 4>,
+                                             rows_lut<Lookup, kScaled, 5>, rows_lut<Lookup, kScaled, 6>,
+                                             rows_lut<Lookup, kScaled, 7>, rows_lut<Lookup, kScaled, 8>};
 
 template <class Lookup>
 void multiply_lut(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin > 1)
-        many_rows_float<LutStream<Lookup> >(w, rows, part);
-    else if (w.scales != nullptr)
-        one_row_lut<Lookup, true>(w, rows, part);
-    else
-        one_row_lut<Lookup, false>(w, rows, part);
+    walk_rows(w, rows, part, w.scales != nullptr ? kRowsLut<Lookup, true> : kRowsLut<Lookup, false>);
 }
 
 }  // namespace rarefy::matmul::avx512
@@ -225,34 +187,25 @@ namespace rarefy::matmul::neon {
 //   static void expand(const uint8_t* table, const uint8_t* codes, float* out)    the entries of 32 columns
 template <class Lookup>
 struct LutStream : PanelStream {
-    const PanelWeights* w;
-    int64_t panel, half_block;
+    const uint8_t* table;
     int column;
-    Floats scales[kQuarters];
     alignas(16) float entries[32 * kPanelOutputs];
-    void start(const PanelWeights& weights, int64_t which) {
-        PanelStream::start(weights, which);
-        w = &weights;
-        panel = which;
-        half_block = 0;
+    void start(const PanelWeights& w, int64_t panel) {
+        PanelStream::start(w, panel);
+        table = w.table;
         column = 0;
     }
     void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
-        if (column == 0) advance();
+        if (column == 0) {
+            Lookup::expand(table, values, entries);
+            values += Lookup::kHalfBytes;
+        }
         UNROLL for (int i = 0; i < kQuarters; ++i) {
             const float* from = entries + column * kPanelOutputs + 4 * i;
-            even[i] = vmulq_f32(vld1q_f32(from), scales[i]);
-            odd[i] = vmulq_f32(vld1q_f32(from + kPanelOutputs), scales[i]);
+            even[i] = vld1q_f32(from);
+            odd[i] = vld1q_f32(from + kPanelOutputs);
         }
         column = (column + 2) % 32;
-    }
-    void advance() {
-        const Groups groups(*w, half_block++ * 8 / w->steps_per_segment);
-        UNROLL for (int i = 0; i < kQuarters; ++i) {
-            scales[i] = w->scales == nullptr ? vdupq_n_f32(1.0f) : groups.scales(panel, i);
-        }
-        Lookup::expand(w->table, values, entries);
-        values += Lookup::kHalfBytes;
     }
 };
 
@@ -285,7 +238,7 @@ Sample make_lut_sample(const SampleSpec& spec) {
     for (int64_t row = 0; row < spec.num_outputs; ++row) {
         for (int64_t column = 0; column < spec.num_inputs; ++column) {
             const int code = maker.below(kEntries);
-            sample.floats.push_back(entries[code] * scales[sample.floats.size()]);
+            sample.floats.push_back(rounded_to_bf16(entries[code]) * scales[sample.floats.size()]);
             if (kBits == 8 || column % 2 == 0)
                 codes.bytes.push_back(static_cast<uint8_t>(code));
             else

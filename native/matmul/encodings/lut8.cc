@@ -84,7 +84,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 struct Lookup {
-    static constexpr int kColumns = 4, kBytes = 64;
+    static constexpr int kPairs = 2, kBytes = 64;
     __m512i low[4], high[4];
     explicit Lookup(const uint8_t* entries) {
         UNROLL for (int i = 0; i < 4; ++i) {
@@ -92,19 +92,13 @@ struct Lookup {
             high[i] = load(entries + 256 + 64 * i);
         }
     }
-    struct Codes {
-        __m512 entries[kColumns];
-    };
-    Codes read(const uint8_t* from) const {
+    void read(const uint8_t* from, __m512i (&pairs)[kPairs]) const {
         const __m512i codes = load(from);
         const __mmask64 upper = _mm512_movepi8_mask(codes);
         const __m512i low_bytes = look_up(low, codes, upper), high_bytes = look_up(high, codes, upper);
-        Codes read;
-        widen_pairs(_mm512_unpacklo_epi8(low_bytes, high_bytes), read.entries[0], read.entries[1]);
-        widen_pairs(_mm512_unpackhi_epi8(low_bytes, high_bytes), read.entries[2], read.entries[3]);
-        return read;
+        pairs[0] = _mm512_unpacklo_epi8(low_bytes, high_bytes);
+        pairs[1] = _mm512_unpackhi_epi8(low_bytes, high_bytes);
     }
-    __m512 column(const Codes& codes, int c) const { return codes.entries[c]; }
 
 private:
     // A permutation of two vectors knows 128 bytes: the last bit of a code chooses between two.

@@ -3,6 +3,7 @@
 Shapes: T rows of activations, O outputs, I inputs, B blocks of 64 inputs, G weight groups.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Final, final
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rarefy.core.grids import from_bf16_bits, to_bf16_bits
-from rarefy.layouts import Layout
+from rarefy.layouts import Layout, LookupTable
 
 Float32Array = NDArray[np.float32]
 
@@ -66,8 +67,17 @@ def is_integer(layout_format: str) -> bool:
 
 
 def is_bf16(layout_format: str) -> bool:
-    """Whether products with weights of this format round the activations to bfloat16, as the weights are."""
-    return "-bf16" in layout_format
+    """Whether products with weights of this format round the activations to bfloat16, as the weights are, or the
+    entries of their table."""
+    return "-bf16" in layout_format or layout_format in ("lut4-v1", "lut8-v1")
+
+
+def multiplied_weights(layout: Layout) -> Float32Array:
+    """The float32 numbers (O, I) that activations meet: those of `to_dense`, but entries of a table are rounded to
+    bfloat16 before their scale, which is one too, so that the product of both is exact."""
+    if isinstance(layout, LookupTable) and layout.num_bits == 4:
+        layout = replace(layout, table=round_activations(layout.table_K))
+    return layout.to_dense()
 
 
 def integer_levels(layout: Layout) -> tuple[Float32Array, Float32Array, int]:
@@ -103,7 +113,7 @@ class ReferenceWeights:
         if is_integer(layout.format):
             self._weight_OI, self._scale_OG, self._group_size = integer_levels(layout)
         else:
-            self._weight_OI = np.ascontiguousarray(layout.to_dense())
+            self._weight_OI = np.ascontiguousarray(multiplied_weights(layout))
 
     @property
     def nbytes(self) -> int:

@@ -24,8 +24,15 @@ from rarefy.kernels import (
     prepare,
     set_num_threads,
 )
-from rarefy.kernels.reference import BLOCK, is_bf16, is_integer, quantize_activations, round_activations
-from rarefy.layouts import FORMATS, Layout, LowRank, Sum, Tapwise
+from rarefy.kernels.reference import (
+    BLOCK,
+    is_bf16,
+    is_integer,
+    multiplied_weights,
+    quantize_activations,
+    round_activations,
+)
+from rarefy.layouts import FORMATS, Layout, LookupTable, LowRank, Sum, Tapwise
 from rarefy.measure.kernel_samples import Sample, samples_of
 from rarefy.measure.latency import Timings, interleave
 
@@ -338,10 +345,11 @@ def _expected(layout: Layout, x_TI: Float32Array, where: str) -> tuple[_Float64A
         x_hat_TI = (q.astype(np.float64) * scale_TI)[:, :num_inputs]
         num_additions = math.ceil(num_inputs / 32)
     else:
-        num_additions = 64 + math.ceil(num_inputs / 64)
+        columns = 32 if isinstance(layout, LookupTable) else 64  # of the sums that are added up
+        num_additions = columns + math.ceil(num_inputs / columns)
         if is_bf16(layout.format):
             x_hat_TI = round_activations(x_TI).astype(np.float64)
-    dense_OI = layout.to_dense().astype(np.float64)
+    dense_OI = multiplied_weights(layout).astype(np.float64)
     bound_TO = (num_additions + 4) * 2.0**-24 * 1.01 * (np.abs(x_hat_TI) @ np.abs(dense_OI).T)
     return x_hat_TI @ dense_OI.T, bound_TO
 
