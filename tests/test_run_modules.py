@@ -178,3 +178,39 @@ def test_a_layer_narrower_than_a_group_is_left_alone_and_the_report_says_why(tmp
     steps = [{"method": "alps", "targets": "5", "pattern": {"keep": 32, "group": 64}}]
     result = rarefy.compress(net, {"steps": steps}, calibration=data, measure=False)
     assert {left.reason for left in result.report.untouched} == {UNTARGETED}
+
+
+class Skips(nn.Module):
+    """Later blocks of a list read the outputs of earlier ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16)) for _ in range(4))
+
+    def forward(self, x):
+        outputs = [x]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1] + outputs[max(0, len(outputs) - 3)]))
+        return outputs[-1]
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_statistics_are_right_where_blocks_read_outputs_of_earlier_ones(allocation):
+    """Wanda's zeros from the inputs of the dense model, as where a model is no row of blocks."""
+    torch.manual_seed(0)
+    model, data = Skips().eval(), [torch.randn(32, 16) for _ in range(4)]
+    inputs = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0]))
+    with torch.no_grad():
+        for x in data:
+            model(x)
+    step = {"method": "wanda", "pattern": HALF, "allocation": allocation}
+    result = rarefy.compress(model, {"steps": [step]}, calibration=data, measure=False)
+    for name, layout in result.layers.items():
+        weight = model.get_submodule(name).weight.detach()
+        score = weight.abs() * torch.cat(inputs[name]).norm(dim=0)
+        num_kept = int((layout.to_dense()[0] != 0).sum())
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(num_kept, dim=1).indices, True)
+        assert torch.equal(kept, torch.from_numpy(layout.to_dense() != 0)), name

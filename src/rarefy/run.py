@@ -7,9 +7,8 @@ import copy
 import itertools
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -25,10 +24,12 @@ from rarefy.calibrate.batch_norm import has_batch_norm, reestimate_batch_norm
 from rarefy.calibrate.calls import Call
 from rarefy.calibrate.data import Examples, fitting_length, gather
 from rarefy.calibrate.gradients import Gradients, dense_gradients
+from rarefy.calibrate.in_a_row import in_a_row
 from rarefy.calibrate.inputs import example_calls
 from rarefy.calibrate.losses import Loss
 from rarefy.calibrate.precision import ComputeDtype, choose_dtype, explained
 from rarefy.calibrate.rows import count_rows, count_tokens
+from rarefy.calibrate.samples import samples_of
 from rarefy.calibrate.statistics import GradientStatistic
 from rarefy.checkpoint import (
     Checkpoint,
@@ -50,7 +51,7 @@ from rarefy.nn import find_weight, replace_linear
 from rarefy.nn.biases import set_biases
 from rarefy.plan import Plan, make_plan
 from rarefy.recipe import Recipe, amounts_in_words, load_recipe, resolve
-from rarefy.run_record import Facts, computation, documents
+from rarefy.run_record import Clock, Facts, computation, documents
 from rarefy.solve import Progress, Task, solve_model
 from rarefy.verdict import Baseline, judge, measure_before
 
@@ -147,7 +148,7 @@ def compress(
     Notes:
         The same source, recipe, data, seed and machine give the same bytes of weights.
     """
-    clock = _Clock(progress)
+    clock = Clock(progress)
     if samples < 1 or sequence_length < 2:
         raise UsageError("samples, sequence length", f"{samples}, {sequence_length}", allowed="at least 1, at least 2")
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
@@ -205,6 +206,12 @@ def compress(
                 directory=_beside(out),
                 progress=progress,
             )
+    reads = {each for own in wanted.values() for each in own} | {each for method in methods for each in method.needs()}
+    if not structure.in_one_pass and not all(isinstance(each, GradientStatistic) for each in reads):
+        with clock.phase("order of blocks"), fast_attention(), explained(dtype, loaded.model):
+            blocks = {block.name: block.stack for block in structure.blocks}
+            first = samples_of(data.calls[:1], [None])[0].call
+            structure = replace(structure, tangled=not in_a_row(loaded, blocks, first, dtype))
     if any(isinstance(step.allocation, ModelAllocation) for step in parsed.steps):
         with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint), explained(dtype, loaded.model):
             layers = allocate(
@@ -415,27 +422,3 @@ def _beside(out: str | os.PathLike[str] | None) -> Path | None:
     while parent is not None and not parent.is_dir():
         parent = parent.parent
     return parent
-
-
-@final
-class _Clock:
-    """Seconds of each phase, and the announcement of phases that have no steps of their own."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.seconds: dict[str, float] = {}
-        self._progress = progress
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Time a phase."""
-        if self._progress is not None and name != "compress":
-            self._progress(name, 0, 1, "")
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
-        if self._progress is not None and name != "compress":
-            self._progress(name, 1, 1, "")
-
-    def detail(self, phase: str) -> Callable[[str], None]:
-        """What to call with a word on what a phase is at."""
-        return lambda text: self._progress(phase, 0, 1, text) if self._progress is not None else None

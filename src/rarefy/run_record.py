@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -21,7 +23,7 @@ from rarefy.models.loaded import LoadedModel
 from rarefy.models.structure import Structure
 from rarefy.recipe import UNTARGETED, Recipe, left_alone, notes, resolve
 from rarefy.report import render_html, render_model_card
-from rarefy.solve import Solved
+from rarefy.solve import Progress, Solved
 
 
 @final
@@ -126,3 +128,27 @@ def documents(report: RunReport, recipe: Recipe) -> dict[str, bytes]:
         "report.html": render_html(report).encode(),
         "README.md": render_model_card(report).encode(),
     }
+
+
+@final
+class Clock:
+    """Seconds of each phase, and the announcement of phases that have no steps of their own."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase."""
+        if self._progress is not None and name != "compress":
+            self._progress(name, 0, 1, "")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        if self._progress is not None and name != "compress":
+            self._progress(name, 1, 1, "")
+
+    def detail(self, phase: str) -> Callable[[str], None]:
+        """What to call with a word on what a phase is at."""
+        return lambda text: self._progress(phase, 0, 1, text) if self._progress is not None else None

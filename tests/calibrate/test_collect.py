@@ -9,12 +9,13 @@ from torch import nn
 from rarefy.calibrate import Gram, SquaredNorm
 from rarefy.calibrate.calls import Call, calibration_mode
 from rarefy.calibrate.collect import collect_statistics
+from rarefy.calibrate.in_a_row import in_a_row
 from rarefy.calibrate.inputs import cast_inputs, example_calls, text_calls, without_cache
 from rarefy.calibrate.precision import cast_parameters, choose_dtype
 from rarefy.calibrate.walk import BlockWalk
 from rarefy.core.errors import CalibrationError, NonFiniteError, UnsupportedModelError
 from rarefy.kernels.cpu import CpuFlags
-from rarefy.models import discover
+from rarefy.models import discover, load_model
 from rarefy.nn import find_weight
 
 IDS_NL = torch.randint(3, 99, (5, 12), generator=torch.Generator().manual_seed(1))
@@ -309,3 +310,52 @@ def test_casting_restores_exactly_and_spares_buffers():
         assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class _Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + torch.tanh(self.inner(x))
+
+
+class _Net(nn.Module):
+    """Blocks in a row, or with something that reads outputs of earlier ones, or with a block that is called twice."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.down, self.up = (nn.ModuleList(_Block() for _ in range(3)) for _ in range(2))
+        self.how = how
+
+    def forward(self, x):
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        for block in self.up:
+            x = block(x + skips.pop() if self.how == "u-net" else x + 2 * skips[-1])
+        if self.how == "loop":
+            x = self.down[1](x)
+        return x + skips[0] if self.how == "at the end" else x
+
+
+@pytest.mark.parametrize(("how", "expected"), [("row", True), ("u-net", False), ("at the end", False), ("loop", False)])
+def test_models_whose_blocks_are_not_in_a_row_are_found_out(how, expected):
+    torch.manual_seed(0)
+    model = _Net(how).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    blocks = {block.name: block.stack for block in discover(model).blocks}
+    assert len(blocks) == 6
+    call = Call((torch.randn(5, 4),), {})
+    assert in_a_row(load_model(model), blocks, call, torch.float32) == expected
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("build", [tiny.llama, tiny.bert, tiny.t5, tiny.gemma3])
+def test_language_models_are_in_a_row(build):
+    model = build()
+    blocks = {block.name: block.stack for block in discover(model).blocks}
+    assert in_a_row(load_model(model), blocks, _calls(model)[0], torch.float32)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 
 from rarefy.calibrate.calls import Call, Place, leaves, same, substitute
@@ -59,12 +60,18 @@ class BlockWalk:
         model: the module.
         blocks: names of the blocks, and for each the stack it belongs to.
         batches: the arguments of the model, one entry per batch.
+        checks: whether to make sure that the model uses no block's output after those of later blocks of its stack,
+            which alone are kept.
 
     Use as a context manager: inside it the blocks' `forward` is replaced; afterwards it is as before.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, str], batches: Sequence[Call]) -> None:
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, str], batches: Sequence[Call], *, checks: bool = False
+    ) -> None:
         self._model = model
+        self._checks = checks
+        self._unknown = False
         self._stack_of = dict(blocks)
         self._batches = list(batches)
         self._replaced = intercepted(model, blocks, self._answer)
@@ -111,8 +118,30 @@ class BlockWalk:
         finally:
             self._active = False
 
+    def check_rest(self) -> None:
+        """Make sure that the model's output in the first batch needs the last blocks of stacks alone.
+
+        Raises:
+            UnsupportedModelError: it needs others.
+        """
+        self._unknown = True
+        try:
+            blind = dict(leaves(self.run_rest(0)))
+        finally:
+            self._unknown = False
+        if not _agree(blind, dict(leaves(self.run_rest(0)))):
+            raise _reads_earlier_ones("the model's output")
+
     def _advance(self) -> None:
         reached = self._run_model(0) if self.unreached else None
+        if reached is not None and self._checks:
+            self._unknown = True
+            try:
+                blind = self._run_model(0)
+            finally:
+                self._unknown = False
+            if blind is None or blind.name != reached.name or not _agree(blind.call.leaves(), reached.call.leaves()):
+                raise _reads_earlier_ones(f"block {reached.name}")
         if reached is None:
             self._next = None
             return
@@ -174,4 +203,23 @@ class BlockWalk:
                 f"block {name}", "the model calls it more than once", allowed="blocks called once per forward pass"
             )
         self._called.add(name)
-        return self._outputs[self._stack_of[name]][self._batch]
+        stack = self._stack_of[name]
+        output = self._outputs[stack][self._batch]
+        last = next(each for each in reversed(self._finished) if self._stack_of[each] == stack)
+        if not self._unknown or name == last:
+            return output
+        numbers = {path: leaf for path, leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()}
+        return substitute(output, {path: torch.full_like(leaf, torch.nan) for path, leaf in numbers.items()})
+
+
+def _agree(one: Mapping[Place, Any], other: Mapping[Place, Any]) -> bool:
+    """Whether two calls or outputs have the same values, NaN where the other has NaN, or no tensor."""
+    return one.keys() == other.keys() and all(
+        isinstance(leaf, Tensor) == isinstance(other[path], Tensor)
+        and (not isinstance(leaf, Tensor) or torch.allclose(leaf, other[path], rtol=0, atol=0, equal_nan=True))
+        for path, leaf in one.items()
+    )
+
+
+def _reads_earlier_ones(what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(what, "it needs outputs of blocks after later ones of the same list have run")

@@ -90,17 +90,18 @@ class Structure:
     Args:
         blocks: the repeated blocks.
         layers: every layer.
-        reuses_blocks: a list holds a block at several places, so that the model cannot be gone through block by block.
+        tangled: the model cannot be gone through block by block: a list holds a block at several places, or the model
+            calls one twice, or reads outputs of earlier ones.
     """
 
     blocks: tuple[BlockRef, ...]
     layers: tuple[LayerRef, ...]
-    reuses_blocks: bool = False
+    tangled: bool = False
 
     @property
     def in_one_pass(self) -> bool:
         """Whether a pass over the model takes it as a whole, and not one block after the other."""
-        return len(self.blocks) <= 1 or self.reuses_blocks
+        return len(self.blocks) <= 1 or self.tangled
 
     def layer(self, name: str) -> LayerRef:
         """The layer of that name (KeyError if there is none)."""
