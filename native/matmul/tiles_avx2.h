@@ -5,6 +5,13 @@
 
 namespace rarefy::matmul::avx2 {
 
+// Unrolled, gcc puts the additions behind all products, for which there are no registers. vpdpbusd adds by itself.
+#if RAREFY_PASS_AVX_VNNI
+#define UNROLL_PRODUCTS UNROLL
+#else
+#define UNROLL_PRODUCTS _Pragma("GCC unroll 1")
+#endif
+
 constexpr int kIntTileRows = 4;
 constexpr int kFloatTileRows = 6;
 constexpr int kIntTileBlocks = 16;
@@ -75,7 +82,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_si256(); }
                 }
-                for (int step = 0; step < 8; ++step, q += 4, values += kStepBytes<kBytes>) {
+                UNROLL_PRODUCTS for (int step = 0; step < 8; ++step, q += 4, values += kStepBytes<kBytes>) {
                     const __m256i codes[kHalves] = {load(values), load(values + 32)};
                     UNROLL for (int r = 0; r < kRows; ++r) {
                         const __m256i four = broadcast_u32(q + r * rows.stride);
@@ -91,7 +98,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
                 }
             }
         } else {
-            for (int step = 0; step < 2 * kSteps; ++step, wide_q += 2, values += 64) {
+            UNROLL_PRODUCTS for (int step = 0; step < 2 * kSteps; ++step, wide_q += 2, values += 64) {
                 const __m256i codes[kHalves] = {load(values), load(values + 32)};
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     const __m256i two = broadcast_u32(wide_q + r * rows.stride);

@@ -129,8 +129,8 @@ inline __m256i low_bytes(__m256i codes) { return _mm256_and_si256(codes, _mm256_
 inline __m256i high_bytes(__m256i codes) { return _mm256_srli_epi16(codes, 8); }
 
 inline __m256i add_int8(__m256i dots, __m256i codes_02, __m256i codes_13, __m256i q_02, __m256i q_13) {
-    dots = _mm256_add_epi32(dots, _mm256_madd_epi16(codes_02, q_02));
-    return _mm256_add_epi32(dots, _mm256_madd_epi16(codes_13, q_13));
+    const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(codes_02, q_02), _mm256_madd_epi16(codes_13, q_13));
+    return _mm256_add_epi32(dots, sums);
 }
 
 }  // namespace rarefy::matmul::avx2

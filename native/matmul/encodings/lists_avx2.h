@@ -7,7 +7,7 @@
 //   64 bytes of columns within the segment, in the order of the vectors' bytes: 16 outputs, four entries each
 //   the codes in that order: 64 bytes, for AVX2 alone less 128 as int8; or 32 bytes, outputs 0 to 7 in the low nibbles
 //   and 8 to 15 in the high ones
-// Lists have an `extra`, all codes have none.
+// Lists have an `extra`, all codes have none. parameter = the mean number of steps of 64 columns, rounded up.
 #pragma once
 
 #include "matmul/encodings/mask.h"
@@ -127,8 +127,8 @@ template <int kBits>
 void pack_lists_or_all(Packing& packing, int stored_bits) {
     const MaskedSegments segments(packing, stored_bits);
     PanelWeights& view = packing.view;
-    const int64_t num_steps = view.num_panels * segments.num_segments;
-    std::vector<uint8_t> steps(static_cast<size_t>(num_steps), 0);
+    const int64_t num_counts = view.num_panels * segments.num_segments;
+    std::vector<uint8_t> steps(static_cast<size_t>(num_counts), 0);
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         segments.of_panel(panel, first, num_rows, [&](int, int64_t segment, const KeptEntries& kept, uint8_t) {
             uint8_t& most = steps[static_cast<size_t>(panel * segments.num_segments + segment)];
@@ -136,15 +136,17 @@ void pack_lists_or_all(Packing& packing, int stored_bits) {
             if (needed > most) most = needed;
         });
     });
-    int64_t list_bytes = 0;
-    for (const uint8_t count : steps) list_bytes += 1 + count * (64 + 8 * kBits);
-    if (list_bytes >= view.num_panels * view.num_blocks * kBlockInputs * kPanelOutputs * kBits / 8) {
+    int64_t all_steps = 0;
+    for (const uint8_t count : steps) all_steps += count;
+    if (all_steps * (64 + 8 * kBits) + num_counts >=
+        view.num_panels * view.num_blocks * kBlockInputs * kPanelOutputs * kBits / 8) {
         pack_all_codes<kBits>(packing, segments);
         return;
     }
-    uint8_t* const extra = packing.allocate(num_steps);
+    uint8_t* const extra = packing.allocate(num_counts);
     std::memcpy(extra, steps.data(), steps.size());
     view.extra = extra;
+    view.parameter = ceil_div(all_steps, view.num_panels * view.num_blocks);
     pack_lists<kBits>(packing, segments, extra);
 }
 
@@ -268,9 +270,79 @@ template <int kBits, int kColumns>
 constexpr RowsFunction kRowsByLists[kMaxRows] = {rows_by_lists<kBits, 1, kColumns>, rows_by_lists<kBits, 2, kColumns>,
                                                  rows_by_lists<kBits, 3, kColumns>, rows_by_lists<kBits, 4, kColumns>};
 
+// The codes of lists in their columns, for tiles of many rows.
+template <int kBits, int kColumns>
+struct ListStream {
+    static constexpr int kFewRows = 0;
+    static constexpr bool kSmallCodes = kBits == 4;
+    const uint8_t *values, *num_steps, *codes;
+    __m256i pruned[kHalves];
+    alignas(32) uint8_t columns[kColumns * kPanelOutputs];
+    void start(const PanelWeights& w, int64_t panel) {
+        values = w.values + w.value_offsets[panel];
+        num_steps = w.extra + panel * w.num_blocks * (kBlockInputs / kColumns);
+        codes = columns + sizeof(columns);
+    }
+    void set_zero_points(const __m256i (&zero_points)[kHalves]) {
+        UNROLL for (int half = 0; half < kHalves; ++half) { pruned[half] = zero_points[half]; }
+    }
+    // Backwards, so that what an output keeps of column 0 comes behind the places that no entry takes.
+    void expand() {
+        constexpr int kStepBytes = 64 + 8 * kBits;
+        for (unsigned at = 0; at < sizeof(columns); at += 64) {
+            UNROLL for (int half = 0; half < kHalves; ++half) { store(columns + at + 32 * half, pruned[half]); }
+        }
+        const int count = *num_steps++;
+        for (int step = count - 1; step >= 0; --step) {
+            const uint8_t* from = values + step * kStepBytes;
+            alignas(32) uint16_t places[64];
+            alignas(32) uint8_t step_codes[64];
+            UNROLL for (int i = 0; i < 4; ++i) {
+                const __m256i column =
+                    _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)));
+                const __m256i lane =
+                    _mm256_add_epi16(_mm256_set1_epi16(static_cast<short>(16 * i)),
+                                     _mm256_setr_epi16(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+                const __m256i in_lane = _mm256_and_si256(column, _mm256_set1_epi16(3));
+                const __m256i vector = _mm256_slli_epi16(_mm256_sub_epi16(column, in_lane), 4);
+                store(places + 16 * i, _mm256_add_epi16(_mm256_add_epi16(vector, in_lane), lane));
+            }
+            UNROLL for (int half = 0; half < kHalves; ++half) {
+                __m256i some = load(from + 64 + (kBits == 8 ? 32 * half : 0));
+                if (kBits == 4)
+                    some = _mm256_and_si256(half == 0 ? some : _mm256_srli_epi16(some, 4), _mm256_set1_epi8(15));
+                else if (kSigned<kBits>)
+                    some = _mm256_xor_si256(some, _mm256_set1_epi8(-128));
+                store(step_codes + 32 * half, some);
+            }
+            UNROLL for (int i = 0; i < 64; ++i) { columns[places[63 - i]] = step_codes[63 - i]; }
+        }
+        values += count * kStepBytes;
+        codes = columns;
+    }
+    void next(__m256i (&even)[kHalves], __m256i (&odd)[kHalves]) {
+        if (codes == columns + sizeof(columns)) expand();
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            even[half] = load(codes + 32 * half);
+            odd[half] = load(codes + 64 + 32 * half);
+        }
+        codes += 128;
+    }
+};
+
+// What gathers activations for every row, or for many rows expands lists once, where they have more steps than the
+// first is faster for.
 template <int kBits>
 void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
-    walk_rows(w, rows, part, w.steps_per_segment == 16 ? kRowsByLists<kBits, 64> : kRowsByLists<kBits, 32>);
+    constexpr int64_t kFewRows = 16;
+    constexpr int64_t kFewSteps = kVnni ? 1 : kBits == 4 ? 2 : 3;
+    const bool whole = w.steps_per_segment == 16;
+    if (part.row_end - part.row_begin <= kFewRows || w.parameter <= kFewSteps)
+        walk_rows(w, rows, part, whole ? kRowsByLists<kBits, 64> : kRowsByLists<kBits, 32>);
+    else if (whole)
+        many_rows_int<ListStream<kBits, 64> >(w, rows, part);
+    else
+        many_rows_int<ListStream<kBits, 32> >(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx2
