@@ -43,20 +43,20 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             dots[half] = _mm256_mullo_epi32(groups.zero_points(panel, half), sum);
             odd_dots[half] = _mm256_setzero_si256();
         }
-        for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
+        UNROLL_PRODUCTS for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
             constexpr int kChains = kVnni ? 4 : 2;  // of additions, which take longer in vpdpbusd
             __m256i sums[kChains][kHalves];
             UNROLL for (int chain = 0; chain < kChains; ++chain) {
                 UNROLL for (int half = 0; half < kHalves; ++half) { sums[chain][half] = _mm256_setzero_si256(); }
             }
-            UNROLL for (int i = 0; i < 4; ++i) {
+            UNROLL_PRODUCTS for (int i = 0; i < 4; ++i) {
                 __m256i codes[2][kHalves];
                 stream.next(codes[0], codes[1]);
                 UNROLL for (int step = 0; step < 2; ++step) {
                     if constexpr (kAsBytes<Stream>) {
                         const __m256i four = broadcast_u32(q);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            __m256i& chain = sums[(2 * i + step) % kChains][half];
+                            __m256i& chain = sums[kVnni ? (2 * i + step) % 4 : step][half];
                             chain = add_bytes(chain, codes[step][half], four);
                         }
                         q += 4;

@@ -5,13 +5,6 @@
 
 namespace rarefy::matmul::avx2 {
 
-// Unrolled, gcc puts the additions behind all products, for which there are no registers. vpdpbusd adds by itself.
-#if RAREFY_PASS_AVX_VNNI
-#define UNROLL_PRODUCTS UNROLL
-#else
-#define UNROLL_PRODUCTS _Pragma("GCC unroll 1")
-#endif
-
 constexpr int kIntTileRows = 4;
 constexpr int kFloatTileRows = 6;
 constexpr int kIntTileBlocks = 16;

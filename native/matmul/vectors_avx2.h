@@ -8,6 +8,12 @@
 #include "matmul/kernels.h"
 
 #define UNROLL _Pragma("GCC unroll 32")
+// Unrolled, gcc puts the additions behind all products, for which there are no registers. vpdpbusd adds by itself.
+#if RAREFY_PASS_AVX_VNNI
+#define UNROLL_PRODUCTS UNROLL
+#else
+#define UNROLL_PRODUCTS _Pragma("GCC unroll 1")
+#endif
 
 namespace rarefy::matmul::avx2 {
 
