@@ -38,32 +38,34 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
         if (new_group) groups.give_zero_points(stream, panel);
         if (kSteps == 16 || segment % 2 == 0) ahead.fetch(segment * kSteps / 16);
         const __m256i sum = _mm256_set1_epi32(-segment_sum<kSteps>(half_sums, segment));
-        __m256i dots[kHalves];
+        __m256i dots[kHalves], odd_dots[kHalves];
         UNROLL for (int half = 0; half < kHalves; ++half) {
             dots[half] = _mm256_mullo_epi32(groups.zero_points(panel, half), sum);
+            odd_dots[half] = _mm256_setzero_si256();
         }
-        for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
-            constexpr int kChains = kVnni ? 2 : 1;  // of additions, which take longer in vpdpbusd
+        UNROLL_PRODUCTS for (int eighth = 0; eighth < kSteps / 8; ++eighth) {
+            constexpr int kChains = kVnni ? 4 : 2;  // of additions, which take longer in vpdpbusd
             __m256i sums[kChains][kHalves];
             UNROLL for (int chain = 0; chain < kChains; ++chain) {
                 UNROLL for (int half = 0; half < kHalves; ++half) { sums[chain][half] = _mm256_setzero_si256(); }
             }
-            UNROLL for (int i = 0; i < 4; ++i) {
+            UNROLL_PRODUCTS for (int i = 0; i < 4; ++i) {
                 __m256i codes[2][kHalves];
                 stream.next(codes[0], codes[1]);
                 UNROLL for (int step = 0; step < 2; ++step) {
                     if constexpr (kAsBytes<Stream>) {
                         const __m256i four = broadcast_u32(q);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            __m256i& chain = sums[step % kChains][half];
+                            __m256i& chain = sums[kVnni ? (2 * i + step) % 4 : step][half];
                             chain = add_bytes(chain, codes[step][half], four);
                         }
                         q += 4;
                     } else {
                         const __m256i q_02 = broadcast_u32(wide_q), q_13 = broadcast_u32(wide_q + 2);
                         UNROLL for (int half = 0; half < kHalves; ++half) {
-                            dots[half] = add_int8(dots[half], low_bytes(codes[step][half]),
-                                                  high_bytes(codes[step][half]), q_02, q_13);
+                            __m256i& chain = step == 0 ? dots[half] : odd_dots[half];
+                            chain = add_int8(chain, low_bytes(codes[step][half]), high_bytes(codes[step][half]), q_02,
+                                             q_13);
                         }
                         wide_q += 4;
                     }
@@ -79,7 +81,7 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
         }
         const __m256 row_scale = _mm256_set1_ps(row_scales[segment * kSteps / 16]);
         UNROLL for (int half = 0; half < kHalves; ++half) {
-            totals[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[half]),
+            totals[half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_add_epi32(dots[half], odd_dots[half])),
                                            _mm256_mul_ps(row_scale, groups.scales(panel, half)), totals[half]);
         }
         new_group = groups.advance();

@@ -27,6 +27,7 @@ constexpr Row kKernels[] = {
 };
 
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
+constexpr int64_t kTaskBytes = int64_t{1} << 19;     // of weights, for one row: some 10 us of memory
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
 
@@ -49,8 +50,9 @@ Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
     // Enough tasks that a late thread costs little, but each long enough to pay for its start: claiming it moves a
     // cache line between cores, and its streams begin without prefetched data.
     const int64_t products = weights.num_panels * kPanelOutputs * weights.num_blocks * kBlockInputs * rows.num_rows;
-    const int64_t tasks_per_thread =
-        num_threads == 1 ? 1 : std::clamp<int64_t>(products / (num_threads * kTaskProducts), 1, 8);
+    const int64_t read = product.weights->num_bytes() * rows.num_rows;
+    const int64_t long_enough = std::min(products / kTaskProducts, read / kTaskBytes) / num_threads;
+    const int64_t tasks_per_thread = num_threads == 1 ? 1 : std::clamp<int64_t>(long_enough, 1, 8);
     const int64_t wanted = std::max<int64_t>(1, num_threads * tasks_per_thread / std::max<int64_t>(1, row_tasks));
     int64_t panels_per_task = ceil_div(weights.num_panels, wanted);
     if (rows.num_rows > 1 || panels_per_task > kTaskPanels / 2)

@@ -34,28 +34,33 @@ void quantize_row_avx2(const float* x, int64_t num_inputs, int8_t* q, int16_t* w
         const float inverse = bits > 0 ? 127.0f / amax : infinity;
         const bool usable = finite && inverse < infinity;
         const __m256 factor = _mm256_set1_ps(inverse);
-        int32_t half_sums[2] = {0, 0};
-        alignas(32) int32_t rounded[kBlockInputs] = {};
-        UNROLL for (int i = 0; i < 8; ++i) {
-            if (!usable) continue;
-            const __m256i whole = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8 * i), factor));
-            const __m256i clamped =
-                _mm256_max_epi32(_mm256_min_epi32(whole, _mm256_set1_epi32(127)), _mm256_set1_epi32(-127));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(rounded + 8 * i), clamped);
-        }
-        for (int i = 0; i < kBlockInputs; ++i) {
-            q[begin + i] = static_cast<int8_t>(rounded[i]);
-            half_sums[i / 32] += rounded[i];
+        UNROLL for (int half = 0; half < 2; ++half) {
+            __m256i whole[4];
+            UNROLL for (int i = 0; i < 4; ++i) {
+                const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(from + 32 * half + 8 * i), factor);
+                whole[i] = usable ? _mm256_cvtps_epi32(scaled) : _mm256_setzero_si256();
+            }
+            // Packing leaves pairs of lanes interleaved, four numbers each. vpacksswb bounds at 127, -128 cannot be.
+            const __m256i first = _mm256_packs_epi32(whole[0], whole[1]),
+                          second = _mm256_packs_epi32(whole[2], whole[3]);
+            const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(first, second),
+                                                              _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + begin + 32 * half), bytes);
+            const __m256i ones = _mm256_set1_epi16(1);
+            const __m256i in_lanes = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes), ones);
+            __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(in_lanes), _mm256_extracti128_si256(in_lanes, 1));
+            sum = _mm_add_epi32(sum, _mm_unpackhi_epi64(sum, sum));
+            sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 1));
+            sums[2 * block + half] = _mm_cvtsi128_si32(sum);
+            if (wide_q == nullptr) continue;
+            const __m256i order = _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15, 0, 2, 1, 3, 4,
+                                                   6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+            const __m256i ordered = _mm256_shuffle_epi8(bytes, order);
+            auto* const wide = reinterpret_cast<__m256i*>(wide_q + begin + 32 * half);
+            _mm256_storeu_si256(wide, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(ordered)));
+            _mm256_storeu_si256(wide + 1, _mm256_cvtepi8_epi16(_mm256_extracti128_si256(ordered, 1)));
         }
         scales[block] = !finite ? __builtin_nanf("") : usable ? amax / 127.0f : 0.0f;
-        sums[2 * block] = half_sums[0];
-        sums[2 * block + 1] = half_sums[1];
-        if (wide_q == nullptr) continue;
-        for (int step = 0; step < 16; ++step) {
-            constexpr int kOrder[4] = {0, 2, 1, 3};
-            for (int i = 0; i < 4; ++i)
-                wide_q[begin + 4 * step + i] = static_cast<int16_t>(rounded[4 * step + kOrder[i]]);
-        }
     }
 }
 

@@ -226,10 +226,11 @@ void test_groups_that_keep_too_many() {
                     if (!runs(isa)) continue;
                     try {
                         const Weights weights(sample.packed(), isa);
-                        check(weights.view().mask != nullptr, std::string(format) + ": lists without room are refused");
+                        check(isa < Isa::avx512 || weights.view().mask != nullptr,
+                              std::string(format) + ": lists without room are refused");
                         product(weights, random_rows(192 * 3, 1), 3, 192);
                     } catch (const std::invalid_argument&) {
-                        check(isa >= Isa::avx512, std::string(format) + ": a mask has room for every entry");
+                        check(isa >= Isa::avx512, std::string(format) + ": others have room for every entry");
                     }
                 }
             }

@@ -75,7 +75,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     UNROLL for (int half = 0; half < kHalves; ++half) { sums[r][half] = _mm256_setzero_si256(); }
                 }
-                for (int step = 0; step < 8; ++step, q += 4, values += kStepBytes<kBytes>) {
+                UNROLL_PRODUCTS for (int step = 0; step < 8; ++step, q += 4, values += kStepBytes<kBytes>) {
                     const __m256i codes[kHalves] = {load(values), load(values + 32)};
                     UNROLL for (int r = 0; r < kRows; ++r) {
                         const __m256i four = broadcast_u32(q + r * rows.stride);
@@ -91,7 +91,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const T
                 }
             }
         } else {
-            for (int step = 0; step < 2 * kSteps; ++step, wide_q += 2, values += 64) {
+            UNROLL_PRODUCTS for (int step = 0; step < 2 * kSteps; ++step, wide_q += 2, values += 64) {
                 const __m256i codes[kHalves] = {load(values), load(values + 32)};
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     const __m256i two = broadcast_u32(wide_q + r * rows.stride);

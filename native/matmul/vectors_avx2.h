@@ -8,6 +8,12 @@
 #include "matmul/kernels.h"
 
 #define UNROLL _Pragma("GCC unroll 32")
+// Unrolled, gcc puts the additions behind all products, for which there are no registers. vpdpbusd adds by itself.
+#if RAREFY_PASS_AVX_VNNI
+#define UNROLL_PRODUCTS UNROLL
+#else
+#define UNROLL_PRODUCTS _Pragma("GCC unroll 1")
+#endif
 
 namespace rarefy::matmul::avx2 {
 
@@ -137,8 +143,8 @@ inline __m256i low_bytes(__m256i codes) { return _mm256_and_si256(codes, _mm256_
 inline __m256i high_bytes(__m256i codes) { return _mm256_srli_epi16(codes, 8); }
 
 inline __m256i add_int8(__m256i dots, __m256i codes_02, __m256i codes_13, __m256i q_02, __m256i q_13) {
-    dots = _mm256_add_epi32(dots, _mm256_madd_epi16(codes_02, q_02));
-    return _mm256_add_epi32(dots, _mm256_madd_epi16(codes_13, q_13));
+    const __m256i sums = _mm256_add_epi32(_mm256_madd_epi16(codes_02, q_02), _mm256_madd_epi16(codes_13, q_13));
+    return _mm256_add_epi32(dots, sums);
 }
 
 }  // namespace rarefy::matmul::avx2

@@ -248,51 +248,6 @@ struct PanelStream {
     }
 };
 
-// The next values of a stream at the set bits of a 16-bit mask, `pruned` at the others. kShift 4: from the high
-// nibbles.
-template <bool kInt4, int kShift>
-inline __m128i expand_16(const uint8_t*& values, uint32_t mask, __m128i pruned) {
-    const uint32_t first = mask & 0xff, second = mask >> 8 & 0xff;
-    const uint64_t num_first = static_cast<uint64_t>(_mm_popcnt_u32(first));
-    __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-    values += _mm_popcnt_u32(mask);
-    const __m128i order = _mm_set_epi64x(static_cast<int64_t>(kShuffles.bytes[second] + num_first * 0x0101010101010101),
-                                         static_cast<int64_t>(kShuffles.bytes[first]));
-    if (kInt4) codes = _mm_and_si128(_mm_srli_epi16(codes, kShift), _mm_set1_epi8(15));
-    return _mm_blendv_epi8(_mm_shuffle_epi8(codes, order), pruned, order);
-}
-
-template <bool kInt4, int kShift>
-inline void expand_step(const uint8_t*& values, const uint8_t* mask, const __m256i (&pruned)[kHalves],
-                        __m256i (&codes)[kHalves]) {
-    UNROLL for (int half = 0; half < kHalves; ++half) {
-        const uint32_t bits = load_u32(mask + 4 * half);
-        const __m128i low = expand_16<kInt4, kShift>(values, bits & 0xffff, _mm256_castsi256_si128(pruned[half]));
-        const __m128i high = expand_16<kInt4, kShift>(values, bits >> 16, _mm256_extracti128_si256(pruned[half], 1));
-        codes[half] = _mm256_set_m128i(high, low);
-    }
-}
-
-template <bool kInt4>
-struct CodeStream : PanelStream {
-    static constexpr int kFewRows = 4;
-    static constexpr bool kSmallCodes = kInt4;
-    const uint8_t* high;
-    __m256i pruned[kHalves];
-    void start(const PanelWeights& w, int64_t panel) {
-        PanelStream::start(w, panel);
-        high = values;
-    }
-    void set_zero_points(const __m256i (&codes)[kHalves]) {
-        UNROLL for (int half = 0; half < kHalves; ++half) { pruned[half] = codes[half]; }
-    }
-    void next(__m256i (&even)[kHalves], __m256i (&odd)[kHalves]) {
-        expand_step<kInt4, 0>(values, mask, pruned, even);
-        expand_step<kInt4, kInt4 ? 4 : 0>(kInt4 ? high : values, mask + 8, pruned, odd);
-        mask += 16;
-    }
-};
-
 }  // namespace rarefy::matmul::avx2
 
 #elif RAREFY_PASS_AVX512

@@ -1,7 +1,7 @@
 // Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns, 64 bits of mask each. The kept codes are
 // two streams in the same bytes, the low nibbles for all even steps of the panel and the high nibbles for all odd ones,
 // each from the panel's first byte on.
-#include "matmul/encodings/mask.h"
+#include "matmul/encodings/lists_avx2.h"
 
 #if RAREFY_PASS_REFERENCE
 
@@ -9,7 +9,10 @@ namespace rarefy::matmul {
 
 void packers::mask_int4(Packing& packing) {
     const int num_bits = take_stored_bits(packing);
-    pack_masked<4>(packing, "codes", Element::u8, num_bits);
+    if (has_no_expand(packing.isa()))
+        pack_lists_or_all<4>(packing, num_bits);
+    else
+        pack_masked<4>(packing, "codes", Element::u8, num_bits);
 }
 
 namespace reference {
@@ -26,16 +29,12 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 #elif RAREFY_PASS_AVX2
 
-namespace rarefy::matmul::avx2 {
-namespace {
-
-using Stream = CodeStream<true>;
-
-}  // namespace
-
-void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
-
-}  // namespace rarefy::matmul::avx2
+void rarefy::matmul::avx2::mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.extra != nullptr)
+        multiply_lists<4>(w, rows, part);
+    else
+        dense_int4(w, rows, part);
+}
 
 #elif RAREFY_PASS_AVX512
 

@@ -1,11 +1,16 @@
 // 8-bit codes under a mask: steps of four columns as in dense_int8, 64 bits of mask each.
-#include "matmul/encodings/mask.h"
+#include "matmul/encodings/lists_avx2.h"
 
 #if RAREFY_PASS_REFERENCE
 
 namespace rarefy::matmul {
 
-void packers::mask_int8(Packing& packing) { pack_masked<8>(packing, "codes", Element::u8); }
+void packers::mask_int8(Packing& packing) {
+    if (has_no_expand(packing.isa()))
+        pack_lists_or_all<8>(packing, 8);
+    else
+        pack_masked<8>(packing, "codes", Element::u8);
+}
 
 namespace reference {
 namespace {
@@ -21,16 +26,12 @@ void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 #elif RAREFY_PASS_AVX2
 
-namespace rarefy::matmul::avx2 {
-namespace {
-
-using Stream = CodeStream<false>;
-
-}  // namespace
-
-void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
-
-}  // namespace rarefy::matmul::avx2
+void rarefy::matmul::avx2::mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (w.extra != nullptr)
+        multiply_lists<8>(w, rows, part);
+    else
+        dense_int8(w, rows, part);
+}
 
 #elif RAREFY_PASS_AVX512
 
