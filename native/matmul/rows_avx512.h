@@ -26,10 +26,7 @@ public:
             end_[p] = from_[p] + share;
         }
         num_bytes_ = ((end_[0] - from_[0]) / num_blocks + 63) / 64 * 64;
-        is_first_ = index == 0;
     }
-    // Of all rows that meet the pair.
-    bool is_first() const { return is_first_; }
     // Once for each block.
     void fetch() {
         UNROLL for (int p = 0; p < kPair; ++p) {
@@ -41,8 +38,17 @@ public:
 private:
     const uint8_t *from_[kPair], *end_[kPair];
     int64_t num_bytes_;
-    bool is_first_;
 };
+
+// A segment at once, unless the stream says how many steps.
+template <class Stream, int kSteps>
+constexpr int fetch_steps(decltype(&Stream::kFetchSteps)) {
+    return Stream::kFetchSteps;
+}
+template <class Stream, int kSteps>
+constexpr int fetch_steps(...) {
+    return kSteps;
+}
 
 // Some blocks of the panels `panel` and `panel + distance`.
 struct Stretch {
@@ -60,6 +66,7 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
                       Stream (&streams)[kPair], Ahead& ahead) {
     constexpr int kSegments = 16 / kSteps;  // of a block
     constexpr int kPairs = kSteps / 2;
+    constexpr int kFetchSteps = fetch_steps<Stream, kSteps>(nullptr);
     const int64_t panel = stretch.panel, distance = stretch.distance;
     const int8_t* q = rows.q + row * rows.stride + stretch.block_begin * kBlockInputs;
     const float* row_scales = rows.scales + row * rows.num_blocks;
@@ -68,15 +75,12 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
     Lanes outputs[kPair] = {output_row(w, part, row, panel), output_row(w, part, row, panel + distance)};
     UNROLL for (int p = 0; p < kPair; ++p) {
         UNROLL for (int r = 0; r < kRows; ++r) {
-            // Outputs that are not in a cache when they are stored hold up the next rows, whose totals are stored
-            // behind them.
             if (stretch.block_begin == 0)
-                _mm_prefetch(reinterpret_cast<const char*>(outputs[p].y + r * part.y_stride), _MM_HINT_T0);
+                fetch_output(outputs[p].y + r * part.y_stride);
             else
                 _mm512_store_ps(totals[r][p], outputs[p].load(r * part.y_stride));
         }
     }
-    const bool is_first = ahead.is_first();
     const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
     const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
     Groups groups(w, stretch.block_begin * kSegments);
@@ -94,13 +98,13 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
                 else
                     dots[r][p] = times(zero_points, -sum);
             }
-            // With fewer than 8 rows, of 4096 x 4096, asking costs more than fetching again.
-            if (kRows < kMaxRows || is_first) streams[p].fetch(2 * kPairs);
         }
         if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
         for (int pair = 0; pair < kPairs; ++pair, q += 8) {
             __m512i even[kPair], odd[kPair];
             UNROLL for (int p = 0; p < kPair; ++p) {
+                // Rows that are not the first to meet the pair fetch again, which costs less than asking.
+                if (2 * pair % kFetchSteps == 0) streams[p].fetch(kFetchSteps);
                 streams[p].next(pruned[p], even[p], odd[p]);
                 if constexpr (Stream::kOddShift != 0) odd[p] = _mm512_srli_epi16(odd[p], Stream::kOddShift);
             }
