@@ -59,6 +59,23 @@ inline Lanes output_row(const PanelWeights& w, const Part& part, int64_t row, in
     return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
 }
 
+// Sums of a block begin with what its one zero point subtracts, a power of two; `byte_starts` of rows `stride` apart.
+// Of bytes that is a load for all lanes, which takes no port of the products.
+template <int kRows>
+inline void start_symmetric(const PanelWeights& w, const int32_t* byte_starts, int64_t stride,
+                            Sums (&dots)[kRows][kPair]) {
+    if (w.zero_point == kByteZeroPoint) {
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            dots[r][0] = dots[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(byte_starts[r * stride]));
+        }
+    } else {
+        const int shift = __builtin_ctz(static_cast<unsigned>(kByteZeroPoint / w.zero_point));
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            dots[r][0] = dots[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(byte_starts[r * stride] >> shift));
+        }
+    }
+}
+
 // kRows rows from `row` on by a stretch, whose codes come from the streams; the sums start at 0 with block 0, else at
 // y. kSymmetric: all zero points are the same.
 template <int kRows, int kSteps, bool kSymmetric, class Stream>
@@ -66,11 +83,13 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
                       Stream (&streams)[kPair], Ahead& ahead) {
     constexpr int kSegments = 16 / kSteps;  // of a block
     constexpr int kPairs = kSteps / 2;
+    static_assert(!kSymmetric || kSteps == 16);
     constexpr int kFetchSteps = fetch_steps<Stream, kSteps>(nullptr);
     const int64_t panel = stretch.panel, distance = stretch.distance;
     const int8_t* q = rows.q + row * rows.stride + stretch.block_begin * kBlockInputs;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
+    const int32_t* byte_starts = rows.byte_starts + row * rows.num_blocks;
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
     Lanes outputs[kPair] = {output_row(w, part, row, panel), output_row(w, part, row, panel + distance)};
     UNROLL for (int p = 0; p < kPair; ++p) {
@@ -90,15 +109,13 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
         UNROLL for (int p = 0; p < kPair; ++p) {
             const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const int32_t* sums = half_sums + r * rows.num_blocks * 2;
-                const int32_t sum = segment_sum<kSteps>(sums, segment);
-                if (kSymmetric)
-                    dots[r][p] = reinterpret_cast<Sums>(_mm512_set1_epi32(-sum * w.zero_point));
-                else
-                    dots[r][p] = times(zero_points, -sum);
+            if constexpr (!kSymmetric) {
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    dots[r][p] = times(zero_points, -segment_sum<kSteps>(half_sums + r * rows.num_blocks * 2, segment));
+                }
             }
         }
+        if constexpr (kSymmetric) start_symmetric(w, byte_starts + segment, rows.num_blocks, dots);
         if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
         for (int pair = 0; pair < kPairs; ++pair, q += 8) {
             __m512i even[kPair], odd[kPair];
