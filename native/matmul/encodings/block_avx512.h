@@ -22,8 +22,6 @@ struct CellWalk {
         prefetch<0>(w.extra + w.extra_offsets[panel + 1], 192);
         if (w.scales != nullptr)
             prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales_at(w.group_place(panel + 1, 0))), 256);
-        if (w.output_scales != nullptr)
-            prefetch<0>(reinterpret_cast<const uint8_t*>(w.output_scales + (panel + 1) * kPanelOutputs), 64);
     }
     void store(const PanelWeights& w, const Part& part) const {
         const __m512 output = _mm512_mul_ps(total, output_factor(w, panel, true));
