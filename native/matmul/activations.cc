@@ -42,6 +42,12 @@ RoundFunction find_rounder(Isa isa) {
     return round_row_reference;
 }
 
+// What sums of bytes begin with, of each block (Rows::byte_starts).
+void make_byte_starts(const int32_t* half_sums, int64_t num_blocks, int32_t* starts) {
+    for (int64_t block = 0; block < num_blocks; ++block)
+        starts[block] = -kByteZeroPoint * (half_sums[2 * block] + half_sums[2 * block + 1]);
+}
+
 float start_unless(bool finite) { return finite ? 0.0f : std::numeric_limits<float>::quiet_NaN(); }
 
 // 0, or NaN if one of the numbers is not finite: of a row, or of the scales that its blocks got.
@@ -141,6 +147,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     const int64_t wide_q_at = places.add(needs.wide_q, row_count * 2);
     const int64_t scales_at = places.add(needs.integers, block_bytes);
     const int64_t sums_at = places.add(needs.integers, 2 * block_bytes);
+    const int64_t byte_starts_at = places.add(needs.integers && needs.isa >= Isa::avx512, block_bytes);
     const int64_t integer_starts_at = places.add(needs.integer_starts, num_rows * 4);
     uint8_t* const memory = scratch.reserve(places.num_bytes);
     auto* const floats = place_of<float>(memory, floats_at);
@@ -151,6 +158,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     auto* const wide_q = place_of<int16_t>(memory, wide_q_at);
     auto* const scales = place_of<float>(memory, scales_at);
     auto* const sums = place_of<int32_t>(memory, sums_at);
+    auto* const byte_starts = place_of<int32_t>(memory, byte_starts_at);
     auto* const integer_starts = place_of<float>(memory, integer_starts_at);
     const QuantizeFunction quantize = find_quantizer(needs.wide_q ? Isa::avx2 : needs.isa);  // all give the same bits
     const RoundFunction round = find_rounder(needs.isa);                                     // and these too
@@ -170,6 +178,8 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
         if (needs.integers) {
             quantize(from, num_inputs, q + row * stride, at_row(wide_q, row), scales + row * num_blocks,
                      sums + row * num_blocks * 2);
+            if (byte_starts != nullptr)
+                make_byte_starts(sums + row * num_blocks * 2, num_blocks, byte_starts + row * num_blocks);
             if (needs.integer_starts) integer_starts[row] = find_start(scales + row * num_blocks, num_blocks);
         }
     };
@@ -199,6 +209,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     all.integers.scales = scales;
     all.integers.sums = sums;
     all.integers.starts = integer_starts;
+    all.integers.byte_starts = byte_starts;
     return all;
 }
 
@@ -242,12 +253,15 @@ Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t
     const int64_t q_bytes = num_rows * stride;
     const int64_t wide_bytes = pixels.wide_q == nullptr ? 0 : 2 * q_bytes;
     const int64_t block_bytes = ceil_div(num_rows * num_blocks * 4, 64) * 64;
-    uint8_t* memory = scratch.reserve(q_bytes + wide_bytes + 3 * block_bytes + num_rows * 4);
+    uint8_t* memory = scratch.reserve(q_bytes + wide_bytes + 4 * block_bytes + num_rows * 4);
     auto* q = reinterpret_cast<int8_t*>(memory);
     auto* wide_q = wide_bytes == 0 ? nullptr : reinterpret_cast<int16_t*>(memory + q_bytes);
     auto* scales = reinterpret_cast<float*>(memory + q_bytes + wide_bytes);
     auto* sums = reinterpret_cast<int32_t*>(memory + q_bytes + wide_bytes + block_bytes);
-    auto* starts = reinterpret_cast<float*>(memory + q_bytes + wide_bytes + 3 * block_bytes);
+    auto* byte_starts = pixels.byte_starts == nullptr
+                            ? nullptr
+                            : reinterpret_cast<int32_t*>(memory + q_bytes + wide_bytes + 3 * block_bytes);
+    auto* starts = reinterpret_cast<float*>(memory + q_bytes + wide_bytes + 4 * block_bytes);
     const auto gather_row = [&](int64_t row) {
         starts[row] = 0.0f;
         for (int64_t tap = 0; tap < taps.num_taps; ++tap) {
@@ -262,13 +276,15 @@ Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t
             }
             if (skips) starts[row] += pixels.starts[pixel];  // NaN stays NaN
         }
+        if (byte_starts != nullptr)
+            make_byte_starts(sums + 2 * row * num_blocks, num_blocks, byte_starts + row * num_blocks);
     };
     constexpr int64_t kChunkRows = 64;
     common::parallel_for(static_cast<int>(ceil_div(num_rows, kChunkRows)), [&](int chunk) {
         for (int64_t row = chunk * kChunkRows; row < std::min(num_rows, (chunk + 1) * kChunkRows); ++row)
             gather_row(row);
     });
-    return {num_rows, stride, nullptr, nullptr, q, wide_q, scales, sums, num_blocks, starts, nullptr};
+    return {num_rows, stride, nullptr, nullptr, q, wide_q, scales, sums, num_blocks, starts, nullptr, byte_starts};
 }
 
 }  // namespace rarefy::matmul

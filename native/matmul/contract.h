@@ -34,6 +34,8 @@ constexpr int kPanelOutputs = 16;
 constexpr int kBlockInputs = 64;
 // Rows of a Part at most: enough to pay for reading and expanding a panel.
 constexpr int64_t kTaskRows = 128;
+// Of codes of 8 bits without zero points of their own; of narrower ones it is a smaller power of two.
+constexpr int kByteZeroPoint = 128;
 // Kernels may read so many bytes beyond the end of each piece of memory that a weight allocates, and prefetch anywhere.
 constexpr int kReadBeyond = 64;
 
@@ -79,6 +81,8 @@ struct Rows {
     int64_t num_blocks;
     const float* starts;  // (num_rows): 0, or NaN where a row holds a NaN or an infinity; for weights that skip blocks
     const void* row_panels;  // row_panels.h; null where no kernel reads them
+    // From avx512 on, else null: -kByteZeroPoint times the sum of q per block, (num_rows, num_blocks).
+    const int32_t* byte_starts;
 };
 
 // Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end), of which the first is a multiple of 16; y is

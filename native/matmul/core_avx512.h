@@ -6,7 +6,7 @@
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
 //           static constexpr bool kExpandsOnce    for many rows: decoding again for every 8 of them takes longer
-//           static constexpr int kFetchSteps  if there is one: of one row, how many steps to fetch at once
+//           static constexpr int kFetchSteps  if there is one: how many steps to fetch at once
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
 //   floats: void next(__m512& even, __m512& odd)
 //   bfloat16, one step at a time:
@@ -25,16 +25,6 @@
 #endif
 
 namespace rarefy::matmul::avx512 {
-
-// A segment at once, unless the stream says how many steps.
-template <class Stream, int kSteps>
-constexpr int fetch_steps(decltype(&Stream::kFetchSteps)) {
-    return Stream::kFetchSteps;
-}
-template <class Stream, int kSteps>
-constexpr int fetch_steps(...) {
-    return kSteps;
-}
 
 // One row of activations by kPanels panels, `distance` apart, straight from the packed bytes. kSymmetric: all zero
 // points are the same.

@@ -26,10 +26,7 @@ public:
             end_[p] = from_[p] + share;
         }
         num_bytes_ = ((end_[0] - from_[0]) / num_blocks + 63) / 64 * 64;
-        is_first_ = index == 0;
     }
-    // Of all rows that meet the pair.
-    bool is_first() const { return is_first_; }
     // Once for each block.
     void fetch() {
         UNROLL for (int p = 0; p < kPair; ++p) {
@@ -41,8 +38,17 @@ public:
 private:
     const uint8_t *from_[kPair], *end_[kPair];
     int64_t num_bytes_;
-    bool is_first_;
 };
+
+// A segment at once, unless the stream says how many steps.
+template <class Stream, int kSteps>
+constexpr int fetch_steps(decltype(&Stream::kFetchSteps)) {
+    return Stream::kFetchSteps;
+}
+template <class Stream, int kSteps>
+constexpr int fetch_steps(...) {
+    return kSteps;
+}
 
 // Some blocks of the panels `panel` and `panel + distance`.
 struct Stretch {
@@ -53,6 +59,23 @@ inline Lanes output_row(const PanelWeights& w, const Part& part, int64_t row, in
     return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
 }
 
+// Sums of a block begin with what its one zero point subtracts, a power of two; `byte_starts` of rows `stride` apart.
+// Of bytes that is a load for all lanes, which takes no port of the products.
+template <int kRows>
+inline void start_symmetric(const PanelWeights& w, const int32_t* byte_starts, int64_t stride,
+                            Sums (&dots)[kRows][kPair]) {
+    if (w.zero_point == kByteZeroPoint) {
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            dots[r][0] = dots[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(byte_starts[r * stride]));
+        }
+    } else {
+        const int shift = __builtin_ctz(static_cast<unsigned>(kByteZeroPoint / w.zero_point));
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            dots[r][0] = dots[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(byte_starts[r * stride] >> shift));
+        }
+    }
+}
+
 // kRows rows from `row` on by a stretch, whose codes come from the streams; the sums start at 0 with block 0, else at
 // y. kSymmetric: all zero points are the same.
 template <int kRows, int kSteps, bool kSymmetric, class Stream>
@@ -60,23 +83,23 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
                       Stream (&streams)[kPair], Ahead& ahead) {
     constexpr int kSegments = 16 / kSteps;  // of a block
     constexpr int kPairs = kSteps / 2;
+    static_assert(!kSymmetric || kSteps == 16);
+    constexpr int kFetchSteps = fetch_steps<Stream, kSteps>(nullptr);
     const int64_t panel = stretch.panel, distance = stretch.distance;
     const int8_t* q = rows.q + row * rows.stride + stretch.block_begin * kBlockInputs;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
+    const int32_t* byte_starts = rows.byte_starts + row * rows.num_blocks;
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
     Lanes outputs[kPair] = {output_row(w, part, row, panel), output_row(w, part, row, panel + distance)};
     UNROLL for (int p = 0; p < kPair; ++p) {
         UNROLL for (int r = 0; r < kRows; ++r) {
-            // Outputs that are not in a cache when they are stored hold up the next rows, whose totals are stored
-            // behind them.
             if (stretch.block_begin == 0)
-                _mm_prefetch(reinterpret_cast<const char*>(outputs[p].y + r * part.y_stride), _MM_HINT_T0);
+                fetch_output(outputs[p].y + r * part.y_stride);
             else
                 _mm512_store_ps(totals[r][p], outputs[p].load(r * part.y_stride));
         }
     }
-    const bool is_first = ahead.is_first();
     const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
     const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
     Groups groups(w, stretch.block_begin * kSegments);
@@ -86,21 +109,19 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
         UNROLL for (int p = 0; p < kPair; ++p) {
             const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const int32_t* sums = half_sums + r * rows.num_blocks * 2;
-                const int32_t sum = segment_sum<kSteps>(sums, segment);
-                if (kSymmetric)
-                    dots[r][p] = reinterpret_cast<Sums>(_mm512_set1_epi32(-sum * w.zero_point));
-                else
-                    dots[r][p] = times(zero_points, -sum);
+            if constexpr (!kSymmetric) {
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    dots[r][p] = times(zero_points, -segment_sum<kSteps>(half_sums + r * rows.num_blocks * 2, segment));
+                }
             }
-            // With fewer than 8 rows, of 4096 x 4096, asking costs more than fetching again.
-            if (kRows < kMaxRows || is_first) streams[p].fetch(2 * kPairs);
         }
+        if constexpr (kSymmetric) start_symmetric(w, byte_starts + segment, rows.num_blocks, dots);
         if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
         for (int pair = 0; pair < kPairs; ++pair, q += 8) {
             __m512i even[kPair], odd[kPair];
             UNROLL for (int p = 0; p < kPair; ++p) {
+                // Rows that are not the first to meet the pair fetch again, which costs less than asking.
+                if (2 * pair % kFetchSteps == 0) streams[p].fetch(kFetchSteps);
                 streams[p].next(pruned[p], even[p], odd[p]);
                 if constexpr (Stream::kOddShift != 0) odd[p] = _mm512_srli_epi16(odd[p], Stream::kOddShift);
             }

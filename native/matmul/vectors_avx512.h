@@ -18,6 +18,10 @@ inline void prefetch(const uint8_t* from, int num_bytes) {
         _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + offset), _MM_HINT_T0);
 }
 
+// Fetches an output that is stored soon, for writing: a store to a line that is not this core's own holds up those
+// behind it.
+inline void fetch_output(const float* y) { __asm__ volatile("prefetchw %0" : : "m"(*y)); }
+
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
 
 // Zero, but the compiler does not know. Where a mask zeroes the other elements, vpexpand still waits for the old value

@@ -5,7 +5,10 @@
 
 namespace rarefy::matmul {
 
-void packers::block_int8(Packing& packing) { pack_blocks(packing, "codes", Element::u8, 1); }
+void packers::block_int8(Packing& packing) {
+    packing.put_scales_last();
+    pack_blocks(packing, "codes", Element::u8, 1);
+}
 
 namespace reference {
 namespace {

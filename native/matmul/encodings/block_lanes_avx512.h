@@ -18,7 +18,7 @@ struct LaneTotals {
 };
 
 // The finished sums of the panel before, on their way to y. Rows of y lie so far apart that storing to all of them at
-// once waits for each; a few between two tiles wait for none.
+// once waits for each; a few between two tiles, fetched some tiles before, wait for none.
 class Leaving {
 public:
     // Takes 16 rows or more from `row` on; what it had before has left.
@@ -40,8 +40,13 @@ public:
         }
     }
     void store(int64_t count) {
-        for (const int64_t end = next_ + count < end_ ? next_ + count : end_; next_ < end; ++next_)
+        constexpr int64_t kAhead = 4;  // rows
+        for (const int64_t end = next_ + count < end_ ? next_ + count : end_; next_ < end; ++next_) {
+            const float* ahead = y_ + (next_ + kAhead) * stride_;
+            fetch_output(ahead);  // y need not lie at a multiple of a line
+            fetch_output(ahead + kPanelOutputs - 1);
             _mm512_mask_storeu_ps(y_ + next_ * stride_, lanes_, _mm512_load_ps(rows_[next_]));
+        }
     }
     void finish() { store(end_ - next_); }
 
