@@ -26,7 +26,10 @@ public:
             end_[p] = from_[p] + share;
         }
         num_bytes_ = ((end_[0] - from_[0]) / num_blocks + 63) / 64 * 64;
+        is_first_ = index == 0;
     }
+    // Of all rows that meet the pair.
+    bool is_first() const { return is_first_; }
     // Once for each block.
     void fetch() {
         UNROLL for (int p = 0; p < kPair; ++p) {
@@ -38,6 +41,7 @@ public:
 private:
     const uint8_t *from_[kPair], *end_[kPair];
     int64_t num_bytes_;
+    bool is_first_;
 };
 
 // A segment at once, unless the stream says how many steps.
