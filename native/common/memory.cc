@@ -74,9 +74,11 @@ public:
     Slab(const Slab&) = delete;
     Slab& operator=(const Slab&) = delete;
 
+    int64_t left() const { return size_ - used_; }
+
     // The next `num_bytes`, or null where fewer are left.
     uint8_t* take(int64_t num_bytes) {
-        if (size_ - used_ < num_bytes) return nullptr;
+        if (left() < num_bytes) return nullptr;
         used_ += num_bytes;
         return memory_ + used_ - num_bytes;
     }
@@ -91,10 +93,6 @@ void ReleaseSlab::operator()(uint8_t* bytes) const { give_back(bytes, num_bytes)
 AlignedBytes allocate_aligned(int64_t num_bytes) {
     if (num_bytes > kMaxBytes) throw std::bad_alloc();
     const int64_t size = round_up(num_bytes > 0 ? num_bytes : 1, 64);
-    if (size > kSlabBytes / 4) {
-        const auto slab = std::make_shared<Slab>(round_up(size, kSlabBytes > 0 ? kPage : 64));
-        return AlignedBytes(slab->take(size), {slab, size});
-    }
     static std::weak_ptr<Slab> current;
     static const int registered = pthread_atfork(lock, unlock, unlock);
     static_cast<void>(registered);
@@ -102,9 +100,12 @@ AlignedBytes allocate_aligned(int64_t num_bytes) {
     std::shared_ptr<Slab> slab = current.lock();
     uint8_t* bytes = slab ? slab->take(size) : nullptr;
     if (bytes == nullptr) {
-        slab = std::make_shared<Slab>(kSlabBytes);
-        current = slab;
+        const int64_t left = slab ? slab->left() : -1;
+        // A large piece has whole huge pages, and shares the last of them with what comes next.
+        const int64_t own = round_up(size, kSlabBytes > 0 ? kHugePage : 64);
+        slab = std::make_shared<Slab>(own > kSlabBytes / 4 ? own : kSlabBytes);
         bytes = slab->take(size);
+        if (slab->left() > left) current = slab;
     }
     return AlignedBytes(bytes, {slab, size});
 }

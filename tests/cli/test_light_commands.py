@@ -40,6 +40,8 @@ def test_recipes_are_listed_and_shown(run: Callable) -> None:
     assert "sparse-50-int4" in names
     assert all(entry["description"] for entry in listed), "each recipe starts with a comment that says what it is for"
     text = run("recipes", "list").out
+    assert run("recipes").out == text
+    assert json.loads(run("recipes", "--json").out) == listed
     for name in names:
         assert name in text
         shown = run("recipes", "show", name)

@@ -3,8 +3,9 @@
 Shape suffixes: B sequences, H heads, K key-value heads, L queries, S keys, D width of a head.
 
 torch's fused kernel is slow in bfloat16 on CPUs, and plain products over all queries compute twice what a causal mask
-leaves. A chunk of queries needs the keys up to its last one only, and its scores stay in the cache: 3.6 times as fast
-as the fused kernel on windows of 512 tokens (head width 64), with the same result up to rounding.
+leaves. A chunk of queries needs the keys up to its last one only, and its scores stay in the cache: on windows of 512
+tokens (9 heads of 64) 1.4 times as fast as the fused kernel, 1.8 times with gradients, with the same result up to
+rounding.
 """
 
 from __future__ import annotations

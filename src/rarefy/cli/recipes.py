@@ -15,8 +15,16 @@ from rarefy.cli.options import DebugFlag, JsonFlag
 from rarefy.core.errors import UsageError
 
 app = typer.Typer(
-    no_args_is_help=True, help="List and show the recipes that come with rarefy.", pretty_exceptions_enable=False
+    invoke_without_command=True,
+    help="List and show the recipes that come with rarefy; without a command: list.",
+    pretty_exceptions_enable=False,
 )
+
+
+def list_by_default(context: typer.Context, as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
+    """List and show the recipes that come with rarefy; without a command: list."""
+    if context.invoked_subcommand is None:
+        list_recipes(as_json, debug)
 
 
 def list_recipes(as_json: JsonFlag = False, debug: DebugFlag = False) -> None:
@@ -80,6 +88,7 @@ def _description(text: str) -> str:
     return " ".join(lines)
 
 
+app.callback()(guarded(list_by_default))
 app.command("list")(guarded(list_recipes))
 app.command("show")(guarded(show))
 app.command("schema")(guarded(schema))
