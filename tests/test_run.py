@@ -127,7 +127,15 @@ def test_the_original_is_timed_in_the_users_environment(tiny_llama_dir, text_fil
 
 def test_progress_names_the_phases(run):
     phases = list(dict.fromkeys(phase for phase, *_ in run[2]))
-    assert phases == ["load", "calibration data", "measure before", "compress", "measure after", "write"]
+    assert phases == [
+        "load",
+        "calibration data",
+        "measure before",
+        "order of blocks",
+        "compress",
+        "measure after",
+        "write",
+    ]
     for phase in phases:
         last = [entry for entry in run[2] if entry[0] == phase][-1]
         assert last[1] == last[2]

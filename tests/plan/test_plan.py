@@ -204,13 +204,13 @@ def test_gradients_take_a_block_and_passes_of_their_own() -> None:
     assert deep.seconds_parts["gradients"] > 2 * second.seconds_parts["gradients"]
     weights = sum(row.shape[0] * row.shape[1] for row in first.layers)
     rows = sum(row.shape[0] for row in first.layers)
-    # of every weight of one block a sum of one number, or of a row of its block of F and the gradients that wait
+    # of every weight of one block a sum of one number, or of its share of a triangle of F and the gradients that wait
     more = second.memory_parts["gradients"] - first.memory_parts["gradients"]
-    assert more == 4 * ((16 + 8 - 1) * weights + rows) // 2
+    assert more == 4 * ((17 / 2 + 8 - 1) * weights + rows) / 2
     assert deep.memory_parts["gradients"] == second.memory_parts["gradients"]
     # on disk there is what all samples give each block, and the means
     assert first.scratch_bytes == 2 * 128 * 512 * 64 * 2 + 4 * weights
-    assert second.scratch_bytes - first.scratch_bytes == 4 * (15 * weights + rows)
+    assert second.scratch_bytes - first.scratch_bytes == 4 * ((17 / 2 - 1) * weights + rows)
     both = make_plan(Recipe((Step(Wanda(half)), Step(Taylor(half)))), decoder(), rates=RATES)
     assert both.seconds_parts["forward passes"] > 0
     (note,) = make_plan(Recipe((Step(Taylor(half)),)), one_layer(16, 64), rates=RATES).notes
