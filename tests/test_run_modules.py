@@ -210,7 +210,9 @@ def test_statistics_are_right_where_blocks_read_outputs_of_earlier_ones(allocati
     for hook in hooks:
         hook.remove()
     step = {"method": "wanda", "pattern": HALF, "allocation": allocation}
-    result = rarefy.compress(model, {"steps": [step]}, calibration=data, measure=False)
+    told: list[str] = []
+    result = rarefy.compress(model, {"steps": [step]}, calibration=data, measure=False, tell=told.append)
+    assert any("do not follow one another" in line for line in told)
     for name, layout in result.layers.items():
         weight = model.get_submodule(name).weight.detach()
         score = weight.abs() * torch.cat(inputs[name]).norm(dim=0)

@@ -132,7 +132,7 @@ def compress(
         compute_dtype: of the calibration's forward passes; "auto": bfloat16 where the CPU multiplies it in hardware.
         announce: given the plan before the work starts.
         progress: told how far each phase is.
-        tell: told in one line of an interrupted run that was found.
+        tell: told in one line of an interrupted run that was found, and of blocks that are not in a row.
         measure: whether to measure quality, size and speed before and after.
         force: replace `out` if it is a model directory, and start anew.
 
@@ -208,10 +208,17 @@ def compress(
             )
     reads = {each for own in wanted.values() for each in own} | {each for method in methods for each in method.needs()}
     if not structure.in_one_pass and not all(isinstance(each, GradientStatistic) for each in reads):
-        with clock.phase("order of blocks"), fast_attention(), explained(dtype, loaded.model):
+        with (
+            clock.phase("order of blocks"),
+            fast_attention(),
+            removed_if_hopeless(checkpoint),
+            explained(dtype, loaded.model),
+        ):
             blocks = {block.name: block.stack for block in structure.blocks}
             first = samples_of(data.calls[:1], [None])[0].call
             structure = replace(structure, tangled=not in_a_row(loaded, blocks, first, dtype))
+        if structure.tangled and tell is not None:
+            tell("The model's blocks do not follow one another: statistics are those of the dense model, in one pass.")
     if any(isinstance(step.allocation, ModelAllocation) for step in parsed.steps):
         with clock.phase("allocate"), fast_attention(), removed_if_hopeless(checkpoint), explained(dtype, loaded.model):
             layers = allocate(
