@@ -32,6 +32,11 @@ class Problem:
     num_rows: int
     num_threads: int
 
+    @property
+    def num_products(self) -> int:
+        """Products of two numbers in one product of the weight."""
+        return self.num_outputs * self.num_inputs * self.num_rows
+
     @cached_property
     def level_OI(self) -> NDArray[np.int8]:  # noqa: N802 (shape suffix)
         rng = np.random.default_rng(1)
