@@ -165,19 +165,22 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, {panel, distance, 0, w.num_blocks}, streams, ahead);
 }
 
-// Expands blocks [begin, end) of one panel into plain codes.
-template <class Stream, int kSteps>
+// Expands blocks [begin, end) of one panel into plain codes or, where kLevels, codes minus zero points.
+template <class Stream, int kSteps, bool kLevels = false>
 void expand_codes(const PanelWeights& w, Stream& stream, int64_t panel, int64_t begin, int64_t end, uint8_t* out) {
     constexpr int kSegments = 16 / kSteps;
     Groups groups(w, begin * kSegments);
     for (int64_t segment = begin * kSegments; segment < end * kSegments; ++segment) {
-        const __m512i pruned = pruned_codes<Stream>(groups.zero_points(panel));
+        const __m512i zero_points = groups.zero_points(panel);
+        const __m512i pruned = pruned_codes<Stream>(zero_points);
+        const __m512i subtracted = _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(kLevels ? 0x01010101 : 0));
         stream.fetch(kSteps);
         for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
             __m512i even, odd;
             stream.next(pruned, even, odd);
-            _mm512_store_si512(out, even);
-            _mm512_store_si512(out + 64, _mm512_srli_epi16(odd, Stream::kOddShift));
+            odd = _mm512_srli_epi16(odd, Stream::kOddShift);
+            _mm512_store_si512(out, kLevels ? _mm512_sub_epi8(even, subtracted) : even);
+            _mm512_store_si512(out + 64, kLevels ? _mm512_sub_epi8(odd, subtracted) : odd);
         }
         groups.advance();
     }

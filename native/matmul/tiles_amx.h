@@ -21,11 +21,22 @@ static_assert(sizeof(TileConfig) == 64, "the processor reads 64 bytes");
 
 #if !RAREFY_EMULATE_AMX
 
-#define TILE_CONFIGURE(config) _tile_loadconfig(&(config))
+// gcc's intrinsics do not say that they read memory, of the configuration only the first 8 bytes: what was stored there
+// before must not come later, or never.
+#define TILE_CONFIGURE(config)                              \
+    do {                                                    \
+        __asm__ volatile("" : : "r"(&(config)) : "memory"); \
+        _tile_loadconfig(&(config));                        \
+    } while (false)
 #define TILE_RELEASE() _tile_release()
 #define TILE_ZERO(tile) _tile_zero(tile)
-#define TILE_LOAD(tile, from, stride) _tile_loadd(tile, from, stride)
+#define TILE_LOAD(tile, from, stride)                  \
+    do {                                               \
+        __asm__ volatile("" : : "r"(from) : "memory"); \
+        _tile_loadd(tile, from, stride);               \
+    } while (false)
 #define TILE_STORE(tile, to, stride) _tile_stored(tile, to, stride)
+#define TILE_DOT_S8_S8(sums, a, b) _tile_dpbssd(sums, a, b)
 #define TILE_DOT_S8_U8(sums, a, b) _tile_dpbsud(sums, a, b)
 #define TILE_DOT_BF16(sums, a, b) _tile_dpbf16ps(sums, a, b)
 
@@ -36,7 +47,8 @@ static_assert(sizeof(TileConfig) == 64, "the processor reads 64 bytes");
 #define TILE_ZERO(tile) emulated.zero(tile)
 #define TILE_LOAD(tile, from, stride) emulated.load(tile, from, stride)
 #define TILE_STORE(tile, to, stride) emulated.store(tile, to, stride)
-#define TILE_DOT_S8_U8(sums, a, b) emulated.dot_s8_u8(sums, a, b)
+#define TILE_DOT_S8_S8(sums, a, b) emulated.dot<int8_t>(sums, a, b)
+#define TILE_DOT_S8_U8(sums, a, b) emulated.dot<uint8_t>(sums, a, b)
 #define TILE_DOT_BF16(sums, a, b) emulated.dot_bf16(sums, a, b)
 
 namespace rarefy::matmul::amx {
@@ -70,13 +82,14 @@ public:
         for (int row = 0; row < config_.num_rows[tile]; ++row)
             __builtin_memcpy(static_cast<uint8_t*>(to) + row * stride, bytes_[tile][row], config_.row_bytes[tile]);
     }
-    void dot_s8_u8(int sums, int a, int b) {
+    template <class Weight>
+    void dot(int sums, int a, int b) {
         check_shapes(sums, a, b);
         for (int m = 0; m < config_.num_rows[sums]; ++m)
             for (int n = 0; n < config_.row_bytes[sums] / 4; ++n) {
                 auto sum = get<uint32_t>(sums, m, n);  // wraps
                 for (int k = 0; k < config_.row_bytes[a]; ++k)
-                    sum += static_cast<uint32_t>(get<int8_t>(a, m, k) * get<uint8_t>(b, k / 4, 4 * n + k % 4));
+                    sum += static_cast<uint32_t>(get<int8_t>(a, m, k) * get<Weight>(b, k / 4, 4 * n + k % 4));
                 put(sums, m, n, sum);
             }
     }

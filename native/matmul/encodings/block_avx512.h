@@ -170,6 +170,9 @@ struct TakeCodes {
 };
 
 inline void multiply_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if RAREFY_PASS_AMX
+    if (part.row_end - part.row_begin >= kAmxRows) return tile_cells(w, rows, part, kTileCellsBf16);
+#endif
     if (part.row_end - part.row_begin == 1)
         walk_cells(w, rows, part, TakeBf16{rows.bf16_x + part.row_begin * rows.stride});
     else if (rows.row_panels != nullptr)
@@ -194,7 +197,7 @@ void multiply_cells_int8_as(const PanelWeights& w, const Rows& rows, const Part&
 
 inline void multiply_cells_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
 #if RAREFY_PASS_AMX
-    if (part.row_end - part.row_begin >= kAmxRows) return tile_cells_int8(w, rows, part);
+    if (part.row_end - part.row_begin >= kAmxRows) return tile_cells(w, rows, part, kTileCellsInt8);
 #endif
     const bool is_symmetric = w.zero_points == nullptr;
     if (w.steps_per_segment == 16)
