@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sys/mman.h>
 
+#include <cstddef>
 #include <cstdlib>
 #include <mutex>
 #include <new>
