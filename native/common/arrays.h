@@ -6,6 +6,8 @@
 
 #include <cstring>
 
+#include "common/recycled.h"
+
 namespace rarefy::common {
 
 // Memory that an object lends as float32 in C order, aligned, for as long as this lives.
@@ -43,11 +45,19 @@ private:
     Py_buffer view_{};
 };
 
-// What numpy.empty makes of float32, with the shape of `like` but another last axis.
+// The memory of one large array, which numpy keeps as its base.
+struct ArrayMemory {
+    RecycledBytes bytes;
+    Py_ssize_t num_bytes;
+};
+
+// An array of float32 that holds anything, with the shape of `like` but another last axis. Small ones are numpy's own.
 inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
     namespace nb = nanobind;
+    constexpr Py_ssize_t kSmall = 64 << 10;  // bytes
     // Leaked: they live as long as the process.
     static PyObject* const empty = nb::object(nb::module_::import_("numpy").attr("empty")).release().ptr();
+    static PyObject* const ndarray = nb::object(nb::module_::import_("numpy").attr("ndarray")).release().ptr();
     static PyObject* const float32 = nb::object(nb::module_::import_("numpy").attr("dtype")("float32")).release().ptr();
     const nb::object shape = nb::steal(PyTuple_New(like.ndim()));
     if (!shape.is_valid()) throw nb::python_error();
@@ -56,8 +66,15 @@ inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
         if (size == nullptr) throw nb::python_error();
         PyTuple_SET_ITEM(shape.ptr(), axis, size);
     }
-    PyObject* arguments[] = {shape.ptr(), float32};
-    nb::object made = nb::steal(PyObject_Vectorcall(empty, arguments, 2, nullptr));
+    nb::object memory;
+    const Py_ssize_t row_bytes = width * static_cast<Py_ssize_t>(sizeof(float));
+    if (row_bytes > 0 && like.num_rows() > kSmall / row_bytes && like.num_rows() <= PY_SSIZE_T_MAX / 2 / row_bytes) {
+        const Py_ssize_t num_bytes = like.num_rows() * row_bytes;
+        memory = nb::cast(ArrayMemory{allocate_recycled(num_bytes), num_bytes});
+    }
+    PyObject* arguments[] = {shape.ptr(), float32, memory.ptr()};
+    nb::object made = memory.is_valid() ? nb::steal(PyObject_Vectorcall(ndarray, arguments, 3, nullptr))
+                                        : nb::steal(PyObject_Vectorcall(empty, arguments, 2, nullptr));
     if (!made.is_valid()) throw nb::python_error();
     return made;
 }

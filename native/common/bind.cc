@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "common/arrays.h"
 #include "common/bandwidth.h"
 #include "common/cpu.h"
 #include "common/pool.h"
@@ -13,6 +14,16 @@
 namespace nb = nanobind;
 
 namespace rarefy {
+namespace {
+
+int lend_memory(PyObject* self, Py_buffer* view, int flags) {
+    const auto* memory = nb::inst_ptr<common::ArrayMemory>(self);
+    return PyBuffer_FillInfo(view, self, memory->bytes.get(), memory->num_bytes, 0, flags);
+}
+
+PyType_Slot memory_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(lend_memory)}, {0, nullptr}};
+
+}  // namespace
 
 void bind_common(nb::module_& module) {
     module.def("cpu_flags", [] {
@@ -40,6 +51,8 @@ void bind_common(nb::module_& module) {
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
     module.def("num_threads", &common::num_threads);
     module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<common::ArrayMemory>(module, "ArrayMemory", nb::type_slots(memory_slots));
+    module.def("waiting_bytes", &common::waiting_bytes);
     nb::class_<common::BandwidthProbe>(module, "BandwidthProbe")
         .def(nb::init<int64_t>(), nb::arg("num_bytes"))
         .def_prop_ro("num_bytes", &common::BandwidthProbe::num_bytes)

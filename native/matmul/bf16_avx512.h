@@ -143,7 +143,7 @@ void expand_for_rows(const PanelWeights& w, const Rows& rows, const Part& part) 
             int64_t row = part.row_begin;
             for (int64_t group = 0; group < num_groups; ++group) {
                 const int64_t count = (num_rows + group) / num_groups;
-                const Ahead nothing(w, panel, distance, 0, 1, w.num_blocks, false);
+                const Ahead nothing(w, panel, distance, 1, w.num_blocks, false);
                 kExpandedRows[count - 1](w, rows, part, row, {panel, distance, begin, end}, expanded, nothing);
                 row += count;
             }

@@ -67,60 +67,80 @@ inline __m512i join_quarters(const __m512i (&of)[4], Join join) {
     return join(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
 }
 
-// Up to four whole blocks, whose steps from a vector to a number are taken together. False where a number is not
-// finite.
+// The scales of up to four whole blocks, and what to multiply them by, whose steps from a vector to a number are taken
+// together. Blocks that are too small become zeros with a factor of zero. False where a number is not finite.
 template <int kBlocks>
-bool quantize_blocks(const float* x, int8_t* q, float* scales, int32_t* sums) {
-    constexpr auto kStored = static_cast<__mmask8>((1 << kBlocks) - 1),
-                   kHalves = static_cast<__mmask8>((1 << 2 * kBlocks) - 1);
-    __m512 values[kBlocks][4];
+bool find_factors(const float* x, float* scales, float* factors) {
+    constexpr auto kStored = static_cast<__mmask8>((1 << kBlocks) - 1);
     __m512i lanes[4] = {};
     UNROLL for (int block = 0; block < kBlocks; ++block) {
         UNROLL for (int i = 0; i < 4; ++i) {
             const float* from = x + block * kBlockInputs + 16 * i;
             _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
-            values[block][i] = _mm512_loadu_ps(from);
-            lanes[block] = larger_magnitude(lanes[block], values[block][i]);
+            lanes[block] = larger_magnitude(lanes[block], _mm512_loadu_ps(from));
         }
     }
     __m512i most = join_quarters(lanes, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
     most = _mm512_max_epi32(most, _mm512_shuffle_i64x2(most, most, _MM_PERM_BADC));
     most = _mm512_max_epi32(most, _mm512_shuffle_i64x2(most, most, _MM_PERM_CDAB));
     const __m128i bits = _mm512_castsi512_si128(most);
-    if (_mm_cmpge_epi32_mask(bits, _mm_set1_epi32(kInfinityBits)) != 0) return false;
-    // Blocks that are too small become zeros with a factor of zero.
     const __m128 amax = _mm_castsi128_ps(bits), inverse = _mm_div_ps(_mm_set1_ps(127.0f), amax);
-    const __mmask8 usable = _mm_cmp_ps_mask(inverse, _mm_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+    const __mmask16 usable = _mm_cmp_ps_mask(inverse, _mm_set1_ps(__builtin_inff()), _CMP_LT_OQ);
     _mm_mask_storeu_ps(scales, kStored, _mm_maskz_div_ps(usable, amax, _mm_set1_ps(127.0f)));
-    const __m512 factors = _mm512_zextps128_ps512(_mm_maskz_mov_ps(usable, inverse));
+    _mm_store_ps(factors, _mm_maskz_mov_ps(usable, inverse));
+    return _mm_cmpge_epi32_mask(bits, _mm_set1_epi32(kInfinityBits)) == 0;
+}
+
+// The same blocks, multiplied and rounded.
+template <int kBlocks>
+void quantize_blocks(const float* x, const float* factors, int8_t* q, int32_t* sums) {
+    constexpr auto kHalves = static_cast<__mmask8>((1 << 2 * kBlocks) - 1);
+    __m512i lanes[4] = {};
     UNROLL for (int block = 0; block < kBlocks; ++block) {
-        const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(block), factors);
-        lanes[block] = quantize_block(values[block], factor, q + block * kBlockInputs);
+        __m512 values[4];
+        UNROLL for (int i = 0; i < 4; ++i) { values[i] = _mm512_loadu_ps(x + block * kBlockInputs + 16 * i); }
+        lanes[block] = quantize_block(values, _mm512_set1_ps(factors[block]), q + block * kBlockInputs);
     }
     __m512i quarters = join_quarters(lanes, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
     quarters = _mm512_add_epi32(quarters, _mm512_shuffle_i64x2(quarters, quarters, _MM_PERM_CDAB));
     const __m128i first = _mm512_castsi512_si128(quarters), second = _mm512_extracti32x4_epi32(quarters, 2);
     const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi32(first, second));
     _mm256_mask_storeu_epi32(sums, kHalves, _mm256_inserti128_si256(low, _mm_unpackhi_epi32(first, second), 1));
-    return true;
 }
 
 }  // namespace
 
+// What waits for a factor would fill the queues, and the next blocks would wait behind it. So the factors of four
+// blocks are on their way while the four before are multiplied.
 void quantize_row_avx512(const float* x, int64_t num_inputs, int8_t* q, int16_t*, float* scales, int32_t* sums) {
-    using Function = bool (*)(const float*, int8_t*, float*, int32_t*);
-    constexpr Function kFunctions[] = {quantize_blocks<1>, quantize_blocks<2>, quantize_blocks<3>, quantize_blocks<4>};
-    for (int64_t block = 0, left = num_inputs; left > 0;) {
-        const int64_t whole = left / kBlockInputs, count = whole < 4 ? whole : 4;
-        const int64_t at = block * kBlockInputs, end = block + (count > 0 ? count : 1);
-        if (count == 0 || !kFunctions[count - 1](x + at, q + at, scales + block, sums + 2 * block)) {
-            for (int64_t i = block; i < end; ++i) {
+    constexpr decltype(&find_factors<1>) kFinders[] = {find_factors<1>, find_factors<2>, find_factors<3>,
+                                                       find_factors<4>};
+    constexpr decltype(&quantize_blocks<1>) kQuantizers[] = {quantize_blocks<1>, quantize_blocks<2>, quantize_blocks<3>,
+                                                             quantize_blocks<4>};
+    const int64_t num_whole = num_inputs / kBlockInputs, left = num_inputs % kBlockInputs;
+    alignas(16) float factors[2][4];
+    const auto find = [&](int64_t block) {
+        if (block >= num_whole) return true;
+        const int64_t count = num_whole - block < 4 ? num_whole - block : 4;
+        return kFinders[count - 1](x + block * kBlockInputs, scales + block, factors[block / 4 % 2]);
+    };
+    bool is_finite = find(0);
+    for (int64_t block = 0; block < num_whole; block += 4) {
+        const int64_t count = num_whole - block < 4 ? num_whole - block : 4, at = block * kBlockInputs;
+        const bool next_is_finite = find(block + 4);
+        if (is_finite) {
+            kQuantizers[count - 1](x + at, factors[block / 4 % 2], q + at, sums + 2 * block);
+        } else {
+            for (int64_t i = block; i < block + count; ++i) {
                 const int64_t from = i * kBlockInputs;
-                quantize_one(x + from, num_inputs - from, q + from, scales + i, sums + 2 * i);
+                quantize_one(x + from, kBlockInputs, q + from, scales + i, sums + 2 * i);
             }
         }
-        left -= (end - block) * kBlockInputs;
-        block = end;
+        is_finite = next_is_finite;
+    }
+    if (left > 0) {
+        const int64_t at = num_whole * kBlockInputs;
+        quantize_one(x + at, left, q + at, scales + num_whole, sums + 2 * num_whole);
     }
 }
 

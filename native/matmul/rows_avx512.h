@@ -15,21 +15,28 @@ constexpr int64_t kFewestExpandedRows = 32;  // that pay for storing codes and l
 // each call fetches its share of the next pair.
 class Ahead {
 public:
-    // Share `index` of `count` of `panel` and `panel + distance`, the next pair, in `num_blocks` steps; nothing unless
-    // there is `any`.
-    Ahead(const PanelWeights& w, int64_t panel, int64_t distance, int64_t index, int64_t count, int64_t num_blocks,
-          bool any) {
+    // The first of `count` shares of `panel` and `panel + distance`, the next pair, in `num_blocks` steps; nothing
+    // unless there is `any`.
+    Ahead(const PanelWeights& w, int64_t panel, int64_t distance, int64_t count, int64_t num_blocks, bool any) {
         for (int p = 0; p < kPair; ++p) {
             const int64_t* offsets = w.value_offsets + panel + p * distance;
-            const int64_t share = any ? (offsets[1] - offsets[0] + count - 1) / count : 0;
-            from_[p] = w.values + offsets[0] + index * share;
-            end_[p] = from_[p] + share;
+            const auto num_bytes = static_cast<uint32_t>(any ? offsets[1] - offsets[0] : 0);
+            share_[p] = (num_bytes + static_cast<uint32_t>(count) - 1) / static_cast<uint32_t>(count);
+            from_[p] = w.values + offsets[0];
+            end_[p] = from_[p] + share_[p];
         }
-        num_bytes_ = ((end_[0] - from_[0]) / num_blocks + 63) / 64 * 64;
-        is_first_ = index == 0;
+        num_bytes_ = (share_[0] / static_cast<uint32_t>(num_blocks) + 63) / 64 * 64;
     }
-    // Of all rows that meet the pair.
+    // Of all rows that meet the pair before.
     bool is_first() const { return is_first_; }
+    // To the next share.
+    void advance() {
+        is_first_ = false;
+        for (int p = 0; p < kPair; ++p) {
+            from_[p] = end_[p];
+            end_[p] += share_[p];
+        }
+    }
     // Once for each block.
     void fetch() {
         UNROLL for (int p = 0; p < kPair; ++p) {
@@ -40,8 +47,9 @@ public:
 
 private:
     const uint8_t *from_[kPair], *end_[kPair];
+    uint32_t share_[kPair];
     int64_t num_bytes_;
-    bool is_first_;
+    bool is_first_ = true;
 };
 
 // A segment at once, unless the stream says how many steps.
@@ -94,7 +102,11 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
     const int32_t* byte_starts = rows.byte_starts + row * rows.num_blocks;
-    alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
+    alignas(64) float memory[kRows][kPair][kPanelOutputs] = {};
+    float (*totals)[kPair][kPanelOutputs] = memory;
+    // Of fewer than 7 rows gcc would keep them in registers, and with these numbers of rows the codes on the stack.
+    constexpr bool kTooMany = Stream::kOddShift == 0 && (kRows == 6 || (kRows == 5 && !Stream::kExpandsOnce));
+    if constexpr (kTooMany) __asm__("" : "+r"(totals) : : "memory");
     Lanes outputs[kPair] = {output_row(w, part, row, panel), output_row(w, part, row, panel + distance)};
     UNROLL for (int p = 0; p < kPair; ++p) {
         UNROLL for (int r = 0; r < kRows; ++r) {
@@ -189,6 +201,7 @@ void expand_codes(const PanelWeights& w, Stream& stream, int64_t panel, int64_t 
 // What `expand_codes` wrote.
 struct ExpandedCodes {
     static constexpr int kOddShift = 0;
+    static constexpr bool kExpandsOnce = false;
     const uint8_t* values;
     void fetch(int) const {}
     void next(__m512i, __m512i& even, __m512i& odd) {
@@ -230,6 +243,9 @@ void expand_codes_for_rows(const PanelWeights& w, const Rows& rows, const Part& 
         Stream streams[kPair];
         for (int p = 0; p <= distance; ++p) streams[p].start(w, panel + p);
         const int64_t next = panel + kPair, next_distance = next + 1 < part.panel_end ? 1 : 0;
+        const bool any = next < part.panel_end;
+        Ahead ahead(w, any ? next : panel, any ? next_distance : 0, num_stretches * num_groups,
+                    w.num_blocks / num_stretches, any);
         for (int64_t stretch = 0, begin = 0; stretch < num_stretches; ++stretch) {
             const int64_t end = begin + (w.num_blocks + stretch) / num_stretches;
             const int64_t num_bytes = (end - begin) * kBlockBytes;
@@ -237,11 +253,8 @@ void expand_codes_for_rows(const PanelWeights& w, const Rows& rows, const Part& 
                 expand_codes<Stream, kSteps>(w, streams[p], panel + p, begin, end, memory + p * num_bytes);
             const uint8_t* const expanded[kPair] = {memory, memory + distance * num_bytes};
             int64_t row = part.row_begin;
-            for (int64_t group = 0; group < num_groups; ++group) {
+            for (int64_t group = 0; group < num_groups; ++group, ahead.advance()) {
                 const int64_t count = (num_rows + group) / num_groups;
-                const bool any = next < part.panel_end;
-                const Ahead ahead(w, any ? next : panel, any ? next_distance : 0, stretch * num_groups + group,
-                                  num_stretches * num_groups, end - begin, any);
                 kExpandedCodes<kSteps, kSymmetric>[count - 1](w, rows, part, row, {panel, distance, begin, end},
                                                               expanded, ahead);
                 row += count;
@@ -311,9 +324,9 @@ inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part,
     const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
     const auto all_rows = [&](int64_t panel, int64_t distance, int64_t next) {
         int64_t row = part.row_begin;
-        for (int64_t group = 0; group < num_groups; ++group) {
+        Ahead ahead(w, next, distance, num_groups, w.num_blocks, next != panel && num_groups > 1);
+        for (int64_t group = 0; group < num_groups; ++group, ahead.advance()) {
             const int64_t count = (num_rows + group) / num_groups;
-            const Ahead ahead(w, next, distance, group, num_groups, w.num_blocks, next != panel && num_groups > 1);
             functions[count - 1](w, rows, part, row, panel, distance, ahead);
             row += count;
         }

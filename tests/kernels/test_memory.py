@@ -1,4 +1,4 @@
-"""The memory of a prepared weight goes back to the system with it, though weights share mappings."""
+"""Memory of weights goes back to the system with them, though they share mappings; that of outputs is used again."""
 
 import resource
 import sys
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rarefy.kernels import extension_status, prepare
+from rarefy.kernels.extension import native
 from rarefy.layouts import FORMATS
 from rarefy.layouts.base import Layout
 
@@ -40,3 +41,36 @@ def test_a_weight_gives_its_pages_back_while_its_neighbours_live() -> None:
     assert kept < 3e6
     for neighbour in neighbours:
         np.testing.assert_array_equal(neighbour.matmul(x_TI), np.full((1, 16), 1024, np.float32))
+
+
+def test_outputs_use_memory_again_and_never_that_of_a_living_array() -> None:
+    weight = prepare(_weight(160))
+    x_TI = np.ones((256, 1024), np.float32)
+    first = weight.matmul(x_TI)
+    address = first.ctypes.data
+    second = weight.matmul(x_TI * 2)
+    assert second.ctypes.data != address
+    corner = first[1:2, 5:9]  # a view keeps all of it
+    del first
+    third = weight.matmul(x_TI * 3)
+    assert third.ctypes.data != address
+    np.testing.assert_array_equal(corner, np.full((1, 4), 1024, np.float32))
+    del corner
+    fourth = weight.matmul(x_TI * 4)
+    assert fourth.ctypes.data == address
+    assert address % 64 == 0
+    assert fourth.flags.writeable
+    assert fourth.flags.c_contiguous
+    for factor, y_TO in ((2, second), (3, third), (4, fourth)):
+        np.testing.assert_array_equal(y_TO, np.full((256, 160), 1024 * factor, np.float32))
+
+
+def test_outputs_that_are_gone_hold_little_memory() -> None:
+    module = native()
+    assert module is not None
+    weight = prepare(_weight(3072))
+    outputs = [weight.matmul(np.ones((1024, 1024), np.float32)) for _ in range(4)]  # 12 MB each
+    before = _resident_bytes()
+    del outputs
+    assert 12e6 <= module.waiting_bytes() <= 32 << 20
+    assert before - _resident_bytes() > 20e6
