@@ -163,9 +163,10 @@ constexpr RowsFunction kRowsFloat[kMaxRows] = {rows_float<Stream, 1>, rows_float
                                                rows_float<Stream, 4>};
 
 // Splits the rows of a part evenly.
+template <int kMost = kMaxRows>
 inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part, const RowsFunction* functions) {
     const int64_t num_rows = part.row_end - part.row_begin;
-    const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t num_groups = (num_rows + kMost - 1) / kMost;
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
         int64_t row = part.row_begin;
         for (int64_t group = 0; group < num_groups; ++group) {
