@@ -226,11 +226,11 @@ void add_blocks(Rows& rows, void (*make)(const Rows&, int64_t, Block*), Scratch&
 }
 
 void add_lanes(Rows& rows, const std::vector<Product>& products, Scratch& scratch) {
-    constexpr int64_t kFewestRows = 17;
-    const bool read = std::any_of(products.begin(), products.end(), [](const Product& product) {
-        return product.weights->view().multiplies_lanes;
+    const bool read = std::any_of(products.begin(), products.end(), [&](const Product& product) {
+        const int64_t fewest = product.weights->view().lane_rows;
+        return fewest > 0 && rows.num_rows >= fewest;
     });
-    if (!read || rows.num_rows < kFewestRows) return;
+    if (!read) return;
     uint8_t* const lanes = scratch.reserve(rows.num_blocks * code_lanes_bytes(lane_stride(rows.num_rows)));
     common::parallel_for(static_cast<int>(ceil_div(rows.num_rows, kLaneRows)),
                          [&](int chunk) { make_code_lanes_avx2(rows, chunk * kLaneRows, lanes); });

@@ -62,8 +62,8 @@ struct PanelWeights {
     const int64_t* extra_offsets;  // bytes from `extra` to each panel, (num_panels + 1)
     const uint8_t* table;          // what all panels share, aligned to 64
     int64_t parameter;
-    bool multiplies_lanes;  // of many rows it reads Rows::lanes
-    bool skips_blocks;      // kernels pass over blocks that are zero, and begin every sum with Rows::starts
+    int64_t lane_rows;  // so many rows or more are read from Rows::lanes; 0: never
+    bool skips_blocks;  // kernels pass over blocks that are zero, and begin every sum with Rows::starts
 
     int64_t group_place(int64_t panel, int64_t group) const { return (panel * num_groups + group) * group_bytes; }
     const uint16_t* scales_at(int64_t place) const { return scales + place / 2; }

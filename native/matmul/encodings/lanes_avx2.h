@@ -39,6 +39,7 @@ public:
     KeptFiller(KeptSegment<kParts>& segment, int64_t stride, const __m256i (&zero_points)[kHalves])
         : segment_(segment), stride_(_mm256_set1_epi32(static_cast<int>(stride))) {
         UNROLL for (int half = 0; half < kHalves; ++half) {
+            whole_zero_points_[half] = zero_points[half];
             num_pairs_[half] = _mm256_setzero_si256();
             UNROLL for (int part = 0; part < kParts; ++part) {
                 zero_points_[part][half] = part_of(zero_points[half], part);
@@ -46,6 +47,7 @@ public:
             }
         }
     }
+    __m256i zero_points(int half) const { return whole_zero_points_[half]; }
     // 64 bytes of columns and of codes, 4 entries for each output.
     void add(const uint8_t* columns, const __m256i (&codes)[kHalves]) {
         KeptPair<kParts>* const pairs = segment_.pairs + count_;
@@ -102,7 +104,7 @@ private:
     }
     KeptSegment<kParts>& segment_;
     const __m256i stride_;
-    __m256i zero_points_[kParts][kHalves], sums_[kParts][kHalves], sizes_[kParts][kHalves], num_pairs_[kHalves];
+    __m256i whole_zero_points_[kHalves], zero_points_[kParts][kHalves], sums_[kParts][kHalves], sizes_[kParts][kHalves], num_pairs_[kHalves];
     int count_ = 0;
 };
 
@@ -170,6 +172,10 @@ template <int kCount>
 struct Count {
     static constexpr int value = kCount;
 };
+
+inline bool reads_lanes(const PanelWeights& w, const Rows& rows) {
+    return rows.lanes != nullptr && w.lane_rows > 0 && rows.num_rows >= w.lane_rows;
+}
 
 struct LaneTotals {
     alignas(32) float sums[kPanelOutputs][kTaskRows];

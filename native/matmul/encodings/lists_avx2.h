@@ -1,5 +1,5 @@
 // Codes under a mask for AVX2 and AVX-VNNI, which have no vpexpandb: lists of what is kept, or all codes (dense.h),
-// whatever takes fewer bytes. Less is read and less multiplied, the more zeros there are; nothing is expanded.
+// unless lists save a third of the bytes. Less is read and less multiplied, the more zeros there are; nothing is expanded.
 //
 // The lists of a segment have as many steps as the fullest of the panel's 16 outputs needs, four entries a step.
 // Entries that are the zero point are left out; places that no entry takes have the zero point as their code. `extra`
@@ -7,7 +7,7 @@
 //   64 bytes of columns within the segment, in the order of the vectors' bytes: 16 outputs, four entries each
 //   the codes in that order: 64 bytes; or 32 bytes, outputs 0 to 7 in the low nibbles
 //   and 8 to 15 in the high ones
-// Lists have an `extra`, all codes have none. parameter = the mean number of steps of 64 columns, rounded up.
+// Lists have an `extra`, all codes have none. 
 #pragma once
 
 #include "matmul/encodings/mask.h"
@@ -122,31 +122,52 @@ void pack_all_codes(Packing& packing, const MaskedSegments& segments) {
     });
 }
 
+// Cycles for a block of a panel, measured on Zen 5: when many rows are multiplied by what is kept (lanes_avx2.h).
+// Below so many rows finding it and filling vectors of 32 rows takes longer than the other kernels; 0: always.
+inline int64_t fewest_lane_rows(Isa isa, int num_bits, double kept_of_64, bool lists, double steps) {
+    const double dense = isa == Isa::avx_vnni ? 24 : num_bits == 4 ? 34 : 47;  // of a row
+    const double other = lists ? 17 + 6 * steps : dense;
+    const double begin = lists ? 100 + 30 * steps : 250 + 12 * kept_of_64;
+    const double lanes = kPanelOutputs * (8 + kept_of_64 / 2 * (num_bits == 4 ? 2 : 3.2));  // of 32 rows
+    for (int64_t num_rows = 8; num_rows <= kTaskRows; num_rows += 8) {
+        if (begin + lanes * static_cast<double>(ceil_div(num_rows, 32)) < other * static_cast<double>(num_rows))
+            return num_rows;
+    }
+    return 0;
+}
+
 template <int kBits>
 void pack_lists_or_all(Packing& packing, int stored_bits) {
     const MaskedSegments segments(packing, stored_bits);
     PanelWeights& view = packing.view;
     const int64_t num_counts = view.num_panels * segments.num_segments;
     std::vector<uint8_t> steps(static_cast<size_t>(num_counts), 0);
+    std::vector<int64_t> kept_of_panels(static_cast<size_t>(view.num_panels), 0);
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         segments.of_panel(panel, first, num_rows, [&](int, int64_t segment, const KeptEntries& kept, uint8_t) {
             uint8_t& most = steps[static_cast<size_t>(panel * segments.num_segments + segment)];
             const auto needed = static_cast<uint8_t>((kept.count + 3) / 4);
             if (needed > most) most = needed;
+            kept_of_panels[static_cast<size_t>(panel)] += kept.count;
         });
     });
-    int64_t all_steps = 0;
+    int64_t all_steps = 0, all_kept = 0;
     for (const uint8_t count : steps) all_steps += count;
-    if (all_steps * (64 + 8 * kBits) + num_counts >=
-        view.num_panels * view.num_blocks * kBlockInputs * kPanelOutputs * kBits / 8) {
+    for (const int64_t count : kept_of_panels) all_kept += count;
+    const int64_t num_blocks = view.num_panels * view.num_blocks;
+    const int64_t code_bytes = num_blocks * kBlockInputs * kPanelOutputs * kBits / 8;
+    const int64_t list_bytes = all_steps * (64 + 8 * kBits) + num_counts;
+    const bool lists = list_bytes < code_bytes * 7 / 10;
+    const double blocks = static_cast<double>(num_blocks > 0 ? num_blocks : 1);
+    view.lane_rows = fewest_lane_rows(packing.isa(), kBits, static_cast<double>(all_kept) / blocks / kPanelOutputs,
+                                      lists, static_cast<double>(all_steps) / blocks);
+    if (!lists) {
         pack_all_codes<kBits>(packing, segments);
         return;
     }
     uint8_t* const extra = packing.allocate(num_counts);
     std::memcpy(extra, steps.data(), steps.size());
     view.extra = extra;
-    view.multiplies_lanes = true;
-    view.parameter = ceil_div(all_steps, view.num_panels * view.num_blocks);
     pack_lists<kBits>(packing, segments, extra);
 }
 
@@ -154,7 +175,7 @@ void pack_lists_or_all(Packing& packing, int stored_bits) {
 
 #elif RAREFY_PASS_AVX2
 
-#include "matmul/encodings/lanes_avx2.h"
+#include "matmul/encodings/kept_codes_avx2.h"
 
 namespace rarefy::matmul::avx2 {
 
@@ -327,7 +348,7 @@ struct ListSource {
 
 template <int kBits, int kColumns>
 void multiply_lists_of(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (rows.lanes != nullptr)
+    if (reads_lanes(w, rows))
         multiply_lanes<kBits / 4, kColumns, ListSource<kBits> >(w, rows, part);
     else if (w.zero_points == nullptr && w.zero_point == 1 << (kBits - 1))
         walk_rows<kListRows>(w, rows, part, kRowsByLists<kBits, true, kColumns>);
@@ -341,6 +362,19 @@ void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
         multiply_lists_of<kBits, 64>(w, rows, part);
     else
         multiply_lists_of<kBits, 32>(w, rows, part);
+}
+
+// `dense`: the kernel of all codes.
+template <int kBits>
+void multiply_lists_or_all(const PanelWeights& w, const Rows& rows, const Part& part, KernelFunction dense) {
+    if (w.extra != nullptr)
+        multiply_lists<kBits>(w, rows, part);
+    else if (!reads_lanes(w, rows))
+        dense(w, rows, part);
+    else if (w.steps_per_segment == 16)
+        multiply_lanes<kBits / 4, 64, CodeSource<kBits, 64> >(w, rows, part);
+    else
+        multiply_lanes<kBits / 4, 32, CodeSource<kBits, 32> >(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx2

@@ -30,10 +30,7 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 #elif RAREFY_PASS_AVX2
 
 void rarefy::matmul::avx2::mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.extra != nullptr)
-        multiply_lists<4>(w, rows, part);
-    else
-        dense_int4(w, rows, part);
+    multiply_lists_or_all<4>(w, rows, part, dense_int4);
 }
 
 #elif RAREFY_PASS_AVX512

@@ -27,10 +27,7 @@ void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 #elif RAREFY_PASS_AVX2
 
 void rarefy::matmul::avx2::mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.extra != nullptr)
-        multiply_lists<8>(w, rows, part);
-    else
-        dense_int8(w, rows, part);
+    multiply_lists_or_all<8>(w, rows, part, dense_int8);
 }
 
 #elif RAREFY_PASS_AVX512
