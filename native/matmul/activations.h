@@ -41,11 +41,12 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
                          Scratch& scratch);
 
 struct PanelScratch {
-    Scratch integers, bf16, lanes;
+    Scratch integers, bf16, code_lanes, float_lanes;
     void trim() {
         integers.trim();
         bf16.trim();
-        lanes.trim();
+        code_lanes.trim();
+        float_lanes.trim();
     }
 };
 

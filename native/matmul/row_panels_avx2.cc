@@ -17,14 +17,18 @@ inline void transpose_bytes(__m256i (&rows)[16]) {
     }
 }
 
+// Rows that do not exist are copies of the last one: nobody reads what becomes of them.
+inline void find_rows(const Rows& rows, int64_t row, int64_t (&from)[kLaneRows]) {
+    for (int r = 0; r < kLaneRows; ++r) from[r] = row + r < rows.num_rows ? row + r : rows.num_rows - 1;
+}
+
 }  // namespace
 
 void make_code_lanes_avx2(const Rows& rows, int64_t row, uint8_t* lanes) {
     using namespace avx2;
     const int64_t stride = lane_stride(rows.num_rows);
-    // Rows that do not exist are copies of the last one: nobody reads what becomes of them.
     int64_t from[kLaneRows];
-    for (int r = 0; r < kLaneRows; ++r) from[r] = row + r < rows.num_rows ? row + r : rows.num_rows - 1;
+    find_rows(rows, row, from);
     for (int64_t block = 0; block < rows.num_blocks; ++block) {
         uint8_t* const out = lanes + block * code_lanes_bytes(stride);
         for (int first = 0; first < kBlockInputs; first += 16) {
@@ -42,6 +46,24 @@ void make_code_lanes_avx2(const Rows& rows, int64_t row, uint8_t* lanes) {
         }
         auto* const scales = reinterpret_cast<float*>(out + kBlockInputs * stride);
         for (int r = 0; r < kLaneRows; ++r) scales[row + r] = rows.scales[from[r] * rows.num_blocks + block];
+    }
+}
+
+void make_float_lanes_avx2(const Rows& rows, int64_t row, uint8_t* lanes) {
+    using namespace avx2;
+    const int64_t stride = lane_stride(rows.num_rows);
+    int64_t from[kLaneRows];
+    find_rows(rows, row, from);
+    auto* out = reinterpret_cast<float*>(lanes) + row;
+    for (int64_t column = 0; column < rows.num_blocks * kBlockInputs; column += 8) {
+        for (int first = 0; first < kLaneRows; first += 8) {
+            __m256 some[8];
+            UNROLL for (int i = 0; i < 8; ++i) {
+                some[i] = _mm256_loadu_ps(rows.x + from[first + i] * rows.stride + column);
+            }
+            transpose_floats(some);
+            UNROLL for (int i = 0; i < 8; ++i) { _mm256_storeu_ps(out + (column + i) * stride + first, some[i]); }
+        }
     }
 }
 

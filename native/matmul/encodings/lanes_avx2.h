@@ -2,9 +2,9 @@
 // of an output are broadcast, and meet two columns of 32 rows. So arithmetic takes time for what every single output
 // keeps, and not for the fullest of 16, nor for what is zero.
 //
-// A code less its zero point is low + 16 * high, both of -15 to 15, so that vpmaddubsw with activations that are q + 128
-// never saturates; codes of 4 bits have the low part alone. Sums wrap around in 16 bits. They begin with what the 128
-// have added too much, and so end as they should wherever the true sum fits.
+// A code less its zero point is low + 16 * high, both of -15 to 15, so that vpmaddubsw with activations that are q +
+// 128 never saturates; codes of 4 bits have the low part alone. Sums wrap around in 16 bits. They begin with what the
+// 128 have added too much, and so end as they should wherever the true sum fits.
 #pragma once
 
 #include "matmul/core_avx2.h"
@@ -18,7 +18,7 @@ namespace rarefy::matmul::avx2 {
 // Two entries of each output.
 template <int kParts>
 struct KeptPair {
-    alignas(32) uint32_t places[kPanelOutputs][2];         // bytes from a block's first column
+    alignas(32) uint32_t places[kPanelOutputs][2];        // bytes from a block's first column
     alignas(32) uint32_t entries[kParts][kPanelOutputs];  // both, twice
 };
 
@@ -53,13 +53,14 @@ public:
         KeptPair<kParts>* const pairs = segment_.pairs + count_;
         count_ += 2;
         UNROLL for (int i = 0; i < 8; ++i) {
-            const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(columns + 8 * i)));
+            const __m256i wide =
+                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(columns + 8 * i)));
             const __m256i places = _mm256_permute4x64_epi64(_mm256_mullo_epi32(wide, stride_), 0xd8);
             _mm_store_si128(reinterpret_cast<__m128i*>(pairs[0].places[2 * i]), _mm256_castsi256_si128(places));
             _mm_store_si128(reinterpret_cast<__m128i*>(pairs[1].places[2 * i]), _mm256_extracti128_si256(places, 1));
         }
-        const __m256i first = _mm256_broadcastsi128_si256(
-            _mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+        const __m256i first =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
         const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi8(2));
         const __m256i ones = _mm256_set1_epi8(1);
         UNROLL for (int half = 0; half < kHalves; ++half) {
@@ -104,7 +105,8 @@ private:
     }
     KeptSegment<kParts>& segment_;
     const __m256i stride_;
-    __m256i whole_zero_points_[kHalves], zero_points_[kParts][kHalves], sums_[kParts][kHalves], sizes_[kParts][kHalves], num_pairs_[kHalves];
+    __m256i whole_zero_points_[kHalves], zero_points_[kParts][kHalves], sums_[kParts][kHalves], sizes_[kParts][kHalves],
+        num_pairs_[kHalves];
     int count_ = 0;
 };
 
@@ -135,8 +137,7 @@ struct LaneSums {
             const __m256i both[2] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)};
             UNROLL for (int part = 0; part < kParts; ++part) {
                 UNROLL for (int i = 0; i < 2; ++i) {
-                    sums[part][v][i] =
-                        _mm256_add_epi16(sums[part][v][i], _mm256_maddubs_epi16(both[i], entries[part]));
+                    sums[part][v][i] = _mm256_add_epi16(sums[part][v][i], _mm256_maddubs_epi16(both[i], entries[part]));
                 }
             }
         }
@@ -179,6 +180,9 @@ inline bool reads_lanes(const PanelWeights& w, const Rows& rows) {
 
 struct LaneTotals {
     alignas(32) float sums[kPanelOutputs][kTaskRows];
+    void clear(int64_t num_rows) {
+        for (auto& output : sums) __builtin_memset(output, 0, static_cast<unsigned long>(num_rows) * 4);
+    }
 };
 
 // A segment of a panel by kVectors times 32 rows.
@@ -213,25 +217,6 @@ void lanes_by_segment(const KeptSegment<kParts>& kept, const float (&scales)[kPa
     }
 }
 
-// Rows and columns of 8 x 8 floats.
-inline void transpose_floats(__m256 (&rows)[8]) {
-    __m256 pairs[8], fours[8];
-    UNROLL for (int i = 0; i < 8; i += 2) {
-        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
-    }
-    UNROLL for (int i = 0; i < 8; i += 4) {
-        UNROLL for (int j = 0; j < 2; ++j) {
-            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
-            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
-        }
-    }
-    UNROLL for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
-        rows[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
-    }
-}
-
 inline void write_lanes(const PanelWeights& w, const Part& part, int64_t panel, const LaneTotals& totals) {
     const int64_t num_rows = part.row_end - part.row_begin;
     for (int64_t row = 0; row < num_rows; row += 8) {
@@ -249,8 +234,8 @@ inline void write_lanes(const PanelWeights& w, const Part& part, int64_t panel, 
     }
 }
 
-// `Source` is started with a panel and fills one segment of kColumns after the other: start(w, panel, segments of a panel)
-// and next(KeptFiller<kParts>&).
+// `Source` is started with a panel and fills one segment of kColumns after the other: start(w, panel, segments of a
+// panel) and next(KeptFiller<kParts>&).
 template <int kParts, int kColumns, class Source>
 void multiply_lanes(const PanelWeights& w, const Rows& rows, const Part& part) {
     constexpr int kSegments = kBlockInputs / kColumns;
@@ -261,7 +246,7 @@ void multiply_lanes(const PanelWeights& w, const Rows& rows, const Part& part) {
     const uint8_t* const first = rows.lanes + part.row_begin;
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
         LaneTotals totals;
-        for (auto& sums : totals.sums) __builtin_memset(sums, 0, static_cast<unsigned long>(num_vectors * kLaneRows * 4));
+        totals.clear(num_vectors * kLaneRows);
         Source source;
         source.start(w, panel, w.num_blocks * kSegments);
         KeptSegment<kParts> kept;
@@ -279,8 +264,8 @@ void multiply_lanes(const PanelWeights& w, const Rows& rows, const Part& part) {
             }
             const uint8_t* const block = first + segment / kSegments * block_bytes;
             const uint8_t* const lanes = block + segment % kSegments * kColumns * stride;
-            const auto* row_scales = reinterpret_cast<const float*>(block - part.row_begin + kBlockInputs * stride) +
-                                     part.row_begin;
+            const auto* row_scales =
+                reinterpret_cast<const float*>(block - part.row_begin + kBlockInputs * stride) + part.row_begin;
             int64_t v = 0;
             const auto walk = [&](auto count) {
                 constexpr int kVectors = decltype(count)::value;

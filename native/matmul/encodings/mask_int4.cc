@@ -1,7 +1,7 @@
 // Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns, 64 bits of mask each. The kept codes are
 // two streams in the same bytes, the low nibbles for all even steps of the panel and the high nibbles for all odd ones,
 // each from the panel's first byte on.
-#include "matmul/encodings/lists_avx2.h"
+#include "matmul/encodings/lists.h"
 
 #if RAREFY_PASS_REFERENCE
 

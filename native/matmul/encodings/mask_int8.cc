@@ -1,5 +1,5 @@
 // 8-bit codes under a mask: steps of four columns as in dense_int8, 64 bits of mask each.
-#include "matmul/encodings/lists_avx2.h"
+#include "matmul/encodings/lists.h"
 
 #if RAREFY_PASS_REFERENCE
 
