@@ -225,9 +225,26 @@ void add_blocks(Rows& rows, void (*make)(const Rows&, int64_t, Block*), Scratch&
     rows.row_panels = blocks;
 }
 
+void add_lanes(Rows& rows, bool integers, const std::vector<Product>& products, Scratch& scratch) {
+    const bool read = std::any_of(products.begin(), products.end(), [&](const Product& product) {
+        const int64_t fewest = product.weights->view().lane_rows;
+        return product.weights->is_integer() == integers && fewest > 0 && rows.num_rows >= fewest;
+    });
+    if (!read) return;
+    const int64_t stride = lane_stride(rows.num_rows);
+    const int64_t block_bytes = integers ? code_lanes_bytes(stride) : float_lanes_bytes(stride);
+    uint8_t* const lanes = scratch.reserve(rows.num_blocks * block_bytes);
+    const auto make = integers ? make_code_lanes_avx2 : make_float_lanes_avx2;
+    common::parallel_for(static_cast<int>(ceil_div(rows.num_rows, kLaneRows)),
+                         [&](int chunk) { make(rows, chunk * kLaneRows, lanes); });
+    rows.lanes = lanes;
+}
+
 }  // namespace
 
 void add_row_panels(Activations& activations, const std::vector<Product>& products, PanelScratch& scratch) {
+    add_lanes(activations.integers, true, products, scratch.code_lanes);
+    add_lanes(activations.bf16, false, products, scratch.float_lanes);
     const auto reads = [&](const Rows& rows, Encoding encoding, std::initializer_list<Isa> isas) {
         // Fewer rows fill no tile, and panels of fewer blocks are done before turning their sums around has paid.
         constexpr int64_t kFewestRows = 4 * kPanelRows, kFewestBlocks = 33;
@@ -284,7 +301,8 @@ Rows gather_taps(const Rows& pixels, const TapRows& taps, int64_t begin, int64_t
         for (int64_t row = chunk * kChunkRows; row < std::min(num_rows, (chunk + 1) * kChunkRows); ++row)
             gather_row(row);
     });
-    return {num_rows, stride, nullptr, nullptr, q, wide_q, scales, sums, num_blocks, starts, nullptr, byte_starts};
+    return {num_rows, stride,     nullptr, nullptr, q,           wide_q, scales,
+            sums,     num_blocks, starts,  nullptr, byte_starts, nullptr};
 }
 
 }  // namespace rarefy::matmul

@@ -41,14 +41,17 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
                          Scratch& scratch);
 
 struct PanelScratch {
-    Scratch integers, bf16;
+    Scratch integers, bf16, code_lanes, float_lanes;
     void trim() {
         integers.trim();
         bf16.trim();
+        code_lanes.trim();
+        float_lanes.trim();
     }
 };
 
-// Gives integers and bfloat16 their row panels (row_panels.h) where a product reads them: blocks, with AVX-512.
+// Gives integers and bfloat16 their row panels or lanes (row_panels.h) where a product reads them: blocks with AVX-512,
+// what is kept with AVX2.
 void add_row_panels(Activations& activations, const std::vector<Product>& products, PanelScratch& scratch);
 
 inline const Rows& rows_for(const Weights& weights, const Activations& activations) {

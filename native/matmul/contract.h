@@ -62,6 +62,7 @@ struct PanelWeights {
     const int64_t* extra_offsets;  // bytes from `extra` to each panel, (num_panels + 1)
     const uint8_t* table;          // what all panels share, aligned to 64
     int64_t parameter;
+    int64_t lane_rows;  // so many rows or more are read from Rows::lanes; 0: never
     bool skips_blocks;  // kernels pass over blocks that are zero, and begin every sum with Rows::starts
 
     int64_t group_place(int64_t panel, int64_t group) const { return (panel * num_groups + group) * group_bytes; }
@@ -83,9 +84,10 @@ struct Rows {
     const void* row_panels;  // row_panels.h; null where no kernel reads them
     // From avx512 on, else null: -kByteZeroPoint times the sum of q per block, (num_rows, num_blocks).
     const int32_t* byte_starts;
+    const uint8_t* lanes;  // row_panels.h; null where no kernel reads them
 };
 
-// Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end), of which the first is a multiple of 16; y is
+// Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end), of which the first is a multiple of 32; y is
 // (T, O) with the given row stride.
 struct Part {
     int64_t panel_begin, panel_end;

@@ -29,7 +29,8 @@ constexpr Row kKernels[] = {
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
 constexpr int64_t kTaskBytes = int64_t{1} << 19;     // of weights, for one row: some 10 us of memory
 constexpr int64_t kTaskPanels = 4;
-constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
+constexpr int64_t kRowMultiple = 32;  // whole register tiles of every instruction set, and lanes of rows
+static_assert(kRowMultiple % kPanelRows == 0 && kRowMultiple % kLaneRows == 0);
 
 // A product cut into tasks: a grid of stretches of panels and of rows.
 struct Grid {

@@ -23,7 +23,23 @@ struct PairBlock {
 };
 static_assert(sizeof(PairBlock) % 64 == 0);
 
+// The same for AVX2: blocks of 64 columns, and of a column all rows side by side, whole lanes of them. The codes are q
+// + 128, of 32 rows in the order in which vpunpck and vpmaddubsw make vectors of 8 rows of them: 0-3, 8-11, 16-19,
+// 24-27, 4-7, 12-15, 20-23, 28-31. Behind those of a block are the scales of its rows, in order.
+constexpr int kLaneRows = 32;
+// From column to column. An odd number of lines where there are many, so that columns do not displace each other.
+constexpr int64_t lane_stride(int64_t num_rows) {
+    const int64_t lanes = (num_rows + kLaneRows - 1) / kLaneRows * kLaneRows;
+    return lanes <= kTaskRows ? lanes : lanes / 64 / 2 * 128 + 64 + (lanes % 128 > 64 ? 128 : 0);
+}
+constexpr int64_t code_lanes_bytes(int64_t stride) { return stride * (kBlockInputs + 4); }  // of a block
+// Those of bfloat16 are floats, in order.
+constexpr int64_t float_lanes_bytes(int64_t stride) { return stride * kBlockInputs * 4; }
+
 #if RAREFY_X86
+// 32 rows of all blocks, from `row` on.
+void make_code_lanes_avx2(const Rows& rows, int64_t row, uint8_t* lanes);
+void make_float_lanes_avx2(const Rows& rows, int64_t row, uint8_t* lanes);
 // All blocks of one row panel.
 void make_code_blocks_avx512(const Rows& rows, int64_t row_panel, CodeBlock* blocks);
 void make_pair_blocks_avx512(const Rows& rows, int64_t row_panel, PairBlock* blocks);

@@ -14,6 +14,12 @@ struct Totals {
     alignas(32) float sums[kRows][kPanelOutputs] = {};
     __m256 load(int row, int half) const { return _mm256_load_ps(sums[row] + 8 * half); }
     void store(int row, int half, __m256 values) { _mm256_store_ps(sums[row] + 8 * half, values); }
+    // The sums of a segment.
+    void add(int row, int half, __m256i dots, float row_scale, __m256 scales) {
+        store(row, half,
+              _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), _mm256_mul_ps(_mm256_set1_ps(row_scale), scales),
+                              load(row, half)));
+    }
     void write(const PanelWeights& w, const Part& part, int64_t row, int64_t panel) const {
         UNROLL for (int half = 0; half < kHalves; ++half) {
             const int64_t output = panel * kPanelOutputs + 8 * half;
@@ -98,10 +104,7 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
         UNROLL for (int half = 0; half < kHalves; ++half) {
             const __m256 scales = groups.scales(panel, half);
             UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m256 row_scale = _mm256_set1_ps(row_scales[r * rows.num_blocks + segment / num_segments]);
-                totals.store(r, half,
-                             _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][half]), _mm256_mul_ps(row_scale, scales),
-                                             totals.load(r, half)));
+                totals.add(r, half, dots[r][half], row_scales[r * rows.num_blocks + segment / num_segments], scales);
             }
         }
         new_group = groups.advance();
@@ -163,9 +166,10 @@ constexpr RowsFunction kRowsFloat[kMaxRows] = {rows_float<Stream, 1>, rows_float
                                                rows_float<Stream, 4>};
 
 // Splits the rows of a part evenly.
+template <int kMost = kMaxRows>
 inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part, const RowsFunction* functions) {
     const int64_t num_rows = part.row_end - part.row_begin;
-    const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t num_groups = (num_rows + kMost - 1) / kMost;
     for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
         int64_t row = part.row_begin;
         for (int64_t group = 0; group < num_groups; ++group) {

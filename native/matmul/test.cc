@@ -208,6 +208,46 @@ void test_masks_of_many_rows() {
     }
 }
 
+// Masks over bfloat16 with so many rows that zeros are left out, against the same rows one by one, which meet them;
+// also where a row holds a NaN and another one an infinity.
+void test_float_masks_of_many_rows() {
+    constexpr struct {
+        int64_t outputs, inputs;
+        double density;
+    } kCases[] = {{16, 64, 0.2}, {37, 805, 0.5}, {50, 640, 0.1}, {21, 191, 0.0}, {18, 400, 0.4}};
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        const bool masked = kernel.format == "bitmask-bf16-v1" || kernel.format == "nm-bf16-v1";
+        if (!masked || !runs(kernel.isa) || kernel.isa == Isa::amx) continue;
+        for (const auto& c : kCases) {
+            const Weights weights(
+                matmul::make_sample({kernel.format, c.outputs, c.inputs, 0, true, c.density, 29}).packed(), kernel.isa);
+            for (const int64_t num_rows : {31, 64, 96, 131}) {
+                for (const bool finite : {true, false}) {
+                    std::vector<float> x = random_rows(num_rows * c.inputs, 31);
+                    if (!finite) {
+                        x[static_cast<size_t>(3 * c.inputs)] = std::numeric_limits<float>::quiet_NaN();
+                        x[static_cast<size_t>(5 * c.inputs + 7)] = std::numeric_limits<float>::infinity();
+                    }
+                    common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
+                    const std::vector<float> y = product(weights, x, num_rows, c.inputs);
+                    bool same = true;
+                    for (int64_t row = 0; row < num_rows; ++row) {
+                        const std::vector<float> one(x.begin() + row * c.inputs, x.begin() + (row + 1) * c.inputs);
+                        const std::vector<float> alone = product(weights, one, 1, c.inputs);
+                        for (int64_t i = 0; i < c.outputs; ++i) {
+                            const float a = y[static_cast<size_t>(row * c.outputs + i)],
+                                        b = alone[static_cast<size_t>(i)];
+                            same = same && (std::isnan(b) ? std::isnan(a) : a == b);
+                        }
+                    }
+                    check(same, kernel.format + " on " + matmul::name(kernel.isa) + ", " + std::to_string(c.outputs) +
+                                    " x " + std::to_string(c.inputs) + ", rows " + std::to_string(num_rows));
+                }
+            }
+        }
+    }
+}
+
 // As many entries as there should be, but a group has one too many and another one too few.
 void test_groups_that_keep_too_many() {
     for (const char* const format : {"nm-int3-v1", "nm-int4-v1", "nm-int8-v1"}) {
@@ -398,6 +438,7 @@ int main() {
     test_products();
     test_patterns();
     test_masks_of_many_rows();
+    test_float_masks_of_many_rows();
     test_groups_that_keep_too_many();
     test_damaged_arrays();
     test_non_finite_rows();

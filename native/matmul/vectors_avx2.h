@@ -147,4 +147,23 @@ inline __m256i add_int8(__m256i dots, __m256i codes_02, __m256i codes_13, __m256
     return _mm256_add_epi32(dots, sums);
 }
 
+// Exchanges rows and columns of 8 x 8 floats.
+inline void transpose_floats(__m256 (&rows)[8]) {
+    __m256 pairs[8], fours[8];
+    UNROLL for (int i = 0; i < 8; i += 2) {
+        pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    UNROLL for (int i = 0; i < 8; i += 4) {
+        UNROLL for (int j = 0; j < 2; ++j) {
+            fours[i + 2 * j] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0x44);
+            fours[i + 2 * j + 1] = _mm256_shuffle_ps(pairs[i + j], pairs[i + 2 + j], 0xee);
+        }
+    }
+    UNROLL for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x20);
+        rows[4 + i] = _mm256_permute2f128_ps(fours[i], fours[4 + i], 0x31);
+    }
+}
+
 }  // namespace rarefy::matmul::avx2

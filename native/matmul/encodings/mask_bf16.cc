@@ -1,11 +1,45 @@
-// bfloat16 under a mask: steps of two columns as in dense_bf16, 32 bits of mask each.
-#include "matmul/encodings/mask.h"
+// bfloat16 under a mask: steps of two columns as in dense_bf16, 32 bits of mask each. For AVX2 and AVX-VNNI, which have
+// no vpexpandw, all values as dense_bf16 has them; many rows are multiplied by what is kept alone.
+#include "matmul/encodings/lists.h"
 
 #if RAREFY_PASS_REFERENCE
 
 namespace rarefy::matmul {
 
-void packers::mask_bf16(Packing& packing) { pack_masked<16>(packing, "values", Element::u16); }
+namespace {
+
+void pack_all_values(Packing& packing) {
+    const DiskMask mask(packing);
+    PanelWeights& view = packing.view;
+    const int64_t num_kept = mask.row_starts.back();
+    const uint8_t* from = packing.take("values", Element::u16, num_kept * 2);
+    const int64_t panel_bytes = view.num_blocks * kBlockInputs * kPanelOutputs * 2;
+    uint8_t* const values = packing.place_values([&](int64_t) { return panel_bytes; });
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        for (int row = 0; row < num_rows; ++row) {
+            int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
+            for (int64_t block = 0; block < view.num_blocks; ++block) {
+                for (uint64_t bits = mask.block(first + row, block); bits != 0; bits &= bits - 1) {
+                    const int64_t column = block * kBlockInputs + __builtin_ctzll(bits);
+                    std::memcpy(values + panel * panel_bytes + column / 2 * 64 + row * 4 + column % 2 * 2,
+                                from + 2 * cursor++, 2);
+                }
+            }
+        }
+    });
+    // A row with a NaN or an infinity goes the dense way, where zeros meet it too; so rows say which they are.
+    view.skips_blocks = true;
+    view.lane_rows = fewest_float_lane_rows(view.num_outputs * view.num_inputs, num_kept);
+}
+
+}  // namespace
+
+void packers::mask_bf16(Packing& packing) {
+    if (has_no_expand(packing.isa()))
+        pack_all_values(packing);
+    else
+        pack_masked<16>(packing, "values", Element::u16);
+}
 
 namespace reference {
 namespace {
@@ -37,32 +71,14 @@ void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 
 #elif RAREFY_PASS_AVX2
 
-namespace rarefy::matmul::avx2 {
-namespace {
+#include "matmul/encodings/float_lanes_avx2.h"
 
-struct Stream : PanelStream {
-    static constexpr int kFewRows = 16;
-    void next(__m256 (&even)[kHalves], __m256 (&odd)[kHalves]) {
-        UNROLL for (int half = 0; half < kHalves; ++half) {
-            __m128i quarters[2];
-            UNROLL for (int i = 0; i < 2; ++i) {
-                const uint8_t bits = mask[2 * half + i];
-                const __m128i kept = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-                const auto* order = reinterpret_cast<const __m128i*>(kShuffles.words[bits]);
-                quarters[i] = _mm_shuffle_epi8(kept, _mm_load_si128(order));
-                values += 2 * _mm_popcnt_u32(bits);
-            }
-            widen_pairs(_mm256_set_m128i(quarters[1], quarters[0]), even[half], odd[half]);
-        }
-        mask += 4;
-    }
-};
-
-}  // namespace
-
-void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_float<Stream>(w, rows, part); }
-
-}  // namespace rarefy::matmul::avx2
+void rarefy::matmul::avx2::mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (reads_lanes(w, rows) && all_finite(rows, part))
+        multiply_float_lanes(w, rows, part);
+    else
+        dense_bf16(w, rows, part);
+}
 
 #elif RAREFY_PASS_AVX512
 

@@ -1,7 +1,7 @@
 // Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns, 64 bits of mask each. The kept codes are
 // two streams in the same bytes, the low nibbles for all even steps of the panel and the high nibbles for all odd ones,
 // each from the panel's first byte on.
-#include "matmul/encodings/lists_avx2.h"
+#include "matmul/encodings/lists.h"
 
 #if RAREFY_PASS_REFERENCE
 
@@ -30,10 +30,7 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 #elif RAREFY_PASS_AVX2
 
 void rarefy::matmul::avx2::mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.extra != nullptr)
-        multiply_lists<4>(w, rows, part);
-    else
-        dense_int4(w, rows, part);
+    multiply_lists_or_all<4>(w, rows, part, dense_int4);
 }
 
 #elif RAREFY_PASS_AVX512

@@ -1,5 +1,5 @@
 // 8-bit codes under a mask: steps of four columns as in dense_int8, 64 bits of mask each.
-#include "matmul/encodings/lists_avx2.h"
+#include "matmul/encodings/lists.h"
 
 #if RAREFY_PASS_REFERENCE
 
@@ -27,10 +27,7 @@ void mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 #elif RAREFY_PASS_AVX2
 
 void rarefy::matmul::avx2::mask_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.extra != nullptr)
-        multiply_lists<8>(w, rows, part);
-    else
-        dense_int8(w, rows, part);
+    multiply_lists_or_all<8>(w, rows, part, dense_int8);
 }
 
 #elif RAREFY_PASS_AVX512
