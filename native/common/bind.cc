@@ -9,6 +9,7 @@
 #include "common/bandwidth.h"
 #include "common/cpu.h"
 #include "common/pool.h"
+#include "common/unlocked.h"
 
 namespace nb = nanobind;
 
@@ -39,7 +40,7 @@ void bind_common(nb::module_& module) {
     });
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
     module.def("num_threads", &common::num_threads);
-    module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<nb::gil_scoped_release>());
+    module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<common::Unlocked>());
     nb::class_<common::BandwidthProbe>(module, "BandwidthProbe")
         .def(nb::init<int64_t>(), nb::arg("num_bytes"))
         .def_prop_ro("num_bytes", &common::BandwidthProbe::num_bytes)
@@ -48,14 +49,13 @@ void bind_common(nb::module_& module) {
             [](common::BandwidthProbe& probe, int64_t num_bytes, int num_streams, int64_t prefetch_bytes) {
                 return probe.read(num_bytes, num_streams, prefetch_bytes).bytes_per_s;
             },
-            nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("prefetch_bytes"),
-            nb::call_guard<nb::gil_scoped_release>())
+            nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("prefetch_bytes"), nb::call_guard<common::Unlocked>())
         .def(
             "read_best",
             [](common::BandwidthProbe& probe, int64_t num_bytes) {
                 common::ReadRate rate;
                 {
-                    const nb::gil_scoped_release unlocked;
+                    const common::Unlocked unlocked;
                     rate = probe.read_best(num_bytes);
                 }
                 return std::make_tuple(rate.bytes_per_s, rate.num_streams, rate.prefetch_bytes);
