@@ -23,6 +23,7 @@ BENCH_PIP := $(BENCH_VENV)/bin/python -m pip --disable-pip-version-check
 GGML_SOURCE := llama-cpp-python==0.3.36
 # Only these need a new build: Python sources are used in place.
 BUILD_INPUTS := pyproject.toml constraints.txt $(wildcard CMakeLists.txt) $(shell find native -type f 2>/dev/null)
+FUZZERS := $(patsubst native/%/fuzz.cc,%_fuzz,$(wildcard native/*/fuzz.cc))
 NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' 2>/dev/null)
 
 .PHONY: demo test test-arm bench fuzz check format clean
@@ -46,10 +47,8 @@ bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
 
 fuzz:
 	cmake -S . -B $(FUZZ_BUILD) -DRAREFY_BUILD_TESTS=ON -DRAREFY_SANITIZE=address,undefined
-	cmake --build $(FUZZ_BUILD) --parallel 2 --target matmul_fuzz ops_fuzz gram_fuzz
-	$(FUZZ_BUILD)/matmul_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
-	$(FUZZ_BUILD)/ops_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
-	$(FUZZ_BUILD)/gram_fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+	cmake --build $(FUZZ_BUILD) --parallel 2 --target $(FUZZERS)
+	for program in $(FUZZERS); do $(FUZZ_BUILD)/$$program --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) || exit 1; done
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

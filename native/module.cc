@@ -14,6 +14,8 @@ void bind_strided(nb::module_& module);
 }  // namespace rarefy
 
 NB_MODULE(_native, module) {
+    // A thread that the interpreter leaves behind holds what it works on: nothing that a user should be told.
+    nb::set_leak_warnings(false);
     module.doc() = "Kernels of rarefy; use them through rarefy.kernels.";
     rarefy::bind_common(module);
     rarefy::bind_fisher(module);

@@ -4,6 +4,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include <atomic>
 #include <cstring>
 
 #include "common/recycled.h"
@@ -45,6 +46,17 @@ private:
     Py_buffer view_{};
 };
 
+// What `make` gives at the first call.
+template <class Make>
+PyObject* found(std::atomic<PyObject*>& kept, Make make) {
+    PyObject* object = kept.load(std::memory_order_acquire);
+    if (object == nullptr) {
+        object = make().release().ptr();
+        kept.store(object, std::memory_order_release);
+    }
+    return object;
+}
+
 // The memory of one large array, which numpy keeps as its base.
 struct ArrayMemory {
     RecycledBytes bytes;
@@ -55,10 +67,14 @@ struct ArrayMemory {
 inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
     namespace nb = nanobind;
     constexpr Py_ssize_t kSmall = 64 << 10;  // bytes
-    // Leaked: they live as long as the process.
-    static PyObject* const empty = nb::object(nb::module_::import_("numpy").attr("empty")).release().ptr();
-    static PyObject* const ndarray = nb::object(nb::module_::import_("numpy").attr("ndarray")).release().ptr();
-    static PyObject* const float32 = nb::object(nb::module_::import_("numpy").attr("dtype")("float32")).release().ptr();
+    // Leaked: they live as long as the process. No static of C++, which would be made under a lock: another thread may
+    // come to it with Python's own, which making it needs.
+    static std::atomic<PyObject*> made_empty, made_ndarray, made_float32;
+    PyObject* const empty = found(made_empty, [] { return nb::object(nb::module_::import_("numpy").attr("empty")); });
+    PyObject* const ndarray =
+        found(made_ndarray, [] { return nb::object(nb::module_::import_("numpy").attr("ndarray")); });
+    PyObject* const float32 =
+        found(made_float32, [] { return nb::object(nb::module_::import_("numpy").attr("dtype")("float32")); });
     const nb::object shape = nb::steal(PyTuple_New(like.ndim()));
     if (!shape.is_valid()) throw nb::python_error();
     for (int axis = 0; axis < like.ndim(); ++axis) {

@@ -10,6 +10,7 @@
 #include "common/bandwidth.h"
 #include "common/cpu.h"
 #include "common/pool.h"
+#include "common/unlocked.h"
 
 namespace nb = nanobind;
 
@@ -50,7 +51,7 @@ void bind_common(nb::module_& module) {
     });
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
     module.def("num_threads", &common::num_threads);
-    module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<nb::gil_scoped_release>());
+    module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<common::Unlocked>());
     nb::class_<common::ArrayMemory>(module, "ArrayMemory", nb::type_slots(memory_slots));
     module.def("waiting_bytes", &common::waiting_bytes);
     nb::class_<common::BandwidthProbe>(module, "BandwidthProbe")
@@ -61,14 +62,13 @@ void bind_common(nb::module_& module) {
             [](common::BandwidthProbe& probe, int64_t num_bytes, int num_streams, int64_t prefetch_bytes) {
                 return probe.read(num_bytes, num_streams, prefetch_bytes).bytes_per_s;
             },
-            nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("prefetch_bytes"),
-            nb::call_guard<nb::gil_scoped_release>())
+            nb::arg("num_bytes"), nb::arg("num_streams"), nb::arg("prefetch_bytes"), nb::call_guard<common::Unlocked>())
         .def(
             "read_best",
             [](common::BandwidthProbe& probe, int64_t num_bytes) {
                 common::ReadRate rate;
                 {
-                    const nb::gil_scoped_release unlocked;
+                    const common::Unlocked unlocked;
                     rate = probe.read_best(num_bytes);
                 }
                 return std::make_tuple(rate.bytes_per_s, rate.num_streams, rate.prefetch_bytes);

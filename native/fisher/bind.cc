@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/pool.h"
+#include "common/unlocked.h"
 #include "fisher/fisher.h"
 
 namespace nb = nanobind;
@@ -69,7 +70,7 @@ void add(const Rows<Number>& x, int size, const Triangles& total, Function funct
         rows.push_back(row.data());
     }
     float* to = total.data();
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const auto num_rows = static_cast<int64_t>(rows.size());
         function(rows.data(), num_rows, first * size, count, size, to + first * fisher::triangle(size));
@@ -83,7 +84,7 @@ void invert(const ConstTriangles& block, double scale, double damp, const Blocks
     const float* from = block.data();
     float* to = inverse.data();
     const auto num_blocks = static_cast<int64_t>(block.shape(0));
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         fisher::functions().invert(from + first * fisher::triangle(size), count, size, scale, damp,
                                    to + first * size * size);
@@ -100,7 +101,7 @@ void costs(const Array<const float, 2>& weight, const ConstBlocks& inverse, cons
     const auto* mask = reinterpret_cast<const uint8_t*>(free.data());
     float* to = cost.data();
     const auto num_blocks = static_cast<int64_t>(inverse.shape(0));
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const int64_t offset = first * size;
         fisher::functions().costs(own + offset, blocks + offset * size, mask + offset, count, size, to + offset);
@@ -114,7 +115,7 @@ void drop(const Array<const bool, 2>& dropped, const Array<float, 2>& weight, co
     const auto* mask = reinterpret_cast<const uint8_t*>(dropped.data());
     float *own = weight.data(), *blocks = inverse.data();
     const auto num_blocks = static_cast<int64_t>(inverse.shape(0));
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     for_runs(num_blocks, size, [&](int64_t first, int64_t count) {
         const int64_t offset = first * size;
         fisher::functions().drop(mask + offset, count, size, own + offset, blocks + offset * size);

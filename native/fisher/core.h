@@ -227,7 +227,6 @@ void drop(const uint8_t* dropped, int64_t num_blocks, Size size, float* weight, 
 
 }  // namespace
 
-extern const Functions RAREFY_FISHER_TABLE;
 const Functions RAREFY_FISHER_TABLE = {
     add_any<uint16_t>,
     add_any<float>,

@@ -4,11 +4,6 @@
 
 namespace rarefy::fisher {
 
-extern const Functions reference;
-#if RAREFY_X86
-extern const Functions wide;
-#endif
-
 const Functions& functions() {
 #if RAREFY_X86
     static const bool can = common::can_run_avx512(common::detect_cpu());

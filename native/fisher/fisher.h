@@ -36,6 +36,12 @@ struct Functions {
     void (*drop)(const uint8_t* drop, int64_t num_blocks, int size, float* weight, float* inverse);
 };
 
+extern const Functions reference;
+#if RAREFY_X86
+extern const Functions wide;  // needs AVX-512
+#endif
+
+// The fastest that this CPU runs.
 const Functions& functions();
 
 }  // namespace rarefy::fisher

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "common/unlocked.h"
 #include "gram/gram.h"
 
 namespace nb = nanobind;
@@ -21,7 +22,7 @@ void add_gram(const Bits& x, const Total& total) {
     const auto num_tokens = static_cast<int64_t>(x.shape(0)), num_features = static_cast<int64_t>(x.shape(1));
     const uint16_t* bits = x.data();
     float* sums = total.data();
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     gram::add(bits, num_tokens, num_features, sums);
 }
 

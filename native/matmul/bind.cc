@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "common/arrays.h"
+#include "common/unlocked.h"
 #include "matmul/dispatch.h"
 #include "matmul/operators.h"
 #include "matmul/weights.h"
@@ -60,7 +61,7 @@ Operator prepare(const std::string& format, const std::string& isa, int64_t num_
         kept_alive.push_back(array);
     }
     const matmul::Isa runnable = matmul::runnable_isa(isa);
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     return Operator(std::make_shared<const Weights>(packed, runnable));
 }
 
@@ -78,7 +79,7 @@ std::vector<nb::object> products_of(nb::handle x, const Operator* const* operato
         if (!outputs[i].borrow(made[i], true)) return {};
         targets[i] = {operators[i], outputs[i].data()};
     }
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     matmul::multiply(rows.data(), num_rows, num_inputs, targets);
     return made;
 }
@@ -120,7 +121,7 @@ void multiply_into(const Input& x, const nb::sequence& weights, const nb::sequen
         targets.push_back({by, y.data()});
     }
     // The caller's sequences keep the weights and arrays alive.
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     matmul::multiply(x.data(), num_rows, num_inputs, targets);
 }
 
@@ -145,7 +146,7 @@ void multiply_taps(const Input& pixels, const Places& row_starts, const Places& 
     if (taps.num_taps > 0 && (*first_row < 0 || *last_row >= num_pixels || *first_tap < 0 || *last_tap >= num_pixels ||
                               *last_row + *last_tap >= num_pixels))
         throw std::invalid_argument("a tap lies outside of the pixels");
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     matmul::multiply_taps(pixels.data(), num_pixels, num_channels, taps, {{&weights, y.data()}});
 }
 

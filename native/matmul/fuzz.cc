@@ -1,5 +1,6 @@
 // Damaged weights into every encoding on every instruction set of this machine: they are refused with an exception, or
-// multiply without a fault. What several instruction sets accept must also give the same product.
+// multiply without a fault: alone, several together, as sums and chains, and with the taps of a convolution. What
+// several instruction sets accept must also give the same product.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -64,6 +65,7 @@ int64_t shifted(int64_t number, int64_t by) {
 
 matmul::SampleSpec random_spec(Input& input, const Machine& machine) {
     matmul::SampleSpec spec{machine.format(input), input.size(80), input.size(400), 0, false, 0.5, 0};
+    if (input.one_in(4)) spec.num_inputs = matmul::kBlockInputs * input.between(0, 6);
     spec.group_size = input.pick<int64_t>({0, 32, 64, 96, 128, 160, 256, 1024});
     spec.symmetric = input.one_in(2);
     spec.density = input.pick({0.0, 0.05, 0.125, 0.5, 0.9, 1.0});
@@ -159,6 +161,60 @@ std::vector<Run> products(const std::vector<const matmul::Weights*>& weights, co
     return runs;
 }
 
+// The product of rows with an operator; the output has no room to spare.
+Run product_of(const matmul::Operator& by, const Exact<float>& x, int64_t num_rows) {
+    const int64_t size = num_rows * by.num_outputs();
+    const Exact<float> y(static_cast<size_t>(size));
+    matmul::multiply(x.data(), num_rows, by.num_inputs(), {matmul::Target{&by, y.data()}});
+    return {std::vector<float>(y.data(), y.data() + size)};
+}
+
+// Each of some runs of x meets the weight, and what comes out of them meets another one, of any format.
+void chain(Input& input, const std::string& what, const Machine& machine,
+           const std::shared_ptr<const matmul::Weights>& weight) {
+    const matmul::Operator inner(weight);
+    const int64_t num_runs = input.between(1, 3), num_rows = input.pick<int64_t>({1, 1, 2, 7, 20});
+    if (inner.num_outputs() * num_runs > 2048 || num_rows * num_runs * inner.num_inputs() > (1 << 16)) return;
+    matmul::SampleSpec spec = random_spec(input, machine);
+    spec.num_inputs = inner.num_outputs() * num_runs;
+    const Sample sample = matmul::make_sample(spec);
+    const matmul::Operator outer(std::make_shared<const matmul::Weights>(sample.packed(), weight->isa()));
+    const auto both = matmul::Operator::chain(inner, outer, num_runs);
+    const Exact<float> x(fuzz::floats(input, num_rows * both.num_inputs(), false));
+    const Run expected = product_of(outer, Exact<float>(product_of(inner, x, num_rows * num_runs).y), num_rows);
+    if (!product_of(both, x, num_rows).same(expected))
+        fuzz::fail(what + ": a chain with " + spec.format + " is not one product after the other");
+}
+
+// Rows that are pixels side by side, against the same rows written out.
+void taps(Input& input, const std::string& what, const matmul::Weights& weight) {
+    const int64_t num_inputs = weight.view().num_inputs, num_outputs = weight.view().num_outputs;
+    if (!weight.is_integer() || num_inputs % matmul::kBlockInputs != 0 || num_inputs == 0) return;
+    int64_t num_taps = num_inputs / matmul::kBlockInputs;
+    if (input.one_in(3)) num_taps = 1;
+    const int64_t num_channels = num_inputs / num_taps, num_pixels = input.between(1, 40);
+    const int64_t num_rows = input.pick<int64_t>({0, 1, 2, 5, 13, 40, 130});
+    const int64_t last_row = input.between(0, num_pixels - 1);
+    std::vector<int64_t> starts, offsets;
+    for (int64_t i = 0; i < num_rows; ++i) starts.push_back(input.between(0, last_row));
+    for (int64_t i = 0; i < num_taps; ++i) offsets.push_back(input.between(0, num_pixels - 1 - last_row));
+    const std::vector<float> pixels = fuzz::floats(input, num_pixels * num_channels, false);
+    std::vector<float> rows;
+    for (const int64_t start : starts) {
+        for (const int64_t offset : offsets) {
+            const auto pixel = pixels.begin() + (start + offset) * num_channels;
+            rows.insert(rows.end(), pixel, pixel + num_channels);
+        }
+    }
+    const Exact<int64_t> exact_starts(starts), exact_offsets(offsets);
+    const Exact<float> x(pixels), y(static_cast<size_t>(num_rows * num_outputs));
+    matmul::multiply_taps(x.data(), num_pixels, num_channels,
+                          {exact_starts.data(), num_rows, exact_offsets.data(), num_taps}, {{&weight, y.data()}});
+    const Run got{std::vector<float>(y.data(), y.data() + num_rows * num_outputs)};
+    if (!got.same(products({&weight}, Exact<float>(rows), num_rows, num_inputs)[0]))
+        fuzz::fail(what + " on " + matmul::name(weight.isa()) + ": other bits for taps than for the rows written out");
+}
+
 void multiply_all(Input& input, const std::string& what,
                   const std::vector<std::shared_ptr<const matmul::Weights>>& weights) {
     const int64_t num_outputs = weights[0]->view().num_outputs, num_inputs = weights[0]->view().num_inputs;
@@ -226,6 +282,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             continue;
         }
     }
-    if (!weights.empty()) multiply_all(input, what, weights);
+    if (weights.empty()) return 0;
+    multiply_all(input, what, weights);
+    const auto& one = weights[static_cast<size_t>(input.between(0, static_cast<int64_t>(weights.size()) - 1))];
+    if (one->view().num_outputs > 4096 || one->view().num_inputs > 4096) return 0;
+    chain(input, what, machine, one);
+    taps(input, what, *one);
     return 0;
 }

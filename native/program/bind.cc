@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "common/arrays.h"
+#include "common/unlocked.h"
 
 namespace nb = nanobind;
 
@@ -97,7 +98,7 @@ public:
         nb::object made = common::new_floats(rows, static_cast<Py_ssize_t>(program_.width(program_.output())));
         require(result.borrow(made, true), "numpy made no array");
         run.y = result.data();
-        const nb::gil_scoped_release unlocked;
+        const common::Unlocked unlocked;
         program_.run(run);
         return made;
     }

@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 
+#include "common/unlocked.h"
 #include "strided/strided.h"
 
 namespace nb = nanobind;
@@ -25,7 +26,7 @@ void copy(const Source& source, const Target& target) {
         view.strides[axis] = source.stride(axis);
     }
     float* out = target.data();
-    const nb::gil_scoped_release unlocked;
+    const common::Unlocked unlocked;
     strided::copy(view, out);
 }
 

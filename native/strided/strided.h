@@ -1,8 +1,10 @@
-// Copies a strided view of float32 numbers into contiguous memory, over the thread pool: the patches of a convolution.
+// Copies a strided view of float32 numbers into contiguous memory, over the thread pool: the patches of a convolution,
+// and its outputs with the channels in front.
 //
 // The view has num_axes axes, the last one changing first in `out`; an entry lies at the sum of index * stride, counted
 // in numbers, and every stride may be 0 (the same numbers again). Patches of an image whose channels lie last have long
-// runs of neighbouring numbers, which are copied as such.
+// runs of neighbouring numbers, which are copied as such. Where neighbours lie along another axis than the last one,
+// the two are transposed in tiles.
 #pragma once
 
 #include <cstdint>

@@ -53,6 +53,12 @@ int main() {
             matches({1, 5, 4, 2, 3, 6}, {1000, 2 * 90, 3 * 6, 90, 2 * 6, 1}),
             matches({100003, 3}, {1, 2}),
             matches({40000}, {2}),
+            matches({2, 35, 1100}, {35 * 1100, 1, 35}),  // the channels of two images, which lie last, in front
+            matches({256, 3136}, {1, 256}),
+            matches({4, 17, 4, 33}, {1, 4 * 33, 17 * 4 * 33, 4}),
+            matches({3, 5, 2, 7}, {1, 3, 100, 15}),
+            matches({16, 16}, {1, 0}),
+            matches({19, 6, 21}, {1, 1, 19}),
         };
         for (const bool passed : results) ++(passed ? num_passed : num_failed);
     }

@@ -1,6 +1,7 @@
 """`rarefy bench --kernels`: what it prints, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 
 import pytest
@@ -19,6 +20,20 @@ def test_the_table_fits_a_terminal_and_names_every_product(run: Callable) -> Non
     assert all("B/s (1 thr)" in title for title in titles)
     for name in ("bitmask-int4-v1", "nm-bf16-v1 2:4", "nm-bf16-v1 8:64"):
         assert sum(line.startswith(name + " ") for line in done.out.splitlines()) == 4
+
+
+def test_every_number_of_the_table_is_legible(run: Callable) -> None:
+    """Microseconds too, and beside the longest names."""
+    names = ("block-int8-v1", "bitmask-bf16-v1", "tapwise-bf16-v1")
+    layouts = [word for name in names for word in ("--layout", name)]
+    arguments = ("--shape", "1x1", "--shape", "640x1000", "--rows", 1, "--rows", 128, "--rounds", 1)
+    done = run("bench", "--kernels", *layouts, *arguments)
+    assert done.code == 0, done.err
+    assert "…" not in done.out
+    for line in done.out.splitlines():
+        if line.startswith(names):
+            assert re.fullmatch(r"[0-9.]+", line.split("-v1")[1].removeprefix(" 50 %").removeprefix(" 75 %").split()[2])
+    assert "which holds them" in done.out
 
 
 def test_json_is_a_list_of_rows(run: Callable) -> None:

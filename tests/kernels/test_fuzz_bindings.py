@@ -237,6 +237,37 @@ def test_products(weight, layout_format) -> None:
     call_often(layout_format, make)
 
 
+def test_taps(weight) -> None:
+    w = weight("dense-int8-v1", 19, 128)
+    arrays = {name: np.ascontiguousarray(array) for name, array in w.layout.arrays().items()}
+    prepared = native.prepare("dense-int8-v1", "reference", 19, 128, {"symmetric": 1, "group_size": 64}, arrays)
+
+    def make(draw: Draw):
+        pixels, rows = int(draw.rng.integers(1, 9)), int(draw.rng.integers(0, 9))
+        first = draw.rng.integers(0, pixels, rows)
+        taps = draw.rng.integers(0, pixels - int(first.max(initial=0)), 2)
+        for places in (first, taps):
+            if len(places) and draw.chance(0.1):
+                places[int(draw.rng.integers(len(places)))] = draw.number(0, pixels)
+        starts = draw.array(rows, dtype=np.int64) if draw.chance(0.05) else first
+        by = prepared if draw.chance(0.95) else draw.one_of([None, native.add(prepared, prepared), 3])
+        return native.matmul_taps, (draw.array(pixels, 64), starts, taps, by, draw.array(rows, 19))
+
+    call_often("matmul_taps", make)
+
+
+def test_strided_copies() -> None:
+    def make(draw: Draw):
+        shape = [draw.size() % 40 for _ in range(int(draw.rng.integers(0, 5)))]
+        source = draw.array(*shape)
+        if isinstance(source, np.ndarray) and source.ndim and draw.chance(0.7):
+            source = np.moveaxis(source, 0, -1)[..., :: draw.one_of((1, 2, -1))]
+        size = source.size if isinstance(source, np.ndarray) else 3
+        return native.copy_strided, (source, draw.array(size))
+
+    call_often("copy_strided", make)
+
+
 def test_programs(weight) -> None:
     arrays = {
         name: np.ascontiguousarray(array) for name, array in weight("dense-f32-v1", 16, 8).layout.arrays().items()

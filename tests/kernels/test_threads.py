@@ -242,3 +242,27 @@ def test_idle_threads_leave_the_cpus_to_others(weight, num_threads) -> None:
     before = time.process_time()
     time.sleep(0.5)
     assert time.process_time() - before < 0.1
+
+
+@needs_extension
+def test_the_interpreter_may_end_while_threads_multiply() -> None:
+    """Python ends them when they come back from a product; that must not abort the process."""
+    program = """
+import threading, time
+import numpy as np
+from rarefy import kernels
+from rarefy.layouts import DenseFloat
+
+weight = kernels.prepare(DenseFloat(np.ones((512, 2048), np.float32)))
+x = np.ones((2, 2048), np.float32)
+def multiply():
+    while True:
+        weight.matmul(x)
+for _ in range(3):
+    threading.Thread(target=multiply, daemon=True).start()
+time.sleep(0.1)
+print("end")
+"""
+    for _ in range(3):
+        done = run(program, RAREFY_NUM_THREADS="2")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")

@@ -191,7 +191,9 @@ def test_a_sum_of_integers_takes_taps_and_one_with_floats_does_not(layout_for: L
     assert both.takes_taps
     x_PC, starts, offsets = rng.standard_normal((9, 64)).astype(np.float32), np.array([0, 3, 7]), np.array([0, 1])
     rows_TI = np.stack([x_PC[start + offsets].reshape(-1) for start in starts])
-    np.testing.assert_array_equal(both.matmul_taps(x_PC, starts, offsets), both.matmul(rows_TI))
+    y_TO = np.full((3, 20), np.nan, np.float32)
+    both.matmul_taps(x_PC, starts, offsets, y_TO)
+    np.testing.assert_array_equal(y_TO, both.matmul(rows_TI))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -223,6 +225,54 @@ def test_the_memory_format_follows_the_input(layout_for: LayoutFor, format_name:
         y = layer(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y.double(), dense(x.double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [1, 4, 32])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_outputs_lie_as_torch_lays_them(layout_for: LayoutFor, groups: int, axes: int) -> None:
+    conv = CONVS[axes](32, 32, 3, padding=1, groups=groups)
+    layer, dense = packed(layout_for, conv, "dense-int8-v1")
+    x = torch.randn(2, 32, *(6, 5, 4)[:axes])
+    with torch.no_grad():
+        assert layer(x).stride() == dense(x.double()).stride() == x.stride()
+
+
+def test_a_weight_that_stays_decoded_follows_its_layout(layout_for: LayoutFor) -> None:
+    first, second = (nn.Conv2d(8, 8, 3, groups=8, bias=False) for _ in range(2))
+    layer, dense = packed(layout_for, first, "dense-int8-v1")
+    other, other_dense = packed(layout_for, second, "dense-int8-v1")
+    x = torch.randn(1, 8, 5, 5)
+    check(layer, dense, x, "dense-int8-v1")
+    twin = copy.deepcopy(layer)
+    layer.load_state_dict(other.state_dict())
+    check(layer, other_dense, x, "dense-int8-v1")
+    check(twin, dense, x, "dense-int8-v1")
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_gradient_after_a_call_in_inference_mode(layout_for: LayoutFor, groups: int) -> None:
+    layer, dense = packed(layout_for, nn.Conv2d(8, 8, 3, groups=groups), "dense-f32-v1")
+    x = torch.randn(2, 8, 5, 5)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(dense(x.double()).square().sum(), x)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_result_is_not_overwritten_by_the_next_call(layout_for: LayoutFor) -> None:
+    """Scratch is kept from call to call; what is handed out never lies in it."""
+    for conv in (nn.Conv2d(64, 32, 3), nn.Conv2d(64, 32, 1), nn.Conv2d(64, 64, 3, groups=2)):
+        layer, dense = packed(layout_for, conv, "dense-int8-v1")
+        for form in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 64, 6, 5).to(memory_format=form)
+            with torch.no_grad():
+                y = layer(x)
+                layer(torch.randn(3, 64, 7, 7).to(memory_format=form))
+                expected = dense(x.double())
+            error = (y.double() - expected).abs()
+            assert bool((error <= tolerance(dense, x, "dense-int8-v1")).all())
 
 
 def test_an_input_without_a_batch(layout_for: LayoutFor) -> None:

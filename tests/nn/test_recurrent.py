@@ -200,3 +200,16 @@ def test_state_dicts_hold_the_packed_arrays_under_torchs_names(layout_for: Layou
         assert torch.equal(other(x)[0], layer(x)[0])
     layer.flatten_parameters()
     assert np.isfinite(dense(x.double())[0].detach().numpy()).all()
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_no_sequence_is_no_work(layout_for: LayoutFor, kind: type[nn.RNNBase], batch_first: bool) -> None:
+    """Torch takes an empty batch, but not sequences without a step."""
+    module = kind(8, 16, 2, bidirectional=True, batch_first=batch_first)
+    layer, dense = packed(layout_for, module, "dense-int8-v1")
+    x = torch.randn((0, 3, 8) if batch_first else (3, 0, 8))
+    check(layer, dense, x)
+    assert [leaf.shape for leaf in leaves(layer(x))] == [leaf.shape for leaf in leaves(dense(x.double()))]
+    with pytest.raises(UsageError, match="at least one step"):
+        layer(x.transpose(0, 1))

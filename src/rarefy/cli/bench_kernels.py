@@ -54,12 +54,14 @@ def time_kernels(
     for shape, products in groupby(timed, key=lambda row: row["shape"]):
         console.print(_table(shape, list(products)))
         console.print()
+    multiple = min(row["cache_multiple"] for row in timed)
+    warm = "" if multiple >= 1 else ", which holds them: such small weights are not cold"
     console.print(
         Text(
-            "Each product reads another copy of its weight; the copies are at least "
-            f"{min(row['cache_multiple'] for row in timed):.1f} times as large as the last-level cache. "
+            f"Each product reads another copy of its weight; the copies are at least {multiple:.1f} times as large as "
+            f"the last-level cache{warm}. "
             f"{timed[0]['num_rounds']} interleaved rounds, median and range; every result was checked. GB/s: bytes of "
-            "the packed weight over the time. Of memory: that over the read bandwidth, measured in the same rounds "
+            "the packed weight over the time. Memory: that over the read bandwidth, measured in the same rounds "
             "with the same threads."
         )
     )
@@ -118,6 +120,11 @@ def _rate(row: Mapping[str, Any], step: str) -> Text:
     return text.append(f" ({row[f'{step}_weights_per_s_low'] / 1e6:.0f})", style="dim")
 
 
+def _milliseconds(value: float) -> str:
+    """Four digits behind the point where `format_number` would write an exponent: a column of numbers to compare."""
+    return f"{value:.4f}" if value < 0.1 else format_number(value)
+
+
 def _table(shape: Sequence[int], products: Sequence[Mapping[str, Any]]) -> Table:
     bandwidths: dict[int, list[float]] = {}
     for row in products:
@@ -132,7 +139,7 @@ def _table(shape: Sequence[int], products: Sequence[Mapping[str, Any]]) -> Table
         header_style="dim",
     )
     table.add_column("layout", no_wrap=True)
-    for title in ("rows", "thr", "ms", "range", "weight", "GB/s", "of memory"):
+    for title in ("rows", "thr", "ms", "range", "weight", "GB/s", "memory"):
         table.add_column(title, justify="right", no_wrap=True)
     products = sorted(products, key=lambda row: (row["rows"], row["threads"]))
     for row in products:
@@ -141,8 +148,8 @@ def _table(shape: Sequence[int], products: Sequence[Mapping[str, Any]]) -> Table
             Text(_name(row) + isa),
             str(row["rows"]),
             str(row["threads"]),
-            format_number(row["ms"]),
-            Text(f"{format_number(row['ms_low'])}-{format_number(row['ms_high'])}", style="dim"),
+            _milliseconds(row["ms"]),
+            Text(f"{_milliseconds(row['ms_low'])}-{_milliseconds(row['ms_high'])}", style="dim"),
             format_bytes(row["bytes"]),
             f"{row['bytes'] / row['ms'] / 1e6:.1f}",
             format_percent(row["bandwidth_fraction"]),

@@ -110,32 +110,44 @@ class Prepared:
             return y_TO
         return matmul_many(x_TI, (self,))[0]
 
+    def matmul_into(self, x_TI: Float32Array, y_TO: Float32Array) -> None:
+        """The same into memory that is there; x and y are C-contiguous."""
+        module = None if self.weights is None else native()
+        if module is None:
+            y_TO[...] = self.matmul(x_TI)
+        else:
+            module.matmul(x_TI, [self.weights], [y_TO])
+
     def matmul_taps(
-        self, x_PC: Float32Array, row_starts_T: NDArray[np.int64], tap_offsets_K: NDArray[np.int64]
-    ) -> Float32Array:
+        self,
+        x_PC: Float32Array,
+        row_starts_T: NDArray[np.int64],
+        tap_offsets_K: NDArray[np.int64],
+        y_TO: Float32Array,
+    ) -> None:
         """The product of rows that are pixels side by side, of which each is quantized once.
 
         Args:
             x_PC: pixels, float32, C-contiguous; the number of channels C is a multiple of 64, and I = K * C.
             row_starts_T: for each row the place that its taps count from.
             tap_offsets_K: where each tap lies from there.
-
-        Returns:
-            float32 (T, O): the bits of `matmul` on the rows written out.
+            y_TO: float32, C-contiguous; becomes the bits of `matmul` on the rows written out.
         """
         match self.parts:
             case None:
                 module = native()
                 assert module is not None
-                y_TO = np.empty((len(row_starts_T), self.shape[0]), np.float32)
                 module.matmul_taps(x_PC, row_starts_T, tap_offsets_K, self.weights, y_TO)
-                return y_TO
             case _Parts(first, second, 0):
-                y_TO = first.matmul_taps(x_PC, row_starts_T, tap_offsets_K)
+                other_TO = np.empty_like(y_TO)
+                first.matmul_taps(x_PC, row_starts_T, tap_offsets_K, y_TO)
+                second.matmul_taps(x_PC, row_starts_T, tap_offsets_K, other_TO)
                 with np.errstate(over="ignore", invalid="ignore"):
-                    return np.add(y_TO, second.matmul_taps(x_PC, row_starts_T, tap_offsets_K), out=y_TO)
+                    np.add(y_TO, other_TO, out=y_TO)
             case _Parts(first, second, _):
-                return second.matmul(first.matmul_taps(x_PC, row_starts_T, tap_offsets_K))
+                inner_TK = np.empty((len(row_starts_T), first.shape[0]), np.float32)
+                first.matmul_taps(x_PC, row_starts_T, tap_offsets_K, inner_TK)
+                second.matmul_into(inner_TK, y_TO)
 
 
 def _prepare_as(part: Layout, kernel: Kernel) -> Prepared:

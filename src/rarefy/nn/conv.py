@@ -7,27 +7,27 @@ I inputs (taps times channels, the channel changing first).
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from typing import Any, final
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from rarefy.artifact import LayoutSpec
 from rarefy.core.errors import UnsupportedModelError, UsageError
-from rarefy.kernels import Prepared
+from rarefy.layouts import Layout
+from rarefy.nn.convolve import Stage, convolve
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.matrices import LayerKind, Matrix, Packed, first_input, missing_parameter
-from rarefy.nn.patches import ConvModule, Geometry
-from rarefy.nn.product import ProductHolder, require_cpu
+from rarefy.nn.patches import ConvModule, Geometry, contiguous
+from rarefy.nn.product import ProductHolder
 from rarefy.nn.weight import PackedWeight
 
-# Outputs of a panel, the unit of the kernels, and inputs that are quantized together.
-_PANEL, _BLOCK = 16, 64
+# Outputs of a panel, the unit of the kernels.
+_PANEL = 16
+# Weights that stay decoded where the kernels have nothing to gain: 1 MB.
+_KEPT_NUMBERS = 1 << 18
 _SUPPORTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION = (*_SUPPORTED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -80,13 +80,13 @@ class PackedConv(ProductHolder):
         """
         return _forward(x, self.in_channels, self.geometry, self._stages(), self.dequantized_parameter, self.bias)
 
-    def _stages(self) -> "tuple[_Stage, ...]":
+    def _stages(self) -> "tuple[Stage, ...]":
         factors = self.prepared.tap_factors
         parts = None if factors is None else self.geometry.split(int(self.meta["num_runs"]))
         if factors is None or parts is None:
-            return (_Stage(self.geometry, (self.prepared,), self.out_channels),)
-        first = _Stage(parts[0], factors[:1], factors[0].shape[0])
-        return first, _Stage(parts[1], factors[1:], self.out_channels)
+            return (Stage(self.geometry, (self.prepared,), self.out_channels),)
+        first = Stage(parts[0], factors[:1], factors[0].shape[0])
+        return first, Stage(parts[1], factors[1:], self.out_channels)
 
     def extra_repr(self) -> str:
         """Shape, format and kernel."""
@@ -98,7 +98,7 @@ class PackedGroupedConv(nn.Module):
     """A convolution with groups: each group's channels meet a packed matrix of their own, `group0`, `group1`, ...
 
     Where a group has fewer outputs than a panel of the kernels (16), its product would be mostly padding, and all of
-    the weight together is small. It is then decoded at each call, and torch's own convolution runs, as in
+    the weight together is small. It is then decoded at the first call, and torch's own convolution runs, as in
     `PackedDepthwiseConv`.
 
     Args:
@@ -127,6 +127,7 @@ class PackedGroupedConv(nn.Module):
         self.parameter_shape = (self.out_channels, self.in_channels // geometry.groups, *geometry.kernel)
         self.kernel_size, self.stride, self.groups = geometry.kernel, geometry.stride, geometry.groups
         self.bias: nn.Parameter | None = None
+        self._decoded = _Decoded()
 
     @property
     def weight(self) -> Tensor:
@@ -142,9 +143,11 @@ class PackedGroupedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x; see `PackedConv.forward`."""
         if self.out_channels < _PANEL * self.groups:
-            return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
+            layouts = tuple(holder.layout for holder in self._holders())
+            weight = self._decoded.weight(layouts, self.dequantized_parameter)
+            return _decoded(x, self.in_channels, self.geometry, weight, self.bias)
         weights = tuple(holder.prepared for holder in self._holders())
-        stages = (_Stage(self.geometry, weights, self.out_channels),)
+        stages = (Stage(self.geometry, weights, self.out_channels),)
         return _forward(x, self.in_channels, self.geometry, stages, self.dequantized_parameter, self.bias)
 
     def _holders(self) -> list[CompressedLinear]:
@@ -157,7 +160,7 @@ class PackedDepthwiseConv(LayoutHolder):
     """A convolution in which each channel has a kernel of its own: one packed matrix (O, taps).
 
     A product per channel would have a handful of numbers, and all of the weight together a few kilobytes. So it is
-    decoded at each call, and torch's own convolution runs. Activations are not rounded, whatever the format.
+    decoded at the first call, and torch's own convolution runs. Activations are not rounded, whatever the format.
 
     Args:
         spec: format and metadata; the shape is (O, taps).
@@ -180,33 +183,56 @@ class PackedDepthwiseConv(LayoutHolder):
         self.parameter_shape = (self.out_channels, 1, *geometry.kernel)
         self.kernel_size, self.stride, self.groups = geometry.kernel, geometry.stride, geometry.groups
         self.bias: nn.Parameter | None = None
+        self._decoded = _Decoded()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x; see `PackedConv.forward`."""
-        return _decoded(x, self.in_channels, self.geometry, self.dequantized_parameter(), self.bias)
+        weight = self._decoded.weight((self.layout,), self.dequantized_parameter)
+        return _decoded(x, self.in_channels, self.geometry, weight, self.bias)
+
+
+@final
+class _Decoded:
+    """The dense weight of a small convolution, made at the first call and again when its layouts are others.
+
+    A copy of the module has none yet.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[Layout, ...], Tensor] | None = None
+
+    def __reduce__(self) -> "tuple[type[_Decoded], tuple[()]]":
+        return _Decoded, ()
+
+    def weight(self, layouts: tuple[Layout, ...], decode: Callable[[], Tensor]) -> Tensor:
+        """Of these layouts; as torch's own parameters lie in memory."""
+        kept = self._kept
+        if kept is not None and all(old is new for old, new in zip(kept[0], layouts, strict=True)):
+            return kept[1]
+        with torch.inference_mode(False):  # or no later call could have a gradient
+            made = decode().contiguous()
+            # Where a size is 1 `contiguous` leaves any stride, and torch takes the weight for one with channels last.
+            # With one axis that is ten times as fast.
+            if made.ndim > 3:
+                made = made.flatten().view(made.shape)
+        if made.numel() <= _KEPT_NUMBERS:
+            self._kept = (layouts, made)
+        return made
 
 
 def _decoded(x: Tensor, num_channels: int, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Tensor:
     batch = _as_batch(x, num_channels, geometry)
     y = geometry.convolve(batch, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if y.ndim == 3:
+        y = contiguous(y)
     return y if batch is x else y[0]
-
-
-@final
-@dataclass(frozen=True)
-class _Stage:
-    """One of the convolutions that follow each other: where its taps fall, the weight of each group, its outputs."""
-
-    geometry: Geometry
-    weights: Sequence[Prepared]
-    num_outputs: int
 
 
 def _forward(
     x: Tensor,
     num_channels: int,
     geometry: Geometry,
-    stages: Sequence[_Stage],
+    stages: Sequence[Stage],
     dense: Callable[[], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
@@ -216,62 +242,8 @@ def _forward(
         if bias is not None:
             y = y + bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.kernel))
     else:
-        y = _multiply(batch, stages, bias)
+        y = convolve(batch, stages, bias)
     return y if batch is x else y[0]
-
-
-def _multiply(x: Tensor, stages: Sequence[_Stage], bias: Tensor | None = None) -> Tensor:
-    """The convolution of x (B, C, *S), in the memory format of x."""
-    require_cpu("convolution input", x)
-    y = x.detach()
-    for stage in stages:
-        y = _convolve(y, stage, bias if stage is stages[-1] else None)
-    outputs = y.to(x.dtype)
-    return outputs if _is_channels_last(x) else outputs.contiguous()
-
-
-def _convolve(x: Tensor, stage: _Stage, bias: Tensor | None) -> Tensor:
-    """One stage of x (B, C, *S) in float32, with its channels last in memory."""
-    geometry, num_outputs = stage.geometry, stage.num_outputs
-    padded = geometry.padded(x, torch.float32)
-    size = geometry.output_size(padded)
-    if min(size) < 1:
-        raise UsageError(
-            "convolution input", f"shape {tuple(x.shape)}", allowed=f"at least the kernel {geometry.kernel}"
-        )
-    rows_per_group = num_outputs // geometry.groups
-    # In numpy, because torch would start threads of its own between two products.
-    y_TO = np.empty((x.shape[0] * prod(size), num_outputs), np.float32)
-    bias_O = np.zeros(num_outputs, np.float32) if bias is None else bias.detach().float().numpy()
-    for group, weight in enumerate(stage.weights):
-        own = slice(group * rows_per_group, (group + 1) * rows_per_group)
-        done = 0
-        for product_TO in _products(weight, padded, geometry, group):
-            if product_TO.shape == y_TO.shape:
-                y_TO = np.add(product_TO, bias_O, out=product_TO)
-                continue
-            piece = slice(done, done + len(product_TO))
-            np.add(product_TO, bias_O[own], out=y_TO[piece, own])
-            done += len(product_TO)
-    return torch.from_numpy(y_TO).reshape(x.shape[0], *size, num_outputs).movedim(-1, 1)
-
-
-def _products(weight: Prepared, padded: Tensor, geometry: Geometry, group: int) -> Iterator[npt.NDArray[np.float32]]:
-    """The rows of one group of channels times its weight, in pieces, in the order of the output's places."""
-    num_channels = padded.shape[-1] // geometry.groups
-    if num_channels % _BLOCK == 0 and prod(geometry.kernel) > 1 and weight.takes_taps:
-        x_PC = padded.detach().numpy().reshape(-1, padded.shape[-1])
-        own = slice(group * num_channels, (group + 1) * num_channels)
-        yield weight.matmul_taps(np.ascontiguousarray(x_PC[:, own]), *geometry.taps(padded))
-        return
-    for rows_TI in geometry.pieces(padded, group):
-        yield weight.matmul(rows_TI.numpy())
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    """Whether the caller chose that memory format; an input without channels or places to tell by did not."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
 
 
 def _as_batch(x: Tensor, num_channels: int, geometry: Geometry) -> Tensor:
@@ -299,10 +271,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, geometry: Geometry, stages: Sequence[_Stage], dense: Callable[[], Tensor]
+        ctx: Any, x: Tensor, geometry: Geometry, stages: Sequence[Stage], dense: Callable[[], Tensor]
     ) -> Tensor:
         ctx.geometry, ctx.dense, ctx.shape = geometry, dense, x.shape
-        return _multiply(x, stages)
+        return convolve(x, stages)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

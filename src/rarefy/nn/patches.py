@@ -6,7 +6,7 @@ of patches is filled by plain copies at the speed of the cache.
 Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, K taps, T rows, I inputs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import final
@@ -90,14 +90,14 @@ class Geometry:
         It is x itself where that lies so already and needs no padding.
         """
         if not any(size for pair in self.padding for size in pair):
-            return x.movedim(1, -1).to(dtype).contiguous()
+            return contiguous(x.movedim(1, -1).to(dtype))
         if self.padding_mode != "zeros":
-            return nn.functional.pad(x, self._pads(), mode=self.padding_mode).movedim(1, -1).to(dtype).contiguous()
+            return contiguous(nn.functional.pad(x, self._pads(), mode=self.padding_mode).movedim(1, -1).to(dtype))
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
         inside = tuple(slice(pair[0], pair[0] + size) for size, pair in zip(x.shape[2:], self.padding, strict=True))
-        if _in_float32(x) and dtype == torch.float32 and x.movedim(1, -1).is_contiguous():  # torch would start threads
+        if _in_float32(x) and dtype == torch.float32:  # torch would start threads
             bare = np.zeros((x.shape[0], *sizes, x.shape[1]), np.float32)
-            bare[(slice(None), *inside)] = x.detach().movedim(1, -1).numpy()
+            bare[(slice(None), *inside)] = contiguous(x.detach().movedim(1, -1)).numpy()
             return torch.from_numpy(bare)
         around = torch.zeros(x.shape[0], *sizes, x.shape[1], dtype=dtype, device=x.device)
         around[(slice(None), *inside)] = x.movedim(1, -1)
@@ -112,12 +112,15 @@ class Geometry:
             )
         )
 
-    def pieces(self, padded: Tensor, group: int = 0) -> Iterator[Tensor]:
+    def pieces(
+        self, padded: Tensor, group: int = 0, room: Callable[..., npt.NDArray[np.float32]] | None = None
+    ) -> Iterator[Tensor]:
         """The rows of one group of channels, in the order of the output's places, in pieces of bounded size.
 
         Args:
             padded: what `padded` gave.
             group: number of the group.
+            room: gives memory of a name and a shape; default: new one.
 
         Yields:
             (T, I) with I = taps times channels of the group, the channel changing first. Valid until the next one: the
@@ -133,7 +136,10 @@ class Geometry:
         num_images = max(1, PIECE_NUMBERS // max(1, prod(places) * width))
         num_lines = max(1, PIECE_NUMBERS // max(1, prod(places[1:]) * width))
         largest = min(num_images, patches.shape[0]) * min(num_lines, places[0]) * prod(places[1:])
-        buffer = torch.empty(largest, width, dtype=padded.dtype, device=padded.device)
+        if room is not None and _in_float32(padded):
+            buffer = torch.from_numpy(room("patches", largest, width))
+        else:
+            buffer = torch.empty(largest, width, dtype=padded.dtype, device=padded.device)
         for images in torch.split(patches, num_images):
             for part in torch.split(images, num_lines, dim=1):
                 rows_TI = buffer[: prod(part.shape[: 1 + len(places)])]
@@ -183,6 +189,15 @@ class Geometry:
         padding = [pair[0] if symmetric else 0 for pair in self.padding]
         y: Tensor = function(x, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)
         return y
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """x.contiguous() without torch's threads, which take the processors from ours for longer than the copy."""
+    if x.is_contiguous() or not _in_float32(x) or x.requires_grad:
+        return x.contiguous()
+    copied = np.empty(x.shape, np.float32)
+    copy_strided(x.numpy(), copied)
+    return torch.from_numpy(copied)
 
 
 def _in_float32(x: Tensor) -> bool:

@@ -299,8 +299,9 @@ def _unpacked(input: Tensor | PackedSequence, shape: _Shape) -> tuple[Tensor, Te
             f"{data.dtype} of shape {tuple(data.shape)}",
             allowed=f"float (steps, batch, {shape.input_size}), batch first if the layer is so, or without a batch",
         )
-    if 0 in data.shape[:-1]:
-        raise UsageError(f"{shape.mode} input", f"shape {tuple(data.shape)}", allowed="at least one step and sequence")
+    steps = data.shape[1 if shape.batch_first and data.ndim == 3 else 0]
+    if steps == 0:
+        raise UsageError(f"{shape.mode} input", f"shape {tuple(data.shape)}", allowed="at least one step")
     if isinstance(input, PackedSequence):
         plain = PackedSequence(input.data, input.batch_sizes)
         x_LBI, lengths = pad_packed_sequence(plain)

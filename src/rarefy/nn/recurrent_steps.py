@@ -44,13 +44,19 @@ def run_steps(
     Returns:
         What each step hands on (L, B, O), and the states after the last; where a sequence has ended, any numbers.
     """
-    num_steps = len(gates_LBG)
+    num_steps, width = len(gates_LBG), cell_BH.shape[1]
+    # All gates of an LSTM at once: sigmoid(x) = tanh(x / 2) / 2 + 1 / 2, and of the third one tanh(x).
+    scale_G, shift_G = np.full(4 * width, _HALF), np.full(4 * width, _HALF)
+    scale_G[2 * width : 3 * width], shift_G[2 * width : 3 * width] = 1, 0
     y_LBO = np.empty((num_steps, *hidden_BO.shape), np.float32)
     for step in range(num_steps - 1, -1, -1) if reverse else range(num_steps):
         recurrent_BG = meet_hidden(hidden_BO)
         if hidden_bias_G is not None:
             recurrent_BG += hidden_bias_G
-        hidden, cell = _step(mode, gates_LBG[step], recurrent_BG, hidden_BO, cell_BH)
+        if mode == "LSTM":
+            hidden, cell = _lstm_step(gates_LBG[step], recurrent_BG, cell_BH, scale_G, shift_G)
+        else:
+            hidden, cell = _step(mode, gates_LBG[step], recurrent_BG, hidden_BO), cell_BH
         if project is not None:
             hidden = project(hidden)
         y_LBO[step] = hidden
@@ -61,21 +67,31 @@ def run_steps(
     return y_LBO, hidden_BO, cell_BH
 
 
-def _step(mode: str, gates_BG: Array, recurrent_BG: Array, hidden_BO: Array, cell_BH: Array) -> tuple[Array, Array]:
-    """One step; the formulas are those of torch's documentation, and `recurrent_BG` is where they are computed."""
+def _lstm_step(
+    gates_BG: Array, recurrent_BG: Array, cell_BH: Array, scale_G: Array, shift_G: Array
+) -> tuple[Array, Array]:
+    """One step of an LSTM: the hidden state and the cells after it."""
     width = cell_BH.shape[1]
+    recurrent_BG += gates_BG
+    recurrent_BG *= scale_G
+    np.tanh(recurrent_BG, out=recurrent_BG)
+    recurrent_BG *= scale_G
+    recurrent_BG += shift_G
+    i, f, g, o = (recurrent_BG[:, k * width : (k + 1) * width] for k in range(4))
+    i *= g
+    cell = f * cell_BH
+    cell += i
+    hidden = np.tanh(cell)
+    hidden *= o
+    return hidden, cell
+
+
+def _step(mode: str, gates_BG: Array, recurrent_BG: Array, hidden_BO: Array) -> Array:
+    """One step of another one: its hidden state. The formulas are those of torch's documentation, and `recurrent_BG`
+    is where they are computed."""
     match mode:
-        case "LSTM":
-            recurrent_BG += gates_BG
-            _sigmoid(recurrent_BG[:, : 2 * width])
-            _sigmoid(recurrent_BG[:, 3 * width :])
-            i, f, g, o = (recurrent_BG[:, k * width : (k + 1) * width] for k in range(4))
-            np.tanh(g, out=g)
-            i *= g
-            cell = f * cell_BH
-            cell += i
-            return np.tanh(cell) * o, cell
         case "GRU":
+            width = hidden_BO.shape[1]
             recurrent_BG[:, : 2 * width] += gates_BG[:, : 2 * width]
             _sigmoid(recurrent_BG[:, : 2 * width])
             r, z, n = (recurrent_BG[:, k * width : (k + 1) * width] for k in range(3))
@@ -85,13 +101,15 @@ def _step(mode: str, gates_BG: Array, recurrent_BG: Array, hidden_BO: Array, cel
             hidden = hidden_BO - n
             hidden *= z
             hidden += n
-            return hidden, cell_BH
+            return hidden
         case "RNN_TANH":
             recurrent_BG += gates_BG
-            return np.tanh(recurrent_BG), cell_BH
+            np.tanh(recurrent_BG, out=recurrent_BG)
+            return recurrent_BG
         case _:
             recurrent_BG += gates_BG
-            return np.maximum(recurrent_BG, 0), cell_BH
+            np.maximum(recurrent_BG, 0, out=recurrent_BG)
+            return recurrent_BG
 
 
 def _sigmoid(x: Array) -> None:

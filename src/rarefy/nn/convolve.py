@@ -1,0 +1,107 @@
+"""Products of the patches of an input with packed weights: what the convolutions of `conv.py` compute.
+
+Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, T rows of patches, O outputs,
+I inputs (taps times channels, the channel changing first).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rarefy.core.errors import UsageError
+from rarefy.kernels import Prepared
+from rarefy.nn.patches import Geometry, contiguous
+from rarefy.nn.product import require_cpu
+from rarefy.nn.scratch import scratch
+
+# Inputs that are quantized together.
+_BLOCK = 64
+
+_Array = npt.NDArray[np.float32]
+
+
+@final
+@dataclass(frozen=True)
+class Stage:
+    """One of the convolutions that follow each other: where its taps fall, the weight of each group, its outputs."""
+
+    geometry: Geometry
+    weights: Sequence[Prepared]
+    num_outputs: int
+
+
+def convolve(x: Tensor, stages: Sequence[Stage], bias: Tensor | None = None) -> Tensor:
+    """The convolution of x (B, C, *S), in the memory format of x."""
+    require_cpu("convolution input", x)
+    y, keeps_format = x.detach(), _is_channels_last(x)
+    for number, stage in enumerate(stages):
+        is_last = stage is stages[-1]
+        # What is handed out is new memory; what is only read again here is not.
+        where = None if is_last and keeps_format else f"outputs of stage {number}"
+        y = _run(y, stage, bias if is_last else None, where)
+    return (y if keeps_format else contiguous(y)).to(x.dtype)
+
+
+def _run(x: Tensor, stage: Stage, bias: Tensor | None, where: str | None) -> Tensor:
+    """One stage of x (B, C, *S) in float32, with its channels last: in scratch of that name, or in new memory."""
+    geometry, num_outputs = stage.geometry, stage.num_outputs
+    padded = geometry.padded(x, torch.float32)
+    size = geometry.output_size(padded)
+    if min(size) < 1:
+        raise UsageError(
+            "convolution input", f"shape {tuple(x.shape)}", allowed=f"at least the kernel {geometry.kernel}"
+        )
+    rows_per_group = num_outputs // geometry.groups
+    shape = (x.shape[0] * prod(size), num_outputs)
+    # In numpy, because torch would start threads of its own between two products.
+    y_TO = np.empty(shape, np.float32) if where is None else scratch(where, *shape)
+    bias_O = None if bias is None else bias.detach().float().numpy()
+    for group, weight in enumerate(stage.weights):
+        own = slice(group * rows_per_group, (group + 1) * rows_per_group)
+        _multiply(weight, padded, geometry, group, y_TO[:, own], None if bias_O is None else bias_O[own])
+    return torch.from_numpy(y_TO).reshape(x.shape[0], *size, num_outputs).movedim(-1, 1)
+
+
+def _multiply(
+    weight: Prepared, padded: Tensor, geometry: Geometry, group: int, y_TO: _Array, bias_O: _Array | None
+) -> None:
+    """The rows of one group of channels times its weight, in the order of the output's places, into y."""
+    num_channels = padded.shape[-1] // geometry.groups
+    if num_channels % _BLOCK == 0 and prod(geometry.kernel) > 1 and weight.takes_taps:
+        x_PC = padded.detach().numpy().reshape(-1, padded.shape[-1])
+        own = slice(group * num_channels, (group + 1) * num_channels)
+        made_TO = _room(y_TO)
+        weight.matmul_taps(np.ascontiguousarray(x_PC[:, own]), *geometry.taps(padded), made_TO)
+        _put(made_TO, bias_O, y_TO)
+        return
+    done = 0
+    for rows_TI in geometry.pieces(padded, group, scratch):
+        piece_TO = y_TO[done : done + len(rows_TI)]
+        made_TO = _room(piece_TO)
+        weight.matmul_into(rows_TI.detach().numpy(), made_TO)
+        _put(made_TO, bias_O, piece_TO)
+        done += len(rows_TI)
+
+
+def _room(y_TO: _Array) -> _Array:
+    """Where a product is written: y itself, or the columns of one group side by side."""
+    return y_TO if y_TO.flags.c_contiguous else scratch("product of a group", *y_TO.shape)
+
+
+def _put(made_TO: _Array, bias_O: _Array | None, y_TO: _Array) -> None:
+    if bias_O is not None:
+        np.add(made_TO, bias_O, out=y_TO)
+    elif made_TO is not y_TO:
+        np.copyto(y_TO, made_TO)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the caller chose that memory format; an input without channels or places to tell by did not."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in formats and not x.is_contiguous() and x.is_contiguous(memory_format=formats[x.ndim])
