@@ -27,49 +27,91 @@ constexpr Row kKernels[] = {
 };
 
 constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
-constexpr int64_t kTaskBytes = int64_t{1} << 19;     // of weights, for one row: some 10 us of memory
+constexpr int64_t kTaskBytes = int64_t{1} << 19;     // of weights: some 10 us of memory
+constexpr int64_t kPieceBytes = int64_t{1} << 17;    // the same, of the shortest piece of one row: some 3 us
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
 
-// A product cut into tasks: a grid of stretches of panels and of rows.
+// A product cut into tasks: a grid of stretches of panels and of rows. The stretches of one row are cut into pieces;
+// first come the first pieces of all stretches.
 struct Grid {
     const PanelWeights* weights;
     const Rows* rows;
     KernelFunction function;
     float* y;
-    int64_t panels_per_task, rows_per_task, row_tasks;
+    int64_t panels_per_stretch, rows_per_task, row_tasks, num_pieces;
     int64_t first_task, num_tasks;
 };
 
-Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
+Grid make_grid(const Product& product, const Rows& rows, int64_t first_task, int64_t panels_per_stretch,
+               int64_t num_pieces) {
     const PanelWeights& weights = product.weights->view();
-    const int64_t num_threads = common::num_threads();
     const int64_t row_tasks = ceil_div(rows.num_rows, kTaskRows);
     const int64_t rows_per_task =
         row_tasks == 0 ? 0 : ceil_div(ceil_div(rows.num_rows, row_tasks), kRowMultiple) * kRowMultiple;
-    // Enough tasks that a late thread costs little, but each long enough to pay for its start: claiming it moves a
-    // cache line between cores, and its streams begin without prefetched data.
+    const int64_t num_tasks = ceil_div(weights.num_panels, panels_per_stretch) * row_tasks * num_pieces;
+    return {&weights,
+            &rows,
+            product.weights->kernel(),
+            product.y,
+            panels_per_stretch,
+            rows_per_task,
+            row_tasks,
+            num_pieces,
+            first_task,
+            num_tasks};
+}
+
+// One row waits for memory alone. So every thread has a stretch of its own, where it goes on reading what it has
+// fetched ahead, and nobody else's core has. A long first piece, and then short ones that any thread takes, for one
+// that is late.
+Grid make_row_grid(const Product& product, const Rows& rows, int64_t first_task) {
+    const int64_t num_threads = common::num_threads(), num_panels = product.weights->view().num_panels;
+    int64_t num_pieces = 1;
+    if (num_threads > 1) {
+        int64_t left = product.weights->num_bytes() / num_threads / 4;
+        for (; left >= kPieceBytes; left /= 2) ++num_pieces;
+    }
+    const int64_t share = std::max<int64_t>(1, ceil_div(num_panels, num_threads));
+    const int64_t multiple = share > kTaskPanels / 2 ? kTaskPanels : kTaskPanels / 2;
+    return make_grid(product, rows, first_task, round_up(share, multiple), num_pieces);
+}
+
+// Enough tasks that a late thread costs little, but each long enough to pay for its start: claiming it moves a cache
+// line between cores, and its streams begin without prefetched data.
+Grid make_rows_grid(const Product& product, const Rows& rows, int64_t first_task) {
+    const PanelWeights& weights = product.weights->view();
+    const int64_t num_threads = common::num_threads();
+    const int64_t row_tasks = ceil_div(rows.num_rows, kTaskRows);
     const int64_t products = weights.num_panels * kPanelOutputs * weights.num_blocks * kBlockInputs * rows.num_rows;
     const int64_t read = product.weights->num_bytes() * rows.num_rows;
     const int64_t long_enough = std::min(products / kTaskProducts, read / kTaskBytes) / num_threads;
     const int64_t tasks_per_thread = num_threads == 1 ? 1 : std::clamp<int64_t>(long_enough, 1, 8);
     const int64_t wanted = std::max<int64_t>(1, num_threads * tasks_per_thread / std::max<int64_t>(1, row_tasks));
-    int64_t panels_per_task = ceil_div(weights.num_panels, wanted);
-    if (rows.num_rows > 1 || panels_per_task > kTaskPanels / 2)
-        panels_per_task = ceil_div(std::max<int64_t>(panels_per_task, 1), kTaskPanels) * kTaskPanels;
-    else
-        panels_per_task = kTaskPanels / 2;
-    const int64_t panel_tasks = ceil_div(weights.num_panels, panels_per_task);
-    return {&weights,  &rows,      product.weights->kernel(), product.y, panels_per_task, rows_per_task,
-            row_tasks, first_task, panel_tasks * row_tasks};
+    const int64_t panels_per_task = std::max<int64_t>(1, ceil_div(weights.num_panels, wanted));
+    return make_grid(product, rows, first_task, round_up(panels_per_task, kTaskPanels), 1);
+}
+
+// Three quarters of a stretch are its first piece, and half of what is left each other one.
+int64_t piece_begin(int64_t num_panels, int64_t piece, int64_t num_pieces) {
+    if (piece == 0) return 0;
+    if (piece == num_pieces) return num_panels;
+    return (num_panels - (num_panels >> (piece + 1))) / kTaskPanels * kTaskPanels;
 }
 
 void run_task(const Grid& grid, int64_t task) {
-    const int64_t panel_begin = task / grid.row_tasks * grid.panels_per_task;
-    const int64_t row_begin = task % grid.row_tasks * grid.rows_per_task;
-    const Part part{panel_begin, std::min(panel_begin + grid.panels_per_task, grid.weights->num_panels),
-                    row_begin,   std::min(row_begin + grid.rows_per_task, grid.rows->num_rows),
-                    grid.y,      grid.weights->num_outputs};
+    const int64_t tasks_per_piece = grid.num_tasks / grid.num_pieces;
+    const int64_t piece = task / tasks_per_piece, place = task % tasks_per_piece;
+    const int64_t begin = place / grid.row_tasks * grid.panels_per_stretch;
+    const int64_t length = std::min(grid.panels_per_stretch, grid.weights->num_panels - begin);
+    const int64_t row_begin = place % grid.row_tasks * grid.rows_per_task;
+    const Part part{begin + piece_begin(length, piece, grid.num_pieces),
+                    begin + piece_begin(length, piece + 1, grid.num_pieces),
+                    row_begin,
+                    std::min(row_begin + grid.rows_per_task, grid.rows->num_rows),
+                    grid.y,
+                    grid.weights->num_outputs};
+    if (part.panel_begin >= part.panel_end) return;
     if (part.row_begin >= part.row_end) return;
     if (grid.weights->num_blocks > 0) {
         grid.function(*grid.weights, *grid.rows, part);
@@ -90,7 +132,8 @@ void multiply_prepared(Activations activations, const std::vector<Product>& prod
     grids.reserve(products.size());
     int64_t num_tasks = 0;
     for (const Product& product : products) {
-        grids.push_back(make_grid(product, rows_for(*product.weights, activations), num_tasks));
+        const Rows& rows = rows_for(*product.weights, activations);
+        grids.push_back((rows.num_rows == 1 ? make_row_grid : make_rows_grid)(product, rows, num_tasks));
         num_tasks += grids.back().num_tasks;
     }
     constexpr int64_t kMaxChunks = 32768;
