@@ -27,9 +27,9 @@ constexpr Row kKernels[] = {
 #undef RAREFY_KERNEL
 };
 
-constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
-constexpr int64_t kTaskBytes = int64_t{1} << 19;     // of weights: some 10 us of memory
-constexpr int64_t kPieceBytes = int64_t{1} << 17;    // of the shortest piece of one row: some 3 us
+constexpr int64_t kTaskProducts = int64_t{1} << 20;   // some 10 us of one thread on packed weights
+constexpr int64_t kTaskBytes = int64_t{1} << 19;      // of weights: some 10 us of memory
+constexpr int64_t kRowPieceBytes = int64_t{1} << 18;  // of the shortest piece of one row: some 6 us
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = kPanelRows;  // whole register tiles of every instruction set
 
@@ -109,7 +109,7 @@ public:
         const int64_t share = std::max<int64_t>(1, ceil_div(weights_.num_panels, num_threads));
         panels_per_stretch_ = round_up(share, share > kTaskPanels / 2 ? kTaskPanels : kTaskPanels / 2);
         if (num_threads > 1)
-            for (int64_t left = product.weights->num_bytes() / num_threads / 2; left >= kPieceBytes; left /= 2)
+            for (int64_t left = product.weights->num_bytes() / num_threads / 2; left >= kRowPieceBytes; left /= 2)
                 ++num_pieces_;
         in_halves_ = num_pieces_ > 1 && product.weights->isa() >= Isa::avx512;
     }
