@@ -88,12 +88,14 @@ struct Rows {
 };
 
 // Outputs [16 * panel_begin, 16 * panel_end) of rows [row_begin, row_end), of which the first is a multiple of 32; y is
-// (T, O) with the given row stride.
+// (T, O) with the given row stride. Where `distance` is not 0, which is for one row and from avx512 on, also those of
+// the panels so much further, in the same walk.
 struct Part {
     int64_t panel_begin, panel_end;
     int64_t row_begin, row_end;
     float* y;
     int64_t y_stride;
+    int64_t distance;
 };
 
 // There is at least one block of inputs, one panel and one row.

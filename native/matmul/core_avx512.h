@@ -122,6 +122,10 @@ inline void walk_panels(const PanelWeights& w, const Rows& rows, const Part& par
                         OneRowFunction one) {
     constexpr int64_t kShortest = 32 << 10;
     int64_t panel = part.panel_begin;
+    if (part.distance != 0) {
+        for (; panel < part.panel_end; ++panel) two(w, rows, part, panel, part.distance);
+        return;
+    }
     const int64_t distance = (part.panel_end - panel) / 2;
     if (w.value_offsets[panel + distance] - w.value_offsets[panel] >= kShortest) {
         for (; panel < part.panel_begin + distance; ++panel) two(w, rows, part, panel, distance);

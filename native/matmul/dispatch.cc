@@ -1,6 +1,7 @@
 #include "matmul/dispatch.h"
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <stdexcept>
 
@@ -26,11 +27,25 @@ constexpr Row kKernels[] = {
 #undef RAREFY_KERNEL
 };
 
-constexpr int64_t kTaskProducts = int64_t{1} << 20;  // some 10 us of one thread on packed weights
-constexpr int64_t kTaskBytes = int64_t{1} << 19;     // of weights, for one row: some 10 us of memory
+constexpr int64_t kTaskProducts = int64_t{1} << 20;   // some 10 us of one thread on packed weights
+constexpr int64_t kTaskBytes = int64_t{1} << 19;      // of weights: some 10 us of memory
+constexpr int64_t kRowPieceBytes = int64_t{1} << 18;  // of the shortest piece of one row: some 6 us
 constexpr int64_t kTaskPanels = 4;
 constexpr int64_t kRowMultiple = 32;  // whole register tiles of every instruction set, and lanes of rows
 static_assert(kRowMultiple % kPanelRows == 0 && kRowMultiple % kLaneRows == 0);
+
+// `function`, or zeros where there are no inputs: every output is an empty sum then.
+void run_part(const PanelWeights& weights, const Rows& rows, KernelFunction function, const Part& part) {
+    if (part.panel_begin >= part.panel_end || part.row_begin >= part.row_end) return;
+    if (weights.num_blocks > 0) {
+        function(weights, rows, part);
+        return;
+    }
+    const int64_t first = part.panel_begin * kPanelOutputs;
+    const int64_t last = std::min(part.panel_end * kPanelOutputs, weights.num_outputs);
+    for (int64_t row = part.row_begin; row < part.row_end; ++row)
+        std::fill(part.y + row * part.y_stride + first, part.y + row * part.y_stride + last, 0.0f);
+}
 
 // A product cut into tasks: a grid of stretches of panels and of rows.
 struct Grid {
@@ -55,11 +70,7 @@ Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
     const int64_t long_enough = std::min(products / kTaskProducts, read / kTaskBytes) / num_threads;
     const int64_t tasks_per_thread = num_threads == 1 ? 1 : std::clamp<int64_t>(long_enough, 1, 8);
     const int64_t wanted = std::max<int64_t>(1, num_threads * tasks_per_thread / std::max<int64_t>(1, row_tasks));
-    int64_t panels_per_task = ceil_div(weights.num_panels, wanted);
-    if (rows.num_rows > 1 || panels_per_task > kTaskPanels / 2)
-        panels_per_task = ceil_div(std::max<int64_t>(panels_per_task, 1), kTaskPanels) * kTaskPanels;
-    else
-        panels_per_task = kTaskPanels / 2;
+    const int64_t panels_per_task = round_up(std::max<int64_t>(ceil_div(weights.num_panels, wanted), 1), kTaskPanels);
     const int64_t panel_tasks = ceil_div(weights.num_panels, panels_per_task);
     return {&weights,  &rows,      product.weights->kernel(), product.y, panels_per_task, rows_per_task,
             row_tasks, first_task, panel_tasks * row_tasks};
@@ -68,33 +79,14 @@ Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
 void run_task(const Grid& grid, int64_t task) {
     const int64_t panel_begin = task / grid.row_tasks * grid.panels_per_task;
     const int64_t row_begin = task % grid.row_tasks * grid.rows_per_task;
-    const Part part{panel_begin, std::min(panel_begin + grid.panels_per_task, grid.weights->num_panels),
-                    row_begin,   std::min(row_begin + grid.rows_per_task, grid.rows->num_rows),
-                    grid.y,      grid.weights->num_outputs};
-    if (part.row_begin >= part.row_end) return;
-    if (grid.weights->num_blocks > 0) {
-        grid.function(*grid.weights, *grid.rows, part);
-        return;
-    }
-    // No inputs: every output is an empty sum.
-    const int64_t first = part.panel_begin * kPanelOutputs;
-    const int64_t last = std::min(part.panel_end * kPanelOutputs, grid.weights->num_outputs);
-    for (int64_t row = part.row_begin; row < part.row_end; ++row)
-        std::fill(part.y + row * part.y_stride + first, part.y + row * part.y_stride + last, 0.0f);
+    run_part(*grid.weights, *grid.rows, grid.function,
+             {panel_begin, std::min(panel_begin + grid.panels_per_task, grid.weights->num_panels), row_begin,
+              std::min(row_begin + grid.rows_per_task, grid.rows->num_rows), grid.y, grid.weights->num_outputs, 0});
 }
 
-// Multiplies rows that are prepared; the outputs of their first row are at the products' `y`.
-void multiply_prepared(Activations activations, const std::vector<Product>& products) {
-    thread_local PanelScratch panel_scratch;
-    add_row_panels(activations, products, panel_scratch);
-    std::vector<Grid> grids;
-    grids.reserve(products.size());
-    int64_t num_tasks = 0;
-    for (const Product& product : products) {
-        grids.push_back(make_grid(product, rows_for(*product.weights, activations), num_tasks));
-        num_tasks += grids.back().num_tasks;
-    }
+void run_grids(const std::vector<Grid>& grids) {
     constexpr int64_t kMaxChunks = 32768;
+    const int64_t num_tasks = grids.empty() ? 0 : grids.back().first_task + grids.back().num_tasks;
     const int64_t tasks_per_chunk = std::max<int64_t>(1, ceil_div(num_tasks, kMaxChunks));
     common::parallel_for(static_cast<int>(ceil_div(num_tasks, tasks_per_chunk)), [&](int chunk) {
         const int64_t end = std::min(num_tasks, (chunk + 1) * tasks_per_chunk);
@@ -105,6 +97,116 @@ void multiply_prepared(Activations activations, const std::vector<Product>& prod
             run_task(*grid, task - grid->first_task);
         }
     });
+}
+
+// One row waits for memory alone, and a thread that begins to read elsewhere waits longest. So every thread has a
+// stretch of panels of its own, in pieces: half of it, half of what is left, ... It reads on from piece to piece what
+// it has fetched ahead, and a thread that is done takes the last piece of another.
+class RowProduct {
+public:
+    RowProduct(const Product& product, const Rows& rows)
+        : weights_(product.weights->view()), rows_(rows), function_(product.weights->kernel()), y_(product.y) {
+        const int64_t num_threads = common::num_threads();
+        const int64_t share = std::max<int64_t>(1, ceil_div(weights_.num_panels, num_threads));
+        panels_per_stretch_ = round_up(share, share > kTaskPanels / 2 ? kTaskPanels : kTaskPanels / 2);
+        if (num_threads > 1)
+            for (int64_t left = product.weights->num_bytes() / num_threads / 2; left >= kRowPieceBytes; left /= 2)
+                ++num_pieces_;
+        in_halves_ = num_pieces_ > 1 && product.weights->isa() >= Isa::avx512;
+    }
+
+    int64_t num_stretches() const { return ceil_div(weights_.num_panels, panels_per_stretch_); }
+    int64_t num_pieces() const { return num_pieces_; }
+
+    void run(int64_t stretch, int64_t piece) const {
+        const int64_t begin = std::min(stretch * panels_per_stretch_, weights_.num_panels);
+        const int64_t length = std::min(panels_per_stretch_, weights_.num_panels - begin);
+        const int64_t walked = in_halves_ ? length / 2 : length;
+        run_panels(begin + piece_begin(walked, piece), begin + piece_begin(walked, piece + 1), in_halves_ ? walked : 0);
+        if (in_halves_ && piece + 1 == num_pieces_) run_panels(begin + 2 * walked, begin + length, 0);
+    }
+
+private:
+    int64_t piece_begin(int64_t num_panels, int64_t piece) const {
+        return piece == num_pieces_ ? num_panels : num_panels - (num_panels >> piece);
+    }
+    void run_panels(int64_t begin, int64_t end, int64_t distance) const {
+        run_part(weights_, rows_, function_, {begin, end, 0, 1, y_, weights_.num_outputs, distance});
+    }
+
+    const PanelWeights& weights_;
+    const Rows& rows_;
+    KernelFunction function_;
+    float* y_;
+    int64_t panels_per_stretch_, num_pieces_ = 1;
+    bool in_halves_;  // a walk goes through both halves of a stretch at once
+};
+
+// The pieces of a thread that nobody has taken: it takes the first, others the last.
+class Pieces {
+public:
+    void set(int64_t count) { ends_.store(static_cast<uint64_t>(count) << 32, std::memory_order_relaxed); }
+    // -1 where none is left.
+    int64_t take(bool first) {
+        uint64_t ends = ends_.load(std::memory_order_relaxed);
+        for (;;) {
+            const uint64_t begin = ends & 0xffffffff, end = ends >> 32;
+            if (begin == end) return -1;
+            const uint64_t taken = first ? ends + 1 : ends - (uint64_t{1} << 32);
+            if (ends_.compare_exchange_weak(ends, taken, std::memory_order_relaxed))
+                return static_cast<int64_t>(first ? begin : end - 1);
+        }
+    }
+
+private:
+    alignas(64) std::atomic<uint64_t> ends_{0};
+};
+
+void run_row(const std::vector<RowProduct>& products) {
+    int64_t num_pieces = 0, num_stretches = 0;
+    for (const RowProduct& product : products) {
+        num_pieces += product.num_pieces();
+        num_stretches += product.num_stretches();
+    }
+    const auto run = [&](int64_t stretch, int64_t piece) {
+        auto product = products.begin();
+        for (; piece >= product->num_pieces(); ++product) piece -= product->num_pieces();
+        product->run(stretch, piece);
+    };
+    const int64_t num_threads = std::min<int64_t>(common::num_threads(), num_stretches);
+    if (num_threads <= 1) {
+        for (int64_t piece = 0; piece < num_pieces; ++piece) run(0, piece);
+        return;
+    }
+    std::vector<Pieces> pieces(static_cast<size_t>(num_threads));
+    for (Pieces& each : pieces) each.set(num_pieces);
+    common::parallel_for(static_cast<int>(num_threads), [&](int thread) {
+        for (int64_t i = 0; i < num_threads; ++i) {
+            const int64_t stretch = (thread + i) % num_threads;
+            for (int64_t piece; (piece = pieces[static_cast<size_t>(stretch)].take(i == 0)) >= 0;) run(stretch, piece);
+        }
+    });
+}
+
+// Multiplies rows that are prepared; the outputs of their first row are at the products' `y`.
+void multiply_prepared(Activations activations, const std::vector<Product>& products) {
+    thread_local PanelScratch panel_scratch;
+    add_row_panels(activations, products, panel_scratch);
+    std::vector<RowProduct> row_products;
+    std::vector<Grid> grids;
+    grids.reserve(products.size());
+    int64_t num_tasks = 0;
+    for (const Product& product : products) {
+        const Rows& rows = rows_for(*product.weights, activations);
+        if (rows.num_rows == 1) {
+            row_products.emplace_back(product, rows);
+        } else {
+            grids.push_back(make_grid(product, rows, num_tasks));
+            num_tasks += grids.back().num_tasks;
+        }
+    }
+    run_row(row_products);
+    run_grids(grids);
     panel_scratch.trim();
 }
 

@@ -334,6 +334,10 @@ inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part,
     // Two stretches of panels, each a sequential read of memory; or neighbours, where fetching ahead in the first
     // stretch would only reach into the second.
     constexpr int64_t kShortest = 32 << 10;
+    if (part.distance != 0) {
+        for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) all_rows(panel, part.distance, panel);
+        return;
+    }
     const int64_t half = (part.panel_end - part.panel_begin) / 2;
     const bool apart = w.value_offsets[part.panel_begin + half] - w.value_offsets[part.panel_begin] >= kShortest;
     const int64_t distance = apart ? half : 1, stride = apart ? 1 : kPair;

@@ -138,6 +138,31 @@ void test_products() {
     }
 }
 
+// A weight large enough that each thread's share of one row is cut into pieces, of which others take some.
+void test_pieces_of_one_row() {
+    constexpr int64_t kOutputs = 1063, kInputs = 2112;
+    const std::vector<float> x = random_rows(kInputs, 5);
+    std::string format;
+    std::vector<Sample> samples;
+    for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
+        if (!runs(kernel.isa) || kernel.isa == Isa::reference) continue;
+        if (kernel.format != format)
+            samples.assign(1, matmul::make_sample({kernel.format, kOutputs, kInputs, 64, false, 0.5, 3}));
+        format = kernel.format;
+        const Weights weights(samples[0].packed(), kernel.isa);
+        common::set_num_threads(1);
+        const std::vector<float> expected = product(weights, x, 1, kInputs);
+        for (const int num_threads : {2, 3, 2, 3}) {
+            common::set_num_threads(num_threads);
+            check(product(weights, x, 1, kInputs) == expected,
+                  "pieces of one row, " + kernel.format + " on " + matmul::name(kernel.isa));
+            std::vector<float> twice[2] = {std::vector<float>(kOutputs), std::vector<float>(kOutputs)};
+            matmul::multiply(x.data(), 1, kInputs, {{&weights, twice[0].data()}, {&weights, twice[1].data()}});
+            check(twice[0] == expected && twice[1] == expected, "pieces of two products");
+        }
+    }
+}
+
 // Every arrangement of N:M, against the reference, whose N:M is a mask.
 void test_patterns() {
     constexpr struct {
@@ -436,6 +461,7 @@ void test_taps() {
 int main() {
     test_pool();
     test_products();
+    test_pieces_of_one_row();
     test_patterns();
     test_masks_of_many_rows();
     test_float_masks_of_many_rows();

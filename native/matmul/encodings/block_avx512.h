@@ -56,12 +56,17 @@ private:
 template <class Take>
 inline void walk_cells(const PanelWeights& w, const Rows& rows, const Part& part, const Take& take) {
     constexpr int64_t kShortest = 32 << 10;
-    const int64_t* const offsets = w.value_offsets;
-    const int64_t begin = offsets[part.panel_begin], num_bytes = offsets[part.panel_end] - begin;
-    int64_t middle = part.panel_begin;
-    if (num_bytes >= 2 * kShortest)
-        while (offsets[middle] - begin < num_bytes / 2) ++middle;
-    CellWalk first(w, rows, part, part.panel_begin, middle), second(w, rows, part, middle, part.panel_end);
+    int64_t middle = part.panel_end, second_begin = part.panel_begin + part.distance;
+    int64_t second_end = part.panel_end + part.distance;
+    if (part.distance == 0) {
+        const int64_t* const offsets = w.value_offsets;
+        const int64_t begin = offsets[part.panel_begin], num_bytes = offsets[part.panel_end] - begin;
+        middle = part.panel_begin;
+        if (num_bytes >= 2 * kShortest)
+            while (offsets[middle] - begin < num_bytes / 2) ++middle;
+        second_begin = middle;
+    }
+    CellWalk first(w, rows, part, part.panel_begin, middle), second(w, rows, part, second_begin, second_end);
     while (first.has_cell() && second.has_cell()) {
         if ((*first.cell & *second.cell & 3) == 3) {
             take.two(first, second);
