@@ -304,14 +304,14 @@ void walk_stretches(const PanelWeights& w, const Part& part, const Expand& expan
         const int64_t next = any ? panel + kPair : panel, next_distance = any && next + 1 < part.panel_end ? 1 : 0;
         Stream streams[kPair];
         for (int p = 0; p <= distance; ++p) streams[p].start(w, panel + p);
+        Ahead ahead(w, next, next_distance, num_stretches * num_groups, w.num_blocks / num_stretches, any);
         for (int64_t stretch = 0; stretch < num_stretches; ++stretch) {
             const int64_t begin = stretch * kStretchBlocks;
             const int64_t end = begin + kStretchBlocks < w.num_blocks ? begin + kStretchBlocks : w.num_blocks;
             for (int p = 0; p <= distance; ++p) expand(streams[p], panel + p, begin, end, memory[p]);
-            int64_t index = stretch * num_groups;
             walk_tiled_rows<2, false>(part, [&](const TiledRows& group) {
-                take(group, Stretch{panel, distance, begin, end}, expanded,
-                     Ahead(w, next, next_distance, index++, num_stretches * num_groups, end - begin, any), sums);
+                take(group, Stretch{panel, distance, begin, end}, expanded, ahead, sums);
+                ahead.advance();
             });
         }
     }
@@ -329,10 +329,10 @@ void walk_plain_pairs(const PanelWeights& w, const Part& part, const Take& take)
         Stream streams[kPair];
         for (int p = 0; p < kPair; ++p) streams[p].start(w, panel + p * distance);
         const uint8_t* const pairs[kPair] = {streams[0].values, streams[1].values};
-        int64_t index = 0;
+        Ahead ahead(w, next, next_distance, num_groups, w.num_blocks, any);
         walk_tiled_rows<2, false>(part, [&](const TiledRows& group) {
-            take(group, Stretch{panel, distance, 0, w.num_blocks}, pairs,
-                 Ahead(w, next, next_distance, index++, num_groups, w.num_blocks, any), sums);
+            take(group, Stretch{panel, distance, 0, w.num_blocks}, pairs, ahead, sums);
+            ahead.advance();
         });
     }
 }

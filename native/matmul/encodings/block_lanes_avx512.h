@@ -251,7 +251,7 @@ void lanes_by_cells(const PanelWeights& w, const Rows& rows, const Part& part, c
             for (int64_t panel = begin; panel < last; ++panel)
                 lanes_panel<Segment>(w, rows, part, panel, row, static_cast<int>(count / kPanelRows), leaving);
         }
-        if (end < part.row_end) rest(Part{begin, last, end, part.row_end, part.y, part.y_stride});
+        if (end < part.row_end) rest(Part{begin, last, end, part.row_end, part.y, part.y_stride, 0});
     }
     leaving.finish();
 }
