@@ -163,17 +163,19 @@ private:
 };
 
 void run_row(const std::vector<RowProduct>& products) {
-    int64_t num_pieces = 0, num_stretches = 0;
+    int64_t num_pieces = 0, num_stretches = 0, most_stretches = 0;
     for (const RowProduct& product : products) {
         num_pieces += product.num_pieces();
         num_stretches += product.num_stretches();
+        most_stretches = std::max(most_stretches, product.num_stretches());
     }
     const auto run = [&](int64_t stretch, int64_t piece) {
         auto product = products.begin();
         for (; piece >= product->num_pieces(); ++product) piece -= product->num_pieces();
         product->run(stretch, piece);
     };
-    const int64_t num_threads = std::min<int64_t>(common::num_threads(), num_stretches);
+    // No fewer than there were when the stretches were made: another thread may set the number meanwhile.
+    const int64_t num_threads = std::max(most_stretches, std::min<int64_t>(common::num_threads(), num_stretches));
     if (num_threads <= 1) {
         for (int64_t piece = 0; piece < num_pieces; ++piece) run(0, piece);
         return;

@@ -49,6 +49,7 @@ struct CodeSource {
         alignas(32) uint8_t steps[16][64], codes[16][64 + 8], columns[16][64 + 8];
         __builtin_memset(codes, 0, sizeof(codes));
         __builtin_memset(columns, 0, sizeof(columns));
+        if constexpr (kSteps < 16) __builtin_memset(steps[kSteps], 0, (16 - kSteps) * sizeof(steps[0]));
         UNROLL for (int half = 0; half < kHalves; ++half) {
             const __m256i zero_points = filler.zero_points(half);
             for (int step = 0; step < kSteps; ++step) {
