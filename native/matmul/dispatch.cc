@@ -141,8 +141,8 @@ private:
     bool in_halves_;  // a walk goes through both halves of a stretch at once
 };
 
-// The pieces of a thread that nobody has taken: it takes the first, others the last. The very first is what its chunk of
-// the pool begins with, without asking: the answer would be on its way from another core while nothing is read.
+// The pieces of a thread that nobody has taken: it takes the first, others the last. The very first is what its chunk
+// of the pool begins with, without asking: the answer would be on its way from another core while nothing is read.
 class Pieces {
 public:
     void set(int64_t count) { ends_.store(static_cast<uint64_t>(count) << 32 | 1, std::memory_order_relaxed); }
