@@ -142,10 +142,11 @@ private:
     bool in_halves_;  // a walk goes through both halves of a stretch at once
 };
 
-// The pieces of a thread that nobody has taken: it takes the first, others the last.
+// The pieces of a thread that nobody has taken: it takes the first, others the last. The very first is what its chunk
+// of the pool begins with, without asking: the answer would be on its way from another core while nothing is read.
 class Pieces {
 public:
-    void set(int64_t count) { ends_.store(static_cast<uint64_t>(count) << 32, std::memory_order_relaxed); }
+    void set(int64_t count) { ends_.store(static_cast<uint64_t>(count) << 32 | 1, std::memory_order_relaxed); }
     // -1 where none is left.
     int64_t take(bool first) {
         uint64_t ends = ends_.load(std::memory_order_relaxed);
@@ -180,9 +181,11 @@ void run_row(const std::vector<RowProduct>& products) {
         for (int64_t piece = 0; piece < num_pieces; ++piece) run(0, piece);
         return;
     }
-    std::vector<Pieces> pieces(static_cast<size_t>(num_threads));
+    std::vector<Pieces> pieces(num_pieces > 1 ? static_cast<size_t>(num_threads) : 0);
     for (Pieces& each : pieces) each.set(num_pieces);
     common::parallel_for(static_cast<int>(num_threads), [&](int thread) {
+        run(thread, 0);
+        if (num_pieces == 1) return;
         for (int64_t i = 0; i < num_threads; ++i) {
             const int64_t stretch = (thread + i) % num_threads;
             for (int64_t piece; (piece = pieces[static_cast<size_t>(stretch)].take(i == 0)) >= 0;) run(stretch, piece);
