@@ -26,7 +26,7 @@ def contestants(problem: Problem) -> Iterator[Contestant]:
     kernels.set_num_threads(problem.num_threads)
     for layout_format, values, zeros in _KINDS:
         first = kernels.prepare(_layout(problem, layout_format, 0, zeros))
-        count = problem.num_copies(first.nbytes)
+        count = problem.num_copies(first.read_nbytes)
         copies = [first, *(kernels.prepare(_layout(problem, layout_format, copy, zeros)) for copy in range(1, count))]
 
         def run(copies: list[kernels.Prepared] = copies) -> list[np.ndarray]:
@@ -35,7 +35,7 @@ def contestants(problem: Problem) -> Iterator[Contestant]:
 
         note = f"{layout_format}, {first.isa}"
         name = f"{values} {zeros} zeros" if zeros else values
-        yield Contestant("rarefy", name, note, first.nbytes, count, run, list, zeros=zeros)
+        yield Contestant("rarefy", name, note, first.read_nbytes, count, run, list, zeros=zeros)
 
 
 def _layout(problem: Problem, layout_format: str, copy: int, zeros: str = "") -> Layout:

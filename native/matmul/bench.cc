@@ -75,7 +75,7 @@ void bench(const matmul::ListedKernel& kernel, const Options& options, common::B
         copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa));
         packing = std::min(packing, seconds_since(start));
     }
-    const long num_bytes = copies[0]->num_bytes();
+    const long num_bytes = copies[0]->num_read_bytes();
     const long num_copies = options.warm ? 1 : std::max(2L, (128L << 20) / num_bytes);
     while (static_cast<long>(copies.size()) < num_copies)
         copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa));

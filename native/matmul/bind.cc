@@ -155,6 +155,7 @@ void multiply_taps(const Input& pixels, const Places& row_starts, const Places& 
 void bind_matmul(nb::module_& module) {
     nb::class_<Operator>(module, "Weights")
         .def_prop_ro("nbytes", &Operator::num_bytes)
+        .def_prop_ro("read_nbytes", &Operator::num_read_bytes)
         .def_prop_ro("is_integer",
                      [](const Operator& by) { return by.weights() != nullptr && by.weights()->is_integer(); })
         .def_prop_ro("isa",

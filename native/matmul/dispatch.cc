@@ -66,7 +66,7 @@ Grid make_grid(const Product& product, const Rows& rows, int64_t first_task) {
     // Enough tasks that a late thread costs little, but each long enough to pay for its start: claiming it moves a
     // cache line between cores, and its streams begin without prefetched data.
     const int64_t products = weights.num_panels * kPanelOutputs * weights.num_blocks * kBlockInputs * rows.num_rows;
-    const int64_t read = product.weights->num_bytes() * rows.num_rows;
+    const int64_t read = product.weights->num_read_bytes() * rows.num_rows;
     const int64_t long_enough = std::min(products / kTaskProducts, read / kTaskBytes) / num_threads;
     const int64_t tasks_per_thread = num_threads == 1 ? 1 : std::clamp<int64_t>(long_enough, 1, 8);
     const int64_t wanted = std::max<int64_t>(1, num_threads * tasks_per_thread / std::max<int64_t>(1, row_tasks));
@@ -110,7 +110,7 @@ public:
         const int64_t share = std::max<int64_t>(1, ceil_div(weights_.num_panels, num_threads));
         panels_per_stretch_ = round_up(share, share > kTaskPanels / 2 ? kTaskPanels : kTaskPanels / 2);
         if (num_threads > 1)
-            for (int64_t left = product.weights->num_bytes() / num_threads / 2; left >= kRowPieceBytes; left /= 2)
+            for (int64_t left = product.weights->num_read_bytes() / num_threads / 2; left >= kRowPieceBytes; left /= 2)
                 ++num_pieces_;
         in_halves_ = num_pieces_ > 1 && product.weights->isa() >= Isa::avx512;
     }

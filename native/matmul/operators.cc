@@ -62,6 +62,12 @@ int64_t Operator::num_bytes() const {
     return total;
 }
 
+int64_t Operator::num_read_bytes() const {
+    int64_t total = weights_ == nullptr ? 0 : weights_->num_read_bytes();
+    for (const Operator& part : parts_) total += part.num_read_bytes();
+    return total;
+}
+
 // The products of one x: those with weights that x itself meets, in one fork-join, and then what is left of each.
 class Call {
 public:

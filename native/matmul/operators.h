@@ -22,6 +22,7 @@ public:
     int64_t num_outputs() const { return num_outputs_; }
     int64_t num_inputs() const { return num_inputs_; }
     int64_t num_bytes() const;
+    int64_t num_read_bytes() const;  // by one row
     // Null where it is made of parts.
     const Weights* weights() const { return weights_.get(); }
 

@@ -93,6 +93,9 @@ public:
     void for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const;
 
     int64_t num_bytes() const { return num_bytes_; }
+    // Says that one row reads nothing of so many of them.
+    void leave_unread(int64_t num_bytes) { num_unread_bytes_ += num_bytes; }
+    int64_t num_read_bytes() const { return num_bytes_ - num_unread_bytes_; }
     std::vector<common::AlignedBytes> release_memory() { return std::move(memory_); }
 
     PanelWeights& view;
@@ -102,7 +105,7 @@ private:
     const Isa isa_;
     std::vector<bool> taken_;
     std::vector<common::AlignedBytes> memory_;
-    int64_t num_bytes_ = 0;
+    int64_t num_bytes_ = 0, num_unread_bytes_ = 0;
 };
 
 namespace packers {

@@ -43,6 +43,7 @@ Weights::Weights(const PackedArrays& arrays, Isa isa) : isa_(isa) {
     description.pack(packing);
     packing.check_all_taken();
     num_bytes_ = packing.num_bytes();
+    num_read_bytes_ = packing.num_read_bytes();
     memory_ = packing.release_memory();
 }
 

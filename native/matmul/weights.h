@@ -33,6 +33,8 @@ public:
     // 0 for floats and bfloat16.
     int code_bits() const { return is_integer() ? static_cast<int>(values_) : 0; }
     int64_t num_bytes() const { return num_bytes_; }
+    // By one row.
+    int64_t num_read_bytes() const { return num_read_bytes_; }
 
 private:
     Isa isa_;
@@ -40,7 +42,7 @@ private:
     Values values_{};
     KernelFunction kernel_;
     PanelWeights view_{};
-    int64_t num_bytes_ = 0;
+    int64_t num_bytes_ = 0, num_read_bytes_ = 0;
     std::vector<common::AlignedBytes> memory_;
 };
 

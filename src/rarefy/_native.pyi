@@ -38,6 +38,8 @@ class Weights:
     @property
     def nbytes(self) -> int: ...
     @property
+    def read_nbytes(self) -> int: ...
+    @property
     def isa(self) -> str | None:
         """None where it is made of others."""
     @property

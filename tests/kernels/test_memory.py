@@ -2,15 +2,17 @@
 
 import resource
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from rarefy.kernels import extension_status, prepare
-from rarefy.kernels.extension import native
+from rarefy.kernels.extension import detect_cpu, native
 from rarefy.layouts import FORMATS
 from rarefy.layouts.base import Layout
+from rarefy.measure.kernel_samples import samples_of
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
@@ -25,6 +27,17 @@ def _resident_bytes() -> int:
 def _weight(num_rows: int) -> Layout:
     values = np.ones((num_rows, 1024), np.float32)
     return FORMATS["dense-f32-v1"].from_arrays("dense-f32-v1", {"shape": [num_rows, 1024]}, {"values": values})
+
+
+def test_what_only_more_rows_read_is_held_but_does_not_count_as_read() -> None:
+    # Lists for one row, and all codes for several.
+    (sample,) = samples_of("bitmask-int8-v1")
+    layout, _ = replace(sample, density=0.2).make((512, 1024))
+    if not detect_cpu().avx_vnni:
+        pytest.skip("no AVX-VNNI here")
+    with_lists, dense = prepare(layout, isa="avx_vnni"), prepare(_weight(512), isa="avx2")
+    assert with_lists.read_nbytes < 0.8 * 512 * 1024 < 512 * 1024 < with_lists.nbytes
+    assert dense.read_nbytes == dense.nbytes
 
 
 def test_a_weight_gives_its_pages_back_while_its_neighbours_live() -> None:

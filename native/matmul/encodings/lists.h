@@ -181,9 +181,11 @@ void pack_lists_or_all(Packing& packing, int stored_bits) {
                                                                                   : Kept::lists;
     view.lane_rows = fewest_lane_rows(packing.isa(), kBits, static_cast<double>(all_kept) / blocks / kPanelOutputs,
                                       few_rows, mean_steps);
+    const int64_t bytes_before = packing.num_bytes();
     if (few_rows != Kept::lists) pack_all_codes<kBits>(packing, segments);
     if (few_rows == Kept::all_codes) return;
     if (few_rows == Kept::both) {
+        packing.leave_unread(packing.num_bytes() - bytes_before);
         view.mask = view.values;
         view.extra_offsets = view.value_offsets;
     }

@@ -48,18 +48,20 @@ class Prepared:
         format: the format of the layout it was made from.
         isa: the instruction set of its kernel.
         nbytes: bytes it holds in memory.
+        read_nbytes: those of them that a product of one row reads.
         weights: of the extension; None where numpy multiplies.
         reference: of numpy; None where the extension multiplies, or numpy with the parts.
         parts: None unless the weight is made of others.
     """
 
-    __slots__ = ("format", "isa", "nbytes", "parts", "reference", "shape", "weights")
+    __slots__ = ("format", "isa", "nbytes", "parts", "read_nbytes", "reference", "shape", "weights")
 
     def __init__(self, layout: Layout, kernel: Kernel) -> None:
         self.shape = layout.shape
         self.format = layout.format
         self.isa = kernel.isa
         self.nbytes: int
+        self.read_nbytes: int
         self.parts: _Parts | None = None
         self.weights: Weights | None = None
         self.reference: ReferenceWeights | None = None
@@ -75,12 +77,14 @@ class Prepared:
         if self.parts is not None:
             self.weights = _composed(self.parts)
             self.nbytes = self.parts.first.nbytes + self.parts.second.nbytes
+            self.read_nbytes = self.parts.first.read_nbytes + self.parts.second.read_nbytes
             return
         match _repack(layout, kernel):
             case ReferenceWeights() as reference:
-                self.reference, self.nbytes = reference, reference.nbytes
+                self.reference = reference
+                self.nbytes = self.read_nbytes = reference.nbytes
             case weights:
-                self.weights, self.nbytes = weights, int(weights.nbytes)
+                self.weights, self.nbytes, self.read_nbytes = weights, int(weights.nbytes), int(weights.read_nbytes)
 
     def __repr__(self) -> str:
         return f"Prepared({self.format}, shape={self.shape}, isa={self.isa}, nbytes={self.nbytes})"

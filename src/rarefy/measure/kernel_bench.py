@@ -234,7 +234,7 @@ def _groups(samples: Sequence[Sample], shapes: Sequence[tuple[int, int]]) -> Ite
         for sample in samples:
             layout, small = sample.make(shape)
             first = prepare(layout)
-            count = math.ceil(min(target_bytes, _MEMORY_BUDGET_BYTES / 4) / first.nbytes)
+            count = math.ceil(min(target_bytes, _MEMORY_BUDGET_BYTES / 4) / first.read_nbytes)
             count = min(max(count, 2), _MAX_COPIES)
             if group and used + count * first.nbytes > _MEMORY_BUDGET_BYTES:
                 yield group
@@ -289,12 +289,12 @@ def _row(weight: _Weight, product: _Product, timings: Timings, reading: _Reading
         "ms_low": seconds.low * 1e3,
         "ms_high": seconds.high * 1e3,
         "num_rounds": seconds.num_runs,
-        "bytes": first.nbytes,
+        "bytes": first.read_nbytes,
         "layout_bytes": weight.layout_bytes,
         "bandwidth_bytes_per_s": bandwidth.median,
-        "bandwidth_fraction": first.nbytes / seconds.median / bandwidth.median,
+        "bandwidth_fraction": first.read_nbytes / seconds.median / bandwidth.median,
         "num_copies": len(weight.copies.prepared),
-        "cache_multiple": len(weight.copies.prepared) * first.nbytes / last_level_cache_bytes(),
+        "cache_multiple": len(weight.copies.prepared) * first.read_nbytes / last_level_cache_bytes(),
         "checked": True,
     }
 
