@@ -275,6 +275,24 @@ def test_a_result_is_not_overwritten_by_the_next_call(layout_for: LayoutFor) -> 
             assert bool((error <= tolerance(dense, x, "dense-int8-v1")).all())
 
 
+@pytest.mark.parametrize(
+    ("outputs", "size"), [(32, 3), (32, 1), (1, 6)], ids=["one place", "a kernel of one place", "one output"]
+)
+def test_results_of_one_place_or_output_are_not_overwritten_either(
+    layout_for: LayoutFor, outputs: int, size: int
+) -> None:
+    # There channels first and channels last are the same memory.
+    conv = nn.Conv2d(64, outputs, 1 if size == 1 else 3, padding=0 if size < 4 else 1)
+    layer, _ = packed(layout_for, conv, "dense-int8-v1")
+    for shape in ((1, 64, size, size), (64, size, size)):
+        first, second = torch.randn(shape), torch.randn(shape)
+        with torch.no_grad():
+            y = layer(first)
+            before = y.clone()
+            layer(second)
+        assert torch.equal(y, before)
+
+
 def test_an_input_without_a_batch(layout_for: LayoutFor) -> None:
     for groups in (1, 2, 4):
         layer, dense = packed(layout_for, nn.Conv1d(4, 4, 3, groups=groups), "dense-f32-v1")

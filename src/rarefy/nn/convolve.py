@@ -45,7 +45,10 @@ def convolve(x: Tensor, stages: Sequence[Stage], bias: Tensor | None = None) -> 
         # What is handed out is new memory; what is only read again here is not.
         where = None if is_last and keeps_format else f"outputs of stage {number}"
         y = _run(y, stage, bias if is_last else None, where)
-    return (y if keeps_format else contiguous(y)).to(x.dtype)
+    if keeps_format:
+        return y.to(x.dtype)
+    # Of one output or one place both formats are the same memory, which is the scratch still.
+    return (y.clone() if y.is_contiguous() else contiguous(y)).to(x.dtype)
 
 
 def _run(x: Tensor, stage: Stage, bias: Tensor | None, where: str | None) -> Tensor:
