@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import rarefy
+from rarefy import checkpoint
 from rarefy.checkpoint import what_is_left
 from rarefy.core.errors import NonFiniteError, PathError, UsageError
 from rarefy.methods import GPTQ, SparseGPT
@@ -89,6 +90,18 @@ def same_bytes(one: Path, two: Path) -> bool:
     # Reports hold times.
     measured = {"report.json", "report.html", "README.md"}
     return all((one / name).read_bytes() == (two / name).read_bytes() for name in files if name not in measured)
+
+
+def test_work_without_a_finished_block_is_told_of(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "write_artifact", interrupted)
+    assert what_is_left(tmp_path / "OUT") == ""
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.Checkpoint(tmp_path / "OUT.partial", {}).save("0", checkpoint.Finished({}, {}, {}, {}, {}))
+    left = what_is_left(tmp_path / "OUT")
+    assert left == "interrupted before a block was finished; the same command begins anew (and replaces OUT.partial)"
 
 
 @pytest.mark.filterwarnings("error")

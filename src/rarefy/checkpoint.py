@@ -172,6 +172,8 @@ def what_is_left(out: str | os.PathLike[str]) -> str:
     """What an interrupted run has left of its work, in one line for the user; "" if nothing."""
     path = partial_path(out)
     count = Checkpoint(path, {}).num_finished()
+    if not count and path.exists():
+        return f"interrupted before a block was finished; the same command begins anew (and replaces {path.name})"
     if not count:
         return ""
     return f"interrupted; the same command will go on after {_blocks(count)} (kept in {path.name})"
