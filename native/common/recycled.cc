@@ -42,6 +42,26 @@ int64_t round_size(int64_t num_bytes) {
     return (num_bytes / multiple + (num_bytes % multiple != 0)) * multiple;
 }
 
+// Mapped, because what malloc gets back in the midst of its heap it keeps. Null where there is no memory.
+uint8_t* map_huge_pages(int64_t size) {
+    const auto num_mapped = static_cast<size_t>(size + kHugePage);
+    void* const mapped = mmap(nullptr, num_mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) return nullptr;
+    auto* const begin = static_cast<uint8_t*>(mapped);
+    const auto before = static_cast<size_t>(-reinterpret_cast<uintptr_t>(mapped) & (kHugePage - 1));
+    const size_t after = num_mapped - before - static_cast<size_t>(size);
+    if (before > 0) munmap(begin, before);
+    if (after > 0) munmap(begin + before + size, after);
+#ifdef MADV_HUGEPAGE
+    madvise(begin + before, static_cast<size_t>(size), MADV_HUGEPAGE);  // refused: small pages do
+#endif
+    return begin + before;
+}
+
+uint8_t* allocate_small(int64_t size) {
+    return static_cast<uint8_t*>(std::aligned_alloc(64, static_cast<size_t>(size)));
+}
+
 }  // namespace
 
 RecycledBytes allocate_recycled(int64_t num_bytes) {
@@ -57,13 +77,8 @@ RecycledBytes allocate_recycled(int64_t num_bytes) {
             return RecycledBytes(bytes, {size});
         }
     }
-    const int64_t alignment = size % kHugePage == 0 ? kHugePage : 64;
-    auto* const bytes =
-        static_cast<uint8_t*>(std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(size)));
+    uint8_t* const bytes = size % kHugePage == 0 ? map_huge_pages(size) : allocate_small(size);
     if (bytes == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (alignment == kHugePage) madvise(bytes, static_cast<size_t>(size), MADV_HUGEPAGE);  // refused: small pages do
-#endif
     return RecycledBytes(bytes, {size});
 }
 
@@ -80,7 +95,12 @@ void Recycle::operator()(uint8_t* bytes) const {
         old.assign(all.pieces.begin(), end);
         all.pieces.erase(all.pieces.begin(), end);
     }
-    for (const Piece& piece : old) std::free(piece.bytes);
+    for (const Piece& piece : old) {
+        if (piece.num_bytes % kHugePage == 0)
+            munmap(piece.bytes, static_cast<size_t>(piece.num_bytes));
+        else
+            std::free(piece.bytes);
+    }
 }
 
 int64_t waiting_bytes() {
