@@ -86,7 +86,8 @@ struct ListSums {
 
 constexpr int kListRows = 2;  // their tables fill half of the registers
 
-// kRows rows from `row` on by one panel, and by one half of it after the other.
+// kRows rows from `row` on by one panel: one row by both halves of it at once, since the number of steps is hard to
+// foretell, two by one half after the other, for which the registers do.
 template <int kBits, bool kCentered, int kRows, int kColumns>
 void rows_by_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel) {
     using Kind = ListKind<kBits, kCentered>;
@@ -109,30 +110,44 @@ void rows_by_lists(const PanelWeights& w, const Rows& rows, const Part& part, in
             _mm_prefetch(reinterpret_cast<const char*>(stream + 4096 + step * kStepBytes), _MM_HINT_T0);
             _mm_prefetch(reinterpret_cast<const char*>(stream + 4096 + step * kStepBytes + 64), _MM_HINT_T0);
         }
-        UNROLL for (int half = 0; half < kHalves; ++half) {
-            const __m256i zero_points = groups.zero_points(panel, half);
-            const __m256i zero_bytes = _mm256_mullo_epi32(zero_points, _mm256_set1_epi32(0x01010101));
-            __m256i dots[kRows];
-            UNROLL for (int r = 0; r < kRows; ++r) { dots[r] = _mm256_setzero_si256(); }
+        constexpr int kAtOnce = kRows == 1 ? kHalves : 1;
+        UNROLL for (int first = 0; first < kHalves; first += kAtOnce) {
+            __m256i zero_points[kAtOnce], zero_bytes[kAtOnce], dots[kAtOnce][kRows];
+            UNROLL for (int h = 0; h < kAtOnce; ++h) {
+                zero_points[h] = groups.zero_points(panel, first + h);
+                zero_bytes[h] = _mm256_mullo_epi32(zero_points[h], _mm256_set1_epi32(0x01010101));
+                UNROLL for (int r = 0; r < kRows; ++r) { dots[h][r] = _mm256_setzero_si256(); }
+            }
             for (int begin = 0; begin < count; begin += Kind::kMostSteps) {
                 const int steps = count - begin < Kind::kMostSteps ? count - begin : Kind::kMostSteps;
                 const uint8_t* from = stream + begin * kStepBytes;
-                ListSums<Kind> sums[kRows];
-                __m256i too_much = _mm256_setzero_si256();
+                ListSums<Kind> sums[kAtOnce][kRows];
+                __m256i too_much[kAtOnce];
+                UNROLL for (int h = 0; h < kAtOnce; ++h) { too_much[h] = _mm256_setzero_si256(); }
                 for (int step = 0; step < steps; ++step, from += kStepBytes) {
-                    const __m256i codes = Kind::codes(from, half, zero_bytes);
-                    __m256i gathered[kRows];
-                    Gatherer<kColumns>::gather(gatherers, load(from + 32 * half), gathered);
-                    UNROLL for (int r = 0; r < kRows; ++r) { sums[r].add(codes, gathered[r]); }
-                    if (Kind::kDifferences) too_much = add_bytes(too_much, _mm256_set1_epi8(-128), codes);
+                    UNROLL for (int h = 0; h < kAtOnce; ++h) {
+                        const __m256i codes = Kind::codes(from, first + h, zero_bytes[h]);
+                        __m256i gathered[kRows];
+                        Gatherer<kColumns>::gather(gatherers, load(from + 32 * (first + h)), gathered);
+                        UNROLL for (int r = 0; r < kRows; ++r) { sums[h][r].add(codes, gathered[r]); }
+                        if (Kind::kDifferences) too_much[h] = add_bytes(too_much[h], _mm256_set1_epi8(-128), codes);
+                    }
                 }
-                if (Kind::kActivations)
-                    too_much = Kind::kSigns ? _mm256_sub_epi32(zero_points, _mm256_set1_epi32(128)) : zero_points;
-                UNROLL for (int r = 0; r < kRows; ++r) { dots[r] = _mm256_add_epi32(dots[r], sums[r].dots(too_much)); }
+                UNROLL for (int h = 0; h < kAtOnce; ++h) {
+                    if (Kind::kActivations)
+                        too_much[h] =
+                            Kind::kSigns ? _mm256_sub_epi32(zero_points[h], _mm256_set1_epi32(128)) : zero_points[h];
+                    UNROLL for (int r = 0; r < kRows; ++r) {
+                        dots[h][r] = _mm256_add_epi32(dots[h][r], sums[h][r].dots(too_much[h]));
+                    }
+                }
             }
-            const __m256 scales = groups.scales(panel, half);
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                totals.add(r, half, dots[r], row_scales[r * rows.num_blocks + segment / kSegments], scales);
+            UNROLL for (int h = 0; h < kAtOnce; ++h) {
+                const __m256 scales = groups.scales(panel, first + h);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    const float row_scale = row_scales[r * rows.num_blocks + segment / kSegments];
+                    totals.add(r, first + h, dots[h][r], row_scale, scales);
+                }
             }
         }
         stream += count * kStepBytes;
