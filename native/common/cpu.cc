@@ -68,4 +68,17 @@ CpuFlags detect_cpu() {
     return flags;
 }
 
+bool fetches_best_alone() {
+#if RAREFY_X86
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return false;
+    const bool is_amd = b == signature_AMD_ebx && c == signature_AMD_ecx && d == signature_AMD_edx;
+    if (!is_amd || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    const unsigned base_family = a >> 8 & 0xf, extended_family = a >> 20 & 0xff;
+    return base_family == 0xf && base_family + extended_family == 0x19;
+#else
+    return false;
+#endif
+}
+
 }  // namespace rarefy::common

@@ -14,6 +14,10 @@ struct CpuFlags {
 // wants to be asked for them: this does.
 CpuFlags detect_cpu();
 
+// Whether the hardware fetches what a walk through memory reads next better than a program that asks for it: on AMD's
+// Zen 3 and 4, where asking costs up to half of the bandwidth (docs/limits.md). On Zen 5 and Intel's it gains.
+bool fetches_best_alone();
+
 // The flags that the files and passes named so are compiled for.
 inline bool can_run_avx2(const CpuFlags& cpu) { return cpu.avx2 && cpu.fma && cpu.f16c && cpu.bmi2; }
 inline bool can_run_avx_vnni(const CpuFlags& cpu) { return can_run_avx2(cpu) && cpu.avx_vnni; }

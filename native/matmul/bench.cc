@@ -1,8 +1,9 @@
 // Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
 // NAME] [--format PART] [--group COLUMNS, which share a scale, 0: all] [--nm KEEP:GROUP] [--block HxW] [--zeros
-// FRACTION] [--zero-points] [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds,
-// and shows how long a pass over as many bytes takes that only reads them, in two streams per thread as one row does.
-// Warm has one copy: of a shape that fits into a cache, what the arithmetic takes.
+// FRACTION] [--zero-points] [--fetch 0 or 1, which is the processor's choice by default] [--warm]. Cold (the default)
+// rotates over more copies of the weight than any cache holds, and shows how long a pass over as many bytes takes that
+// only reads them, in two streams per thread as one row does. Warm has one copy: of a shape that fits into a cache,
+// what the arithmetic takes.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -56,7 +57,8 @@ double time_reading(common::BandwidthProbe& probe, long num_bytes) {
     constexpr int kRepeats = 15;
     std::vector<double> times;
     for (int repeat = 0; repeat < kRepeats; ++repeat)
-        times.push_back(static_cast<double>(num_bytes) / probe.read(num_bytes, 2, 2048).bytes_per_s);
+        times.push_back(static_cast<double>(num_bytes) /
+                        probe.read(num_bytes, 2, matmul::fetches_ahead ? 2048 : 0).bytes_per_s);
     std::nth_element(times.begin(), times.begin() + kRepeats / 2, times.end());
     return times[kRepeats / 2];
 }
@@ -129,6 +131,8 @@ int main(int argc, char** argv) {
             options.threads = std::atoi(value);
         } else if (name == "--rows") {
             options.rows = std::atol(value);
+        } else if (name == "--fetch") {
+            matmul::fetches_ahead = std::atoi(value) != 0;
         } else if (name == "--group") {
             options.group_size = std::atol(value);
         } else if (name == "--isa") {

@@ -22,7 +22,9 @@ void walk_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_
         __m512 sums[kPanels];
         UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = _mm512_setzero_ps(); }
         for (int eighth = 0; eighth < 4; ++eighth) {
-            UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(16); }
+            if (fetches<1>()) {
+                UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(16); }
+            }
             UNROLL for (int step = 0; step < 8; ++step, x += 2) {
                 const __m512i pair = broadcast_pair(x);
                 UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = add_pairs(sums[p], streams[p].pairs(), pair); }

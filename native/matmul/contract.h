@@ -98,6 +98,10 @@ struct Part {
     int64_t distance;
 };
 
+// Whether kernels ask for what they will read next, or leave that to the hardware, which some processors do better
+// (cpu.h). It changes no bit.
+extern bool fetches_ahead;
+
 // There is at least one block of inputs, one panel and one row.
 using KernelFunction = void (*)(const PanelWeights&, const Rows&, const Part&);
 

@@ -54,10 +54,10 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
             evens[p] = times(zero_points, -sum);
             odds[p] = Sums{};
-            groups.fetch(panel + p * distance);
+            if (fetches<1>()) groups.fetch(panel + p * distance);
         }
         UNROLL for (int pair = 0; pair < kSteps / 2; ++pair, q += 8) {
-            if (2 * pair % kFetchSteps == 0) {
+            if (2 * pair % kFetchSteps == 0 && fetches<1>()) {
                 UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(kFetchSteps); }
             }
             const __m512i even_q = broadcast_4(q), odd_q = broadcast_4(q + 4);
@@ -95,7 +95,7 @@ void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
         __m512 sums[kPanels];
         UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = _mm512_setzero_ps(); }
         for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
-            if (pair % 8 == 0) {
+            if (pair % 8 == 0 && fetches<1>()) {
                 UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(16); }
             }
             const __m512 even_x = _mm512_set1_ps(x[0]), odd_x = _mm512_set1_ps(x[1]);

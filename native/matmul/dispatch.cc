@@ -12,6 +12,9 @@
 #include "matmul/row_panels.h"
 
 namespace rarefy::matmul {
+
+bool fetches_ahead = !common::fetches_best_alone();
+
 namespace {
 
 struct Row {

@@ -137,7 +137,7 @@ inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part,
             __m512i even[kPair], odd[kPair];
             UNROLL for (int p = 0; p < kPair; ++p) {
                 // Rows that are not the first to meet the pair fetch again, which costs less than asking.
-                if (2 * pair % kFetchSteps == 0) streams[p].fetch(kFetchSteps);
+                if (2 * pair % kFetchSteps == 0 && fetches<kRows>()) streams[p].fetch(kFetchSteps);
                 streams[p].next(pruned[p], even[p], odd[p]);
                 if constexpr (Stream::kOddShift != 0) odd[p] = _mm512_srli_epi16(odd[p], Stream::kOddShift);
             }
@@ -278,7 +278,7 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
             UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_setzero_ps(); }
         }
         for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
-            if (pair % 8 == 0) {
+            if (pair % 8 == 0 && fetches<kRows>()) {
                 UNROLL for (int p = 0; p < kPair; ++p) { streams[p].fetch(16); }
             }
             __m512 even[kPair], odd[kPair];

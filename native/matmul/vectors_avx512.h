@@ -10,11 +10,19 @@
 
 namespace rarefy::matmul::avx512 {
 
+// Whether kRows rows fetch ahead. More than a few compute for so long between two reads that all processors gain.
+template <int kRows>
+inline bool fetches() {
+    constexpr int kFewRows = 3;
+    return kRows > kFewRows || fetches_ahead;
+}
+
 // Fetches what a stream reads kAhead bytes later. A page ahead is measured to be best; the hardware fetches dense
 // streams well by itself, but loses the thread of values whose number the mask decides.
 template <int kAhead>
-inline void prefetch(const uint8_t* from, int num_bytes) {
-    for (int offset = 0; offset < num_bytes; offset += 64)
+inline void prefetch(const void* at, int64_t num_bytes) {
+    const auto* from = static_cast<const uint8_t*>(at);
+    for (int64_t offset = 0; offset < num_bytes; offset += 64)
         _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + offset), _MM_HINT_T0);
 }
 
@@ -149,9 +157,7 @@ struct Groups {
     }
     int64_t place_of(int64_t panel) const { return w.group_place(panel, 0) + place; }
     // Fetches what stands a kilobyte later, or another number of bytes.
-    void fetch(int64_t panel, int64_t ahead = 1024) const {
-        _mm_prefetch(reinterpret_cast<const char*>(w.scales_at(place_of(panel) + ahead)), _MM_HINT_T0);
-    }
+    void fetch(int64_t panel, int64_t ahead = 1024) const { prefetch<0>(w.scales_at(place_of(panel) + ahead), 64); }
     __m512 scales(int64_t panel) const { return widen_bf16(w.scales_at(place_of(panel))); }
     __m512i zero_points(int64_t panel) const {
         return w.zero_points == nullptr ? _mm512_set1_epi32(w.zero_point)

@@ -141,13 +141,13 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
         UNROLL for (int p = 0; p < kPanels; ++p) {
             sums[p][0] = times(kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance), -sum);
             UNROLL for (int k = 1; k < Bits::kSums; ++k) { sums[p][k] = Sums{}; }
-            groups.fetch(panel + p * distance);
+            if (fetches<1>()) groups.fetch(panel + p * distance);
         }
         UNROLL for (int half = 0; half < kSteps / kHalfSteps; ++half) {
             __m512i half_q[kHalfSteps];
             UNROLL for (int step = 0; step < kHalfSteps; ++step, q += 4) { half_q[step] = broadcast_4(q); }
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                prefetch<4096>(values[p], Bits::kHalfBytes);
+                if (fetches<1>()) prefetch<4096>(values[p], Bits::kHalfBytes);
                 Bits::dot(values[p], half_q, sums[p]);
                 values[p] += Bits::kHalfBytes;
             }

@@ -36,9 +36,9 @@ private:
         next_list += list_words(*next_list);
         total = _mm512_set1_ps(rows.starts[part.row_begin]);
         // What the walk through the next panel begins with, and no stream leads to.
-        prefetch<0>(reinterpret_cast<const uint8_t*>(next_list), 192);
-        if (w.scales != nullptr)
-            prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales_at(w.group_place(panel + 1, 0))), 256);
+        if (!fetches<1>()) return;
+        prefetch<0>(next_list, 192);
+        if (w.scales != nullptr) prefetch<0>(w.scales_at(w.group_place(panel + 1, 0)), 256);
     }
     void finish_panel(const PanelWeights& w, const Rows& rows, const Part& part) {
         do {
@@ -93,7 +93,7 @@ inline void take_cells_bf16(const uint16_t* row_x, CellWalk* const (&walks)[kWal
     for (int column = 0; column < columns; column += 2) {
         UNROLL for (int i = 0; i < kWalks; ++i) {
             const uint8_t* values = walks[i]->values + column * 32;
-            prefetch<2048>(values, 64);
+            if (fetches<1>()) prefetch<2048>(values, 64);
             sums[i] = add_pairs(sums[i], load(values), broadcast_pair(x[i] + column));
         }
     }
@@ -132,7 +132,7 @@ inline void take_segments(const PanelWeights& w, const Rows& rows, int64_t row, 
     for (int step = 0; step < num_steps; step += 2) {
         UNROLL for (int i = 0; i < kWalks; ++i) {
             const uint8_t* values = walks[i]->values + step * 64;
-            prefetch<4096>(values, 128);
+            if (fetches<1>()) prefetch<4096>(values, 128);
             evens[i] = dot_4(evens[i], load(values), broadcast_4(q[i] + 4 * step));
             odds[i] = dot_4(odds[i], load(values + 64), broadcast_4(q[i] + 4 * step + 4));
         }
@@ -151,10 +151,10 @@ inline void take_cells_int(const PanelWeights& w, const Rows& rows, const Part& 
     UNROLL for (int i = 0; i < kWalks; ++i) {
         // No hardware foresees which scales come next.
         constexpr int kCellsAhead = 5;
-        if (walks[i]->end - walks[i]->cell > kCellsAhead) {
+        if (fetches<1>() && walks[i]->end - walks[i]->cell > kCellsAhead) {
             const int64_t segment = cell_block(walks[i]->cell[kCellsAhead]) * (16 / kSteps);
             const int64_t place = SegmentGroup(w, walks[i]->panel, segment).place;
-            _mm_prefetch(reinterpret_cast<const char*>(w.scales_at(place)), _MM_HINT_T0);
+            prefetch<0>(w.scales_at(place), 64);
         }
     }
     if constexpr (kSteps == 16) {

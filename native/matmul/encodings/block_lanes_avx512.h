@@ -88,7 +88,7 @@ struct CodeSegment {
     // What the segments of a cell read besides their values.
     static void fetch(const PanelWeights& w, int64_t panel, int32_t cell) {
         const SegmentGroup group(w, panel, cell_block(cell) * (16 / w.steps_per_segment));
-        prefetch<0>(reinterpret_cast<const uint8_t*>(w.scales_at(group.place)), 64);
+        prefetch<0>(w.scales_at(group.place), 64);
     }
 
     // kPanels row panels by kOutputs outputs. Sums and zero points have fewer than 16 bits, which one instruction

@@ -130,17 +130,17 @@ void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
         values[p] = w.values + w.value_offsets[panel + p * distance];
         UNROLL for (int r = 0; r < kRows; ++r) { sums[r][p] = _mm512_setzero_ps(); }
     }
-    const bool fetches = kRows < kMaxRows || ahead.is_first();
+    const bool fetch = fetches<kRows>() && (kRows < kMaxRows || ahead.is_first());
     Groups groups(w, 0);
     for (int64_t half_block = 0; half_block < 2 * w.num_blocks; ++half_block) {
         if (half_block % 2 == 0) ahead.fetch();
-        if (kScaled && fetches) {
+        if (kScaled && fetch) {
             UNROLL for (int p = 0; p < kPair; ++p) { groups.fetch(panel + p * distance); }
         }
         for (int i = 0; i < 16 / Lookup::kPairs; ++i, x += 2 * Lookup::kPairs) {
             __m512i pairs[kPair][Lookup::kPairs];
             UNROLL for (int p = 0; p < kPair; ++p) {
-                if (fetches) prefetch<4096>(values[p], Lookup::kBytes);
+                if (fetch) prefetch<4096>(values[p], Lookup::kBytes);
                 lookup.read(values[p], pairs[p]);
                 values[p] += Lookup::kBytes;
             }

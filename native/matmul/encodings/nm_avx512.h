@@ -82,9 +82,10 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
         Sums sums[kPanels], offsets[kPanels];
         __m512i zero_points[kPanels], lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            for (int64_t offset = 0; offset < shape.segment_bytes; offset += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(streams[p] + 4096 + offset), _MM_HINT_T0);
-            groups.fetch(panel + p * distance);
+            if (fetches<1>()) {
+                prefetch<4096>(streams[p], shape.segment_bytes);
+                groups.fetch(panel + p * distance);
+            }
             sums[p] = offsets[p] = Sums{};
             zero_points[p] = every_byte(groups.zero_points(panel + p * distance));
             if constexpr (kQuarters > 0) {
@@ -144,8 +145,7 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
     for (int i = 0; i < 64; ++i) identity[i] = static_cast<uint8_t>(i);
     Groups groups(w, begin);
     for (int64_t segment = begin; segment < end; ++segment) {
-        for (int64_t offset = 0; offset < shape.segment_bytes; offset += 64)
-            _mm_prefetch(reinterpret_cast<const char*>(from + ahead + offset), _MM_HINT_T0);
+        prefetch<0>(from + ahead, shape.segment_bytes);
         groups.fetch(panel, kListSegments * w.group_bytes);
         __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
         const __m512i zero_points = every_byte(groups.zero_points(panel));

@@ -96,7 +96,7 @@ void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part, i
             second_half[r] = load(x + r * rows.stride + kBlockInputs / 2);
         }
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            prefetch<4096>(lists[p], num_steps * kListStepBytes);
+            if (fetches<kRows>()) prefetch<4096>(lists[p], num_steps * kListStepBytes);
             __m512 sums[kRows];
             UNROLL for (int r = 0; r < kRows; ++r) { sums[r] = _mm512_setzero_ps(); }
             const uint8_t* values = lists[p] + num_steps * 32;
