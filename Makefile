@@ -13,6 +13,7 @@ VENV ?= .venv
 DEMO_OUT ?= demo-out
 BENCH_VENV ?= .venv-bench
 BENCH_RESULTS ?= performance-results.json
+BENCH_REPORT ?= docs/performance.md
 FUZZ_BUILD ?= build/fuzz
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
@@ -43,7 +44,8 @@ bench: $(BENCH_VENV)/.peers $(BENCH_VENV)/.ggml
 	RAREFY_BENCH_GGML=$(abspath $(BENCH_VENV))/ggml/build/src \
 		RAREFY_BENCH_GGML_AVX2=$(abspath $(BENCH_VENV))/ggml/build-avx2/src \
 		RAREFY_BENCH_GGML_AVX_VNNI=$(abspath $(BENCH_VENV))/ggml/build-avx-vnni/src RAREFY_BENCH_GGML_VERSION='$(GGML_SOURCE)' \
-		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS)
+		$(BENCH_VENV)/bin/python benchmarks/performance.py --results $(BENCH_RESULTS) \
+		--report $(BENCH_REPORT)
 
 fuzz:
 	cmake -S . -B $(FUZZ_BUILD) -DRAREFY_BUILD_TESTS=ON -DRAREFY_SANITIZE=address,undefined

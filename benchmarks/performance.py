@@ -183,7 +183,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("performance-results.json"))
     parser.add_argument("--only", action="append", help='measure settings whose JSON contains this, such as "4096"')
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parent.parent / "docs")
+    default_report = Path(__file__).parent.parent / "docs" / "performance.md"
+    parser.add_argument("--report", type=Path, default=default_report, help="written beside its picture")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:
@@ -200,7 +201,7 @@ def main() -> None:
         known["results"].append(run_setting(setting, arguments.rounds))
         known["machine"] = machine()
         arguments.results.write_text(json.dumps(known, indent=1))
-    write_report(known, arguments.docs)
+    write_report(known, arguments.report)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md and docs/performance-roofline.svg from the results of performance.py."""
+"""Writes docs/performance.md and its picture, docs/performance-roofline.svg, from the results of performance.py."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -54,14 +54,15 @@ What limits the products that fall short, in cycles and bytes: [limits.md](limit
 """
 
 
-def write_report(known: dict[str, Any], docs: Path) -> None:
+def write_report(known: dict[str, Any], report: Path) -> None:
     """Write both files from what has been measured."""
     results = known["results"]
     peers = [result for result in results if result["setting"]["part"] == "peers"]
     layouts = [result for result in results if result["setting"]["part"] == "layouts"]
     rounds = max((result["bandwidth"]["num_runs"] for result in peers), default=0)
     text = [_INTRODUCTION.format(machine=_machine(known["machine"]), rounds=rounds)]
-    text.append("![Roofline](performance-roofline.svg)\n")
+    picture = report.with_name(f"{report.stem}-roofline.svg")
+    text.append(f"![Roofline]({picture.name})\n")
     text += _in_any_format(peers)
     text += _summary(peers)
     text.append("## Beside other libraries\n")
@@ -70,8 +71,8 @@ def write_report(known: dict[str, Any], docs: Path) -> None:
     text.append("## Every layout\n")
     for result in layouts:
         text += _layout_table(result)
-    docs.joinpath("performance.md").write_text("\n".join(text), encoding="utf-8")
-    docs.joinpath("performance-roofline.svg").write_text(_roofline(peers), encoding="utf-8")
+    report.write_text("\n".join(text), encoding="utf-8")
+    picture.write_text(_roofline(peers), encoding="utf-8")
 
 
 def _machine(machine: dict[str, Any]) -> str:

@@ -98,7 +98,7 @@ def results(load) -> dict:
 
 
 def test_the_report_names_losses_and_what_was_left_out(load, tmp_path: Path) -> None:
-    load("performance_report").write_report(results(load), tmp_path)
+    load("performance_report").write_report(results(load), tmp_path / "performance.md")
     text = (tmp_path / "performance.md").read_text()
     losses = text.partition("## Where rarefy loses")[2].partition("## ")[0]
     assert "4096 x 4096, one row, one thread: A int4 | 0.75 |" in losses
@@ -121,5 +121,5 @@ def test_the_report_names_losses_and_what_was_left_out(load, tmp_path: Path) -> 
 def test_a_report_without_a_loss_says_so(load, tmp_path: Path) -> None:
     known = results(load)
     known["results"][0]["rows"].pop(3)
-    load("performance_report").write_report(known, tmp_path)
+    load("performance_report").write_report(known, tmp_path / "performance.md")
     assert "Nowhere in these tables." in (tmp_path / "performance.md").read_text()
