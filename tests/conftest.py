@@ -4,8 +4,9 @@ import importlib.util
 import os
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -125,6 +126,28 @@ def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(config).eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def check_interrupted_run(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
+    """Stops a run with this recipe in the second block and takes it up again: it gives the bytes of a run unstopped."""
+    import rarefy
+
+    def stop(phase: str, done: int, total: int, detail: str) -> None:
+        if phase == "compress" and "layers.1" in detail and 3 * done > 2 * total:
+            raise KeyboardInterrupt
+
+    def check(recipe: dict[str, Any], **options: Any) -> None:
+        options |= {"calibration": text_file, "measure": False}
+        with pytest.raises(KeyboardInterrupt):
+            rarefy.compress(tiny_llama_dir, recipe, out=tmp_path / "A", progress=stop, **options)
+        assert (tmp_path / "A.partial").is_dir()
+        for name in ("A", "B"):
+            rarefy.compress(tiny_llama_dir, recipe, out=tmp_path / name, **options)
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("A", "B"))
+        assert first == second
+
+    return check
 
 
 def _tokenizer() -> "PreTrainedTokenizerFast":
