@@ -4,8 +4,9 @@ import importlib.util
 import os
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -45,6 +46,16 @@ def sample_text(num_words: int, seed: int = 0) -> str:
         sentences.append(" ".join(rng.choice(WORDS) for _ in range(length)).capitalize() + ".")
         num_words -= length
     return " ".join(sentences)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests, files that build C++ programs come first, then those with other slow tests: none
+    should begin one as the others end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    builds = {item.path for item in items if "run_cmake" in getattr(item, "fixturenames", ())}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in builds, item.path not in slow))
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +136,28 @@ def tiny_bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     BertModel(config).eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def check_interrupted_run(tiny_llama_dir: Path, text_file: Path, tmp_path: Path) -> Callable[..., None]:
+    """Stops a run with this recipe in the second block and takes it up again: it gives the bytes of a run unstopped."""
+    import rarefy
+
+    def stop(phase: str, done: int, total: int, detail: str) -> None:
+        if phase == "compress" and "layers.1" in detail and 3 * done > 2 * total:
+            raise KeyboardInterrupt
+
+    def check(recipe: dict[str, Any], **options: Any) -> None:
+        options |= {"calibration": text_file, "measure": False}
+        with pytest.raises(KeyboardInterrupt):
+            rarefy.compress(tiny_llama_dir, recipe, out=tmp_path / "A", progress=stop, **options)
+        assert (tmp_path / "A.partial").is_dir()
+        for name in ("A", "B"):
+            rarefy.compress(tiny_llama_dir, recipe, out=tmp_path / name, **options)
+        first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("A", "B"))
+        assert first == second
+
+    return check
 
 
 def _tokenizer() -> "PreTrainedTokenizerFast":

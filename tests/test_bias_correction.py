@@ -132,22 +132,8 @@ def test_both_runtimes_add_the_biases_of_a_language_model(tiny_llama_dir, text_f
     assert np.array_equal(third, found)
 
 
-def test_an_interrupted_run_gives_the_same_bytes(tiny_llama_dir, text_file, tmp_path):
-    recipe = {"steps": [{**ZEROS, "targets": "*_proj"}, {**CORRECT, "targets": "*_proj"}]}
-
-    def stop(phase, done, total, detail):
-        if phase == "compress" and "layers.1" in detail and 3 * done > 2 * total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        rarefy.compress(
-            tiny_llama_dir, recipe, calibration=text_file, out=tmp_path / "A", measure=False, progress=stop, **SMALL
-        )
-    assert (tmp_path / "A.partial").is_dir()
-    for name in ("A", "B"):
-        rarefy.compress(tiny_llama_dir, recipe, calibration=text_file, out=tmp_path / name, measure=False, **SMALL)
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("A", "B"))
-    assert first == second
+def test_an_interrupted_run_gives_the_same_bytes(check_interrupted_run):
+    check_interrupted_run({"steps": [{**ZEROS, "targets": "*_proj"}, {**CORRECT, "targets": "*_proj"}]}, **SMALL)
 
 
 def test_recurrent_layers_have_all_their_biases_or_none(tmp_path):

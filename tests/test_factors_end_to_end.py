@@ -48,22 +48,8 @@ def test_the_engine_and_transformers_run_factors(name, tiny_llama_dir, text_file
     assert np.abs(engine - model).max() <= 2e-2 * np.abs(engine).max()
 
 
-def test_an_interrupted_run_with_factors_gives_the_same_bytes(tiny_llama_dir, text_file, tmp_path):
-    recipe = {"steps": [KEEP, {"method": "alps", "pattern": {"sparsity": 0.8}}]}
-
-    def stop(phase, done, total, detail):
-        if phase == "compress" and "layers.1" in detail and 3 * done > 2 * total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        rarefy.compress(
-            tiny_llama_dir, recipe, calibration=text_file, out=tmp_path / "A", measure=False, progress=stop, **SMALL
-        )
-    assert (tmp_path / "A.partial").is_dir()
-    for name in ("A", "B"):
-        rarefy.compress(tiny_llama_dir, recipe, calibration=text_file, out=tmp_path / name, measure=False, **SMALL)
-    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("A", "B"))
-    assert first == second
+def test_an_interrupted_run_with_factors_gives_the_same_bytes(check_interrupted_run):
+    check_interrupted_run({"steps": [KEEP, {"method": "alps", "pattern": {"sparsity": 0.8}}]}, **SMALL)
 
 
 @pytest.mark.slow

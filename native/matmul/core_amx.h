@@ -125,36 +125,6 @@ inline void multiply_pair(const void* x, int64_t stride_bytes, int64_t second, c
 #undef MULTIPLY_PAIR
 }
 
-template <int kTiles>
-inline void zero_pair() {
-    TILE_ZERO(0);
-    TILE_ZERO(1);
-    if constexpr (kTiles == 2) {
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-    }
-}
-
-// Sums of tiles of rows by panels, wherever they are: those of tile t and panel p from at(t, p) on.
-template <int kTiles, class At>
-inline void load_pair(const At& at, int64_t stride_bytes) {
-    TILE_LOAD(0, at(0, 0), stride_bytes);
-    TILE_LOAD(1, at(0, 1), stride_bytes);
-    if constexpr (kTiles == 2) {
-        TILE_LOAD(2, at(1, 0), stride_bytes);
-        TILE_LOAD(3, at(1, 1), stride_bytes);
-    }
-}
-template <int kTiles, class At>
-inline void store_pair(const At& at, int64_t stride_bytes) {
-    TILE_STORE(0, at(0, 0), stride_bytes);
-    TILE_STORE(1, at(0, 1), stride_bytes);
-    if constexpr (kTiles == 2) {
-        TILE_STORE(2, at(1, 0), stride_bytes);
-        TILE_STORE(3, at(1, 1), stride_bytes);
-    }
-}
-
 // totals += what the dot products of kCount segments stand for, of kTiles tiles of rows by kPanels panels, `distance`
 // apart; scales: of their groups. start(row, i, p, dots): the dot products of a row, segment i and panel p as levels;
 // block(i): of segment i.
@@ -252,10 +222,11 @@ void tile_codes(const PanelWeights& w, const Rows& rows, const Part& part, const
     int64_t offset = 0, added = begin;
     for (int64_t segment = begin; segment < end; ++segment, q += 4 * kSteps, offset += 64 * kSteps) {
         if (segment % kSegments == 0) ahead.fetch();
-        zero_pair<kTiles>();
+        zero_sums<kPair * kTiles>();
         multiply_pair<kDot, kTiles>(q, rows.stride, group.heights[0] * rows.stride, expanded[0] + offset,
                                     expanded[1] + offset);
-        store_pair<kTiles>([&](int t, int p) { return dots[(segment - begin) % (2 * kTogether)][t][p]; }, 64);
+        store_sums<kPair * kTiles>(
+            [&](int i) { return dots[(segment - begin) % (2 * kTogether)][i / kPair][i % kPair]; }, 64);
         if (segment - added == 2 * kTogether - 1) {
             add(added, std::integral_constant<int, kTogether>());
             added += kTogether;
@@ -270,11 +241,11 @@ void tile_codes(const PanelWeights& w, const Rows& rows, const Part& part, const
 template <int kTiles>
 void tile_pairs(const PanelWeights& w, const Rows& rows, const Part& part, const TiledRows& group,
                 const Stretch& stretch, const uint8_t* const (&pairs)[kPair], Ahead ahead, PairSums& sums) {
-    const auto at = [&](int t, int p) { return sums.tiles[group.first_tile + t][p]; };
+    const auto at = [&](int i) { return sums.tiles[group.first_tile + i / kPair][i % kPair]; };
     if (stretch.block_begin == 0)
-        zero_pair<kTiles>();
+        zero_sums<kPair * kTiles>();
     else
-        load_pair<kTiles>(at, 64);
+        load_sums<kPair * kTiles>(at, 64);
     PairSums::fetch(w, part, group, stretch);
     const uint16_t* x = rows.bf16_x + group.rows[0] * rows.stride + stretch.block_begin * kBlockInputs;
     const int64_t num_tiles = (stretch.block_end - stretch.block_begin) * (kBlockInputs / kTileColumns);
@@ -283,7 +254,7 @@ void tile_pairs(const PanelWeights& w, const Rows& rows, const Part& part, const
         multiply_pair<Dot::pairs, kTiles>(x, rows.stride * 2, group.heights[0] * rows.stride * 2,
                                           pairs[0] + i * kTileBytes, pairs[1] + i * kTileBytes);
     }
-    store_pair<kTiles>(at, 64);
+    store_sums<kPair * kTiles>(at, 64);
     sums.store(w, part, group, stretch);
 }
 

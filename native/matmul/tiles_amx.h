@@ -144,3 +144,36 @@ inline thread_local EmulatedTiles emulated;
 }  // namespace rarefy::matmul::amx
 
 #endif
+
+namespace rarefy::matmul::amx {
+
+// Tiles 0 to kCount - 1, of which there are 1, 2 or 4, hold sums: in memory those of tile i are from at(i) on.
+template <int kCount>
+inline void zero_sums() {
+    TILE_ZERO(0);
+    if constexpr (kCount > 1) TILE_ZERO(1);
+    if constexpr (kCount > 2) {
+        TILE_ZERO(2);
+        TILE_ZERO(3);
+    }
+}
+template <int kCount, class At>
+inline void load_sums(const At& at, int64_t stride_bytes) {
+    TILE_LOAD(0, at(0), stride_bytes);
+    if constexpr (kCount > 1) TILE_LOAD(1, at(1), stride_bytes);
+    if constexpr (kCount > 2) {
+        TILE_LOAD(2, at(2), stride_bytes);
+        TILE_LOAD(3, at(3), stride_bytes);
+    }
+}
+template <int kCount, class At>
+inline void store_sums(const At& at, int64_t stride_bytes) {
+    TILE_STORE(0, at(0), stride_bytes);
+    if constexpr (kCount > 1) TILE_STORE(1, at(1), stride_bytes);
+    if constexpr (kCount > 2) {
+        TILE_STORE(2, at(2), stride_bytes);
+        TILE_STORE(3, at(3), stride_bytes);
+    }
+}
+
+}  // namespace rarefy::matmul::amx

@@ -21,35 +21,6 @@ inline TileConfig cell_shapes(const int* heights) {
     return config;
 }
 
-// Does something with the sums of kTiles tiles of rows.
-template <int kTiles>
-inline void zero_cells() {
-    TILE_ZERO(0);
-    if constexpr (kTiles > 1) TILE_ZERO(1);
-    if constexpr (kTiles > 2) {
-        TILE_ZERO(2);
-        TILE_ZERO(3);
-    }
-}
-template <int kTiles, class At>
-inline void load_cells(const At& at, int64_t stride_bytes) {
-    TILE_LOAD(0, at(0), stride_bytes);
-    if constexpr (kTiles > 1) TILE_LOAD(1, at(1), stride_bytes);
-    if constexpr (kTiles > 2) {
-        TILE_LOAD(2, at(2), stride_bytes);
-        TILE_LOAD(3, at(3), stride_bytes);
-    }
-}
-template <int kTiles, class At>
-inline void store_cells(const At& at, int64_t stride_bytes) {
-    TILE_STORE(0, at(0), stride_bytes);
-    if constexpr (kTiles > 1) TILE_STORE(1, at(1), stride_bytes);
-    if constexpr (kTiles > 2) {
-        TILE_STORE(2, at(2), stride_bytes);
-        TILE_STORE(3, at(3), stride_bytes);
-    }
-}
-
 enum class Cell { codes, half_codes, half_pairs };
 
 // Tiles 0 to 3 += the tiles of rows whose columns are at x(t), by a tile of weights.
@@ -169,13 +140,13 @@ void tile_cells_int8(const PanelWeights& w, const Rows& rows, const Part& part, 
     walk_segments(w, panel, w.steps_per_segment == 8, [&](int64_t block, int halves, int first) {
         const int8_t* q = rows.q + block * kBlockInputs + first * 32;
         const auto x = [&](int t) { return q + group.rows[t] * rows.stride; };
-        zero_cells<kTiles>();
+        zero_sums<kTiles>();
         if (halves == 3)
             multiply_cell<Cell::codes, kTiles>(x, rows.stride, values);
         else
             multiply_cell<Cell::half_codes, kTiles>(x, rows.stride, values);
         const int64_t place = num_segments++ % (2 * kTogether);
-        store_cells<kTiles>([&](int t) { return dots[place][t][0]; }, 64);
+        store_sums<kTiles>([&](int t) { return dots[place][t][0]; }, 64);
         segments[place] = {block, halves, first};
         if (num_segments - num_added == 2 * kTogether) add(std::integral_constant<int, kTogether>());
         values += (halves == 3 ? kBlockInputs : kBlockInputs / 2) * kPanelOutputs;
@@ -189,7 +160,7 @@ template <int kTiles>
 void tile_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part, const TiledRows& group, int64_t panel) {
     CellSums<kTiles> sums(rows, group);
     const auto at = [&](int t) { return sums.totals[t][0]; };
-    load_cells<kTiles>(at, 64);
+    load_sums<kTiles>(at, 64);
     const uint8_t* values = w.values + w.value_offsets[panel];
     walk_segments(w, panel, true, [&](int64_t block, int, int first) {
         const uint16_t* columns = rows.bf16_x + block * kBlockInputs + first * kTileColumns;
@@ -197,7 +168,7 @@ void tile_cells_bf16(const PanelWeights& w, const Rows& rows, const Part& part, 
                                                 rows.stride * 2, values);
         values += kTileBytes;
     });
-    store_cells<kTiles>(at, 64);
+    store_sums<kTiles>(at, 64);
     sums.store(w, part, group, panel, _mm512_set1_ps(1.0f));
 }
 

@@ -27,43 +27,16 @@ from rarefy.layouts.low_rank import LowRank
 from rarefy.layouts.nm_float import NMFloat
 from rarefy.layouts.nm_int import NMInt
 from rarefy.layouts.scales import stored_grid
-from rarefy.layouts.sum import Sum
+from rarefy.layouts.sum import PARTS, Part, Sum
 from rarefy.layouts.tapwise import Tapwise
 from rarefy.layouts.ternary import Ternary
 
 # what the matrix of a solution becomes
 MatrixLayout = DenseFloat | DenseInt | BitmaskFloat | BitmaskInt | NMFloat | NMInt | BlockFloat | BlockInt
-AnyLayout = MatrixLayout | Ternary | Binary | LookupTable | LowRank | Tapwise | Sum
+AnyLayout = Part | Sum
 
 # the one list of formats: the loader, the conformance tests, the kernels' tests and the documentation go through it
-FORMATS: dict[str, type[AnyLayout]] = {
-    "dense-f32-v1": DenseFloat,
-    "dense-bf16-v1": DenseFloat,
-    "dense-int8-v1": DenseInt,
-    "dense-int4-v1": DenseInt,
-    "dense-int3-v1": DenseInt,
-    "dense-int2-v1": DenseInt,
-    "bitmask-bf16-v1": BitmaskFloat,
-    "bitmask-int8-v1": BitmaskInt,
-    "bitmask-int4-v1": BitmaskInt,
-    "bitmask-int3-v1": BitmaskInt,
-    "bitmask-int2-v1": BitmaskInt,
-    "nm-bf16-v1": NMFloat,
-    "nm-int8-v1": NMInt,
-    "nm-int4-v1": NMInt,
-    "nm-int3-v1": NMInt,
-    "nm-int2-v1": NMInt,
-    "ternary-v1": Ternary,
-    "binary-v1": Binary,
-    "lut4-v1": LookupTable,
-    "lut8-v1": LookupTable,
-    "block-bf16-v1": BlockFloat,
-    "block-int8-v1": BlockInt,
-    "lowrank-bf16-v1": LowRank,
-    "lowrank-int8-v1": LowRank,
-    "tapwise-bf16-v1": Tapwise,
-    "sum-v1": Sum,
-}
+FORMATS: dict[str, type[AnyLayout]] = {**PARTS, "sum-v1": Sum}
 
 
 def packed_nbytes(format: str, meta: Meta) -> int:

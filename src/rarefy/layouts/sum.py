@@ -43,7 +43,7 @@ Part = (
     | Tapwise
 )
 
-# what may be a part; a sum may not
+# every format but that of sums, which may not be parts
 PARTS: dict[str, type[Part]] = {
     "dense-f32-v1": DenseFloat,
     "dense-bf16-v1": DenseFloat,

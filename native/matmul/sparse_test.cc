@@ -1,0 +1,188 @@
+// The kernels of N:M and of masks where their patterns matter: lists of entries, many rows, groups that keep too many;
+// against the reference, which matmul_test checks. Made to run under sanitizers; prints the failures and counts.
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "common/pool.h"
+#include "matmul/checks.h"
+
+namespace {
+
+using namespace rarefy;
+using checks::check;
+using checks::described;
+using checks::packed_for;
+using checks::product;
+using checks::random_rows;
+using checks::TestedFormat;
+using matmul::Isa;
+using matmul::Sample;
+using matmul::SampleSpec;
+using matmul::Weights;
+
+// Every arrangement of N:M, against the reference, whose N:M is a mask.
+void test_patterns() {
+    constexpr struct {
+        int keep, group;
+    } kPatterns[] = {{1, 64},  {3, 64},  {4, 64},  {7, 64},  {8, 64}, {9, 64},  {16, 64}, {17, 64},
+                     {32, 64}, {33, 64}, {63, 64}, {64, 64}, {4, 32}, {11, 32}, {2, 16},  {5, 16},
+                     {1, 8},   {3, 8},   {1, 4},   {2, 4},   {1, 2},  {1, 1},   {5, 12}};
+    constexpr struct {
+        int64_t outputs, inputs, group_size;
+        bool symmetric;
+    } kCases[] = {{1, 7, 0, true},     {17, 61, 32, false}, {16, 64, 64, false},  {33, 65, 128, true},
+                  {31, 127, 0, false}, {18, 131, 32, true}, {50, 640, 64, false}, {130, 1091, 128, true}};
+    for (const TestedFormat& tested : checks::tested_formats()) {
+        const bool floats = tested.format == "nm-bf16-v1";  // compared with those that share their multiply-adds
+        if (tested.format.rfind("nm-int", 0) != 0 && !floats) continue;
+        const Isa other = floats ? Isa::avx2 : Isa::reference;
+        std::vector<Isa> isas;
+        for (const Isa isa : tested.isas)
+            if (floats ? isa == Isa::avx512 || isa == Isa::avx512_bf16 : isa != Isa::reference) isas.push_back(isa);
+        if (isas.empty()) continue;
+        for (const auto& pattern : kPatterns) {
+            for (const auto& c : kCases) {
+                const Sample sample = matmul::make_sample({tested.format, c.outputs, c.inputs, c.group_size,
+                                                           c.symmetric, 0.5, 13, pattern.keep, pattern.group});
+                const Weights reference(sample.packed(), other);
+                const auto of_isas = packed_for(isas, sample);
+                for (const int64_t num_rows : {1, 2, 5, 17, 30}) {
+                    const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
+                    common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
+                    const std::vector<float> expected = product(reference, x, num_rows, c.inputs);
+                    for (const auto& weights : of_isas)
+                        check(product(*weights, x, num_rows, c.inputs) == expected,
+                              std::to_string(pattern.keep) + " of " + std::to_string(pattern.group) + ", " +
+                                  described(tested.format, weights->isa(), c.outputs, c.inputs, num_rows));
+                }
+            }
+        }
+    }
+}
+
+// Masks with so many rows that lists are made of them: panels of few entries, of blocks of every kind, and beside
+// panels that are dense; a NaN in a row.
+void test_masks_of_many_rows() {
+    constexpr struct {
+        int64_t outputs, inputs, group_size;
+        bool symmetric, uneven;
+        double density;
+    } kCases[] = {
+        {16, 64, 64, true, false, 0.2},     {37, 805, 64, true, true, 0.2},   {37, 805, 128, false, true, 0.1},
+        {150, 700, 0, true, false, 0.05},   {33, 520, 64, false, true, 0.01}, {21, 191, 0, true, false, 0.0},
+        {49, 1089, 128, true, false, 0.35}, {20, 449, 32, false, true, 0.1},  {18, 400, 64, true, false, 0.9}};
+    for (const TestedFormat& tested : checks::tested_formats()) {
+        if (tested.format.rfind("bitmask-int", 0) != 0 || tested.isas.size() == 1) continue;
+        const std::vector<Isa> isas(tested.isas.begin() + 1, tested.isas.end());
+        for (const auto& c : kCases) {
+            SampleSpec spec{tested.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 19};
+            spec.uneven = c.uneven;
+            const Sample sample = matmul::make_sample(spec);
+            const Weights reference(sample.packed(), Isa::reference);
+            const auto of_isas = packed_for(isas, sample);
+            for (const int64_t num_rows : {16, 25, 61, 128, 131}) {
+                std::vector<float> x = random_rows(num_rows * c.inputs, 23);
+                x[static_cast<size_t>(3 * c.inputs)] = std::numeric_limits<float>::quiet_NaN();
+                common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
+                const std::vector<float> expected = product(reference, x, num_rows, c.inputs);
+                for (const auto& weights : of_isas) {
+                    const std::vector<float> y = product(*weights, x, num_rows, c.inputs);
+                    bool same = true;
+                    for (size_t i = 0; i < y.size(); ++i)
+                        same =
+                            same && (static_cast<int64_t>(i) / c.outputs == 3 ? std::isnan(y[i]) : y[i] == expected[i]);
+                    check(same, described(tested.format, weights->isa(), c.outputs, c.inputs, num_rows));
+                }
+            }
+        }
+    }
+}
+
+// Masks over bfloat16 with so many rows that zeros are left out, against the same rows one by one, which meet them;
+// also where a row holds a NaN and another one an infinity.
+void test_float_masks_of_many_rows() {
+    constexpr int64_t kMostRows = 131;
+    constexpr struct {
+        int64_t outputs, inputs;
+        double density;
+    } kCases[] = {{16, 64, 0.2}, {37, 805, 0.5}, {50, 640, 0.1}, {21, 191, 0.0}, {18, 400, 0.4}};
+    for (const TestedFormat& tested : checks::tested_formats()) {
+        if (tested.format != "bitmask-bf16-v1" && tested.format != "nm-bf16-v1") continue;
+        std::vector<Isa> isas;
+        for (const Isa isa : tested.isas)
+            if (isa != Isa::amx) isas.push_back(isa);
+        for (const auto& c : kCases) {
+            const Sample sample = matmul::make_sample({tested.format, c.outputs, c.inputs, 0, true, c.density, 29});
+            const auto of_isas = packed_for(isas, sample);
+            for (const bool finite : {true, false}) {
+                std::vector<float> most = random_rows(kMostRows * c.inputs, 31);
+                if (!finite) {
+                    most[static_cast<size_t>(3 * c.inputs)] = std::numeric_limits<float>::quiet_NaN();
+                    most[static_cast<size_t>(5 * c.inputs + 7)] = std::numeric_limits<float>::infinity();
+                }
+                for (const auto& weights : of_isas) {
+                    std::vector<float> alone;
+                    for (int64_t row = 0; row < kMostRows; ++row) {
+                        const std::vector<float> one(most.begin() + row * c.inputs,
+                                                     most.begin() + (row + 1) * c.inputs);
+                        const std::vector<float> y = product(*weights, one, 1, c.inputs);
+                        alone.insert(alone.end(), y.begin(), y.end());
+                    }
+                    for (const int64_t num_rows : {int64_t{31}, int64_t{64}, int64_t{96}, kMostRows}) {
+                        const std::vector<float> x(most.begin(), most.begin() + num_rows * c.inputs);
+                        common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
+                        const std::vector<float> y = product(*weights, x, num_rows, c.inputs);
+                        bool same = true;
+                        for (size_t i = 0; i < y.size(); ++i)
+                            same = same && (std::isnan(alone[i]) ? std::isnan(y[i]) : y[i] == alone[i]);
+                        check(same, described(tested.format, weights->isa(), c.outputs, c.inputs, num_rows));
+                    }
+                }
+            }
+        }
+    }
+}
+
+// As many entries as there should be, but a group has one too many and another one too few.
+void test_groups_that_keep_too_many() {
+    for (const char* const format : {"nm-int3-v1", "nm-int4-v1", "nm-int8-v1"}) {
+        for (const int group : {64, 32, 16, 4}) {
+            for (const int keep : {1, group / 4, group / 2}) {
+                const SampleSpec spec{format, 20, 192, 64, false, 0.5, 17, keep, group};
+                Sample sample = matmul::make_sample(spec);
+                std::vector<uint8_t>& mask = sample.arrays[0].bytes;
+                const auto kept = [&](int column) { return mask[24 * 7 + column / 8] >> column % 8 & 1; };
+                int from = 0, to = group;  // row 7: an entry of the first group moves to the second
+                while (!kept(from)) ++from;
+                while (kept(to)) ++to;
+                mask[24 * 7 + from / 8] ^= static_cast<uint8_t>(1 << from % 8);
+                mask[24 * 7 + to / 8] ^= static_cast<uint8_t>(1 << to % 8);
+                for (const Isa isa : matmul::kIsas) {
+                    if (!checks::runs(isa)) continue;
+                    try {
+                        const Weights weights(sample.packed(), isa);
+                        check(isa < Isa::avx512 || weights.view().mask != nullptr,
+                              std::string(format) + ": lists without room are refused");
+                        product(weights, random_rows(192 * 3, 1), 3, 192);
+                    } catch (const std::invalid_argument&) {
+                        check(isa >= Isa::avx512, std::string(format) + ": others have room for every entry");
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    test_patterns();
+    test_masks_of_many_rows();
+    test_float_masks_of_many_rows();
+    test_groups_that_keep_too_many();
+    return checks::summary_of_isas();
+}
