@@ -1,9 +1,12 @@
 #include "direct/driver.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <utility>
 
 #include "common/pool.h"
 #include "matmul/decode.h"
+#include "strided/strided.h"
 
 namespace rarefy::direct {
 namespace {
@@ -12,7 +15,7 @@ using matmul::Isa;
 using matmul::Operator;
 
 // Of a strip: what a first-level cache holds while the taps of a channel go over it, and what a second-level one does.
-constexpr int64_t kPlanarFloats = 6 << 10, kManyChannelsFloats = 32 << 10, kPixelFloats = 24 << 10;
+constexpr int64_t kPlanarFloats = 6 << 10, kManyChannelsFloats = 32 << 10, kPixelFloats = 8 << 10;
 // Products of a task, some 10 us.
 constexpr int64_t kTaskProducts = int64_t{1} << 18;
 // What copying a number and leaving one are worth beside a product of the sum.
@@ -69,11 +72,13 @@ void share_out(int64_t num_pieces, int64_t products, Body body) {
 // Memory of a thread.
 struct Room {
     matmul::Decoder decoder;
-    matmul::Scratch panel, weights, buffer;
+    matmul::Scratch panel, weights, buffer, inputs, outputs;
     static float* floats(matmul::Scratch& scratch, int64_t count) {
         return reinterpret_cast<float*>(scratch.reserve(count * static_cast<int64_t>(sizeof(float))));
     }
-    void trim() { buffer.trim(); }
+    void trim() {
+        for (matmul::Scratch* scratch : {&buffer, &inputs, &outputs}) scratch->trim();
+    }
 };
 
 Room& room() {
@@ -137,6 +142,18 @@ void convolve_planar(const Convolution& c, const Kernels& kernels) {
     });
 }
 
+// The first and the end of the pixels of an image that the outputs of a strip see.
+std::pair<int64_t, int64_t> strip_pixels(const Shape& shape, int axis, const Strip& strip) {
+    int64_t behind = 1;
+    for (int a = axis + 1; a < kAxes; ++a) behind *= shape.size[a];
+    for (int a = 0; a < axis; ++a)
+        if (shape.size[a] > 1) return {0, shape.image_size()};
+    const int64_t start = strip.begin[axis] * shape.stride[axis] - shape.before[axis];
+    const int64_t end = start + reach(shape, axis, strip.length(axis));
+    const int64_t first = std::clamp<int64_t>(start, 0, shape.size[axis]);
+    return {first * behind, std::clamp<int64_t>(end, first, shape.size[axis]) * behind};
+}
+
 void convolve_pixels(const Convolution& c, const Kernels& kernels) {
     const Shape& shape = c.shape;
     const Strips strips(shape, kPixelFloats, [&](int64_t length) {
@@ -150,13 +167,18 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
     const int64_t num_channels = shape.num_channels(), num_panels = ceil_div(num_channels, kPanel);
     const int64_t num_strips = strips.count(), per_panel = num_strips * shape.batch;
     const auto num_taps = static_cast<int64_t>(plan.taps.size());
-    const int64_t products =
-        ceil_div(shape.out_size(), num_strips) * num_taps * kPanel + kCopyProducts * plan.num_floats;
+    const int64_t most_outputs = ceil_div(shape.out_size(), shape.out[strips.axis()]) * strips.length();
+    const int64_t products = most_outputs * num_taps * kPanel + kCopyProducts * plan.num_floats;
+    // Where channels lie in planes, those of a panel are put side by side first, and what comes out is put back.
+    const bool turns = !c.channels_last;
+    const int64_t most_pixels = turns ? shape.image_size() : 0;
     share_out(num_panels * per_panel, products, [&](int64_t begin, int64_t end) {
         Room& own = room();
         int64_t decoded = -1;
         float* const weights = Room::floats(own.panel, num_taps * kPanel);
         float* const buffer = Room::floats(own.buffer, plan.num_floats + kReadBeyond);
+        float* const inputs = Room::floats(own.inputs, most_pixels * kPanel);
+        float* const outputs = Room::floats(own.outputs, turns ? most_outputs * kPanel : 0);
         alignas(64) float starts[kPanel] = {};
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t panel = piece / per_panel, image = piece % per_panel / num_strips, first = panel * kPanel;
@@ -168,20 +190,42 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
                 decoded = panel;
             }
             const Strip strip = strips.strip(piece % num_strips);
-            plan.fill(kernels, shape, strip, count, c.x + image * shape.image_size() * num_channels + first, buffer);
-            for (int64_t slice = strip.begin[0]; slice < strip.end[0]; ++slice) {
-                for (int64_t row = strip.begin[1]; row < strip.end[1]; ++row) {
-                    const float* const from = buffer + (slice - strip.begin[0]) * shape.stride[0] * plan.slice_step +
-                                              (row - strip.begin[1]) * shape.stride[1] * plan.row_step;
-                    const int64_t place =
-                        ((image * shape.out[0] + slice) * shape.out[1] + row) * shape.out[2] + strip.begin[2];
-                    kernels.accumulate({from, shape.stride[2] * kPanel, plan.taps.data(), num_taps, weights, starts,
-                                        strip.length(2), count, c.y + place * num_channels + first, num_channels});
+            const int64_t plane = shape.image_size();
+            if (turns) {
+                const auto [from, to] = strip_pixels(shape, strips.axis(), strip);
+                strided::transpose(c.x + (image * num_channels + first) * plane + from, plane, inputs + from * kPanel,
+                                   kPanel, to - from, count);
+                plan.fill(kernels, shape, strip, count, inputs, kPanel, buffer);
+            } else {
+                plan.fill(kernels, shape, strip, count, c.x + image * plane * num_channels + first, num_channels,
+                          buffer);
+            }
+            // Outputs of a strip follow each other.
+            const int64_t place = (strip.begin[0] * shape.out[1] + strip.begin[1]) * shape.out[2] + strip.begin[2];
+            const int64_t y_step = turns ? kPanel : num_channels;
+            float* y = turns ? outputs : c.y + (image * shape.out_size() + place) * num_channels + first;
+            const float* slice = buffer;
+            for (int64_t i = 0; i < strip.length(0); ++i, slice += shape.stride[0] * plan.slice_step) {
+                const float* row = slice;
+                for (int64_t j = 0; j < strip.length(1); ++j, row += shape.stride[1] * plan.row_step) {
+                    kernels.accumulate({row, shape.stride[2] * kPanel, plan.taps.data(), num_taps, weights, starts,
+                                        strip.length(2), count, y, y_step});
+                    y += strip.length(2) * y_step;
                 }
             }
+            if (turns)
+                strided::transpose(outputs, kPanel, c.y + (image * num_channels + first) * shape.out_size() + place,
+                                   shape.out_size(), count, strip.length(0) * strip.length(1) * strip.length(2));
         }
         own.trim();
     });
+}
+
+// Whether channels in planes are better put side by side.
+bool turns_planes(const Convolution& c) {
+    const Shape& shape = c.shape;
+    return shape.group_channels == 1 && shape.group_outputs == 1 && c.operators.size() == 1 &&
+           shape.out[2] <= (getenv("TURN") ? atoi(getenv("TURN")) : 32);
 }
 
 }  // namespace
@@ -204,7 +248,7 @@ void convolve(const Convolution& convolution) {
     const Shape& shape = convolution.shape;
     if (shape.batch == 0 || shape.groups == 0 || shape.out_size() == 0) return;
     const Kernels& kernels = kernels_of(isa_of(*convolution.operators[0]));
-    if (convolution.channels_last) {
+    if (convolution.channels_last || turns_planes(convolution)) {
         convolve_pixels(convolution, kernels);
     } else {
         convolve_planar(convolution, kernels);

@@ -129,10 +129,9 @@ PixelPlan::PixelPlan(const Shape& shape, int axis, int64_t length) {
 }
 
 void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& strip, int64_t num_channels,
-                     const float* x, float* buffer) const {
+                     const float* x, int64_t step, float* buffer) const {
     int64_t starts[kAxes];
     for (int a = 0; a < kAxes; ++a) starts[a] = strip.begin[a] * shape.stride[a] - shape.before[a];
-    const int64_t all = shape.num_channels();
     const Inside inside(starts[2], 1, lengths_[2], shape.size[2]);
     float* to = buffer;
     for (int64_t i = 0; i < lengths_[0]; ++i) {
@@ -146,7 +145,7 @@ void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& st
             clear(to, inside.begin * kPanel);
             if (inside.end > inside.begin)
                 kernels.gather_pixels(
-                    x + ((slice * shape.size[1] + row) * shape.size[2] + starts[2] + inside.begin) * all, all,
+                    x + ((slice * shape.size[1] + row) * shape.size[2] + starts[2] + inside.begin) * step, step,
                     num_channels, inside.end - inside.begin, to + inside.begin * kPanel);
             clear(to + inside.end * kPanel, (lengths_[2] - inside.end) * kPanel);
         }

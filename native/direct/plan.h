@@ -91,9 +91,9 @@ public:
     std::vector<int64_t> taps;
     int64_t row_step, slice_step, num_floats;
 
-    // `x`: channel `first` of one image, (*size, all channels).
+    // `x`: the first of the channels in one image, (*size), its pixels `step` apart.
     void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, int64_t num_channels, const float* x,
-              float* buffer) const;
+              int64_t step, float* buffer) const;
 
 private:
     int64_t lengths_[kAxes];

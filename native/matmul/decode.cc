@@ -63,9 +63,11 @@ void Decoder::decode_weights(const Weights& weights, int64_t panel, float* numbe
     // Kernels write output o of y at y[o]: panel 0 would begin before the numbers.
     const auto before = static_cast<uintptr_t>(panel) * kPanelOutputs * sizeof(float);
     for (int64_t block = 0; block < view.num_blocks; ++block) {
-        set_ones(form, block_, false);
-        set_ones(form, block, true);
-        block_ = block;
+        if (block != block_) {
+            if (block_ >= 0) set_ones(form, block_, false);
+            set_ones(form, block, true);
+            block_ = block;
+        }
         rows.num_rows = std::min<int64_t>(kBlockInputs, view.num_inputs - block * kBlockInputs);
         float* const to = numbers + block * kBlockInputs * kPanelOutputs;
         auto* const y = reinterpret_cast<float*>(reinterpret_cast<uintptr_t>(to) - before);
@@ -101,7 +103,7 @@ void Decoder::prepare(Form form, int64_t num_blocks) {
     }
     form_ = form;
     num_blocks_ = num_blocks;
-    block_ = 0;
+    block_ = -1;
 }
 
 void Decoder::set_ones(Form form, int64_t block, bool on) {

@@ -30,7 +30,7 @@ private:
     Scratch scratch_;
     Form form_ = Form::none;
     int64_t num_blocks_ = 0;
-    int64_t block_ = 0;  // where the ones are
+    int64_t block_ = -1;  // where the ones are
     Rows rows_{};
     float* x_ = nullptr;
     uint16_t* bits_ = nullptr;

@@ -151,8 +151,7 @@ class PackedGroupedConv(nn.Module):
         return _forward(x, self.in_channels, self.geometry, run, self.dequantized_parameter, self.bias)
 
     def _holders(self) -> list[CompressedLinear]:
-        holders = [self.get_submodule(_group_name(group)) for group in range(self.geometry.groups)]
-        return [holder for holder in holders if isinstance(holder, CompressedLinear)]
+        return [holder for holder in self._modules.values() if isinstance(holder, CompressedLinear)]
 
 
 @final

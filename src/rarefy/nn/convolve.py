@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared, Taps, convolve_direct
+from rarefy.kernels import Prepared, convolve_direct
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
@@ -56,20 +56,19 @@ def convolve_few(
 ) -> Tensor:
     """The convolution of x (B, C, *S) with few outputs in each group, in the memory format of x."""
     require_cpu("convolution input", x)
-    inside, before = x.detach().to(torch.float32), tuple(pair[0] for pair in geometry.padding)
-    if geometry.padding_mode != "zeros" and any(size for pair in geometry.padding for size in pair):
-        inside, before = geometry.pad(inside), (0,) * len(before)
+    inside = x.detach().to(torch.float32)
+    if geometry.padding_mode != "zeros":
+        inside = geometry.pad(inside)
     size = geometry.size_of_output(x.shape[2:])
     if min(size) < 1:
         raise _too_small(x, geometry)
-    taps = Taps(geometry.kernel, geometry.stride, geometry.dilation, before)
     bias_O = None if bias is None else contiguous(bias.detach().float()).numpy()
     keeps_format, is_depthwise = _is_channels_last(x), num_outputs == x.shape[1] == geometry.groups
     if keeps_format and is_depthwise and len(weights) == 1:
         pixels = contiguous(inside.movedim(1, -1)).numpy()
-        made = convolve_direct(pixels, weights, bias_O, geometry.groups, taps, size, channels_last=True)
+        made = convolve_direct(pixels, weights, bias_O, geometry.groups, geometry.direct_taps, size, channels_last=True)
         return torch.from_numpy(made).movedim(-1, 1).to(x.dtype)
-    y = torch.from_numpy(convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, taps, size))
+    y = torch.from_numpy(convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, geometry.direct_taps, size))
     if keeps_format:
         y = contiguous(y.movedim(1, -1)).movedim(-1, 1)
     return y.to(x.dtype)

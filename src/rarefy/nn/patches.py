@@ -8,6 +8,7 @@ Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import final
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rarefy.kernels import copy_strided
+from rarefy.kernels import Taps, copy_strided
 
 # Numbers of a piece of the matrix of patches, 4 MB: enough rows for a product at full speed, and few enough to be still
 # in a cache when they are multiplied. Of 2**17 to 2**21, 2**20 was the fastest or next to it for ResNet's shapes.
@@ -106,6 +107,13 @@ class Geometry:
     def output_size(self, padded: Tensor) -> tuple[int, ...]:
         """Places of the output along each spatial axis; negative or 0 where the kernel does not fit."""
         return self._places(padded.shape[1:-1])
+
+    @cached_property
+    def direct_taps(self) -> Taps:
+        """What `rarefy.kernels.convolve_direct` wants; paddings that are not zeros are around the input already."""
+        pads = self.padding_mode == "zeros"
+        before = tuple(pair[0] if pads else 0 for pair in self.padding)
+        return Taps(self.kernel, self.stride, self.dilation, before)
 
     def size_of_output(self, size: Sequence[int]) -> tuple[int, ...]:
         """The same for the spatial axes of an input that is not padded yet."""
