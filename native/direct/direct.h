@@ -51,6 +51,7 @@ struct PixelRow {
     int64_t step;  // numbers in x from place to place
     const int64_t* taps;
     int64_t num_taps;
+    int64_t run;           // so many taps at a time are pixels side by side, as the places are; 0: they need not be
     const float* weights;  // (num_taps, 16)
     const float* starts;   // (16)
     int64_t num_places, num_channels;

@@ -1,7 +1,6 @@
 #include "direct/driver.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <utility>
 
 #include "common/pool.h"
@@ -18,6 +17,8 @@ using matmul::Operator;
 constexpr int64_t kPlanarFloats = 6 << 10, kManyChannelsFloats = 32 << 10, kPixelFloats = 8 << 10;
 // Products of a task, some 10 us.
 constexpr int64_t kTaskProducts = int64_t{1} << 18;
+// Wider rows fill the vectors of planes well.
+constexpr int64_t kMostTurned = 32;
 // What copying a number and leaving one are worth beside a product of the sum.
 constexpr int64_t kCopyProducts = 4;
 
@@ -128,7 +129,8 @@ void convolve_planar(const Convolution& c, const Kernels& kernels) {
             }
             const Strip strip = strips.strip(piece % num_strips);
             const int64_t channel = image * shape.num_channels() + member.group * shape.group_channels;
-            plan.fill(kernels, shape, strip, c.x + channel * shape.image_size(), buffer);
+            plan.fill(kernels, shape, strip, num_strips == 1 && piece > begin, c.x + channel * shape.image_size(),
+                      buffer);
             float* const y = c.y + (image * shape.num_outputs() + member.output) * out_size;
             for (int64_t slice = strip.begin[0]; slice < strip.end[0]; ++slice) {
                 const int64_t place = (slice * shape.out[1] + strip.begin[1]) * shape.out[2] + strip.begin[2];
@@ -169,6 +171,7 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
     const auto num_taps = static_cast<int64_t>(plan.taps.size());
     const int64_t most_outputs = ceil_div(shape.out_size(), shape.out[strips.axis()]) * strips.length();
     const int64_t products = most_outputs * num_taps * kPanel + kCopyProducts * plan.num_floats;
+    const int64_t run = shape.stride[2] == 1 && shape.dilation[2] == 1 ? shape.kernel[2] : 0;
     // Where channels lie in planes, those of a panel are put side by side first, and what comes out is put back.
     const bool turns = !c.channels_last;
     const int64_t most_pixels = turns ? shape.image_size() : 0;
@@ -191,14 +194,15 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
             }
             const Strip strip = strips.strip(piece % num_strips);
             const int64_t plane = shape.image_size();
+            const bool is_clear = num_strips == 1 && piece > begin;
             if (turns) {
                 const auto [from, to] = strip_pixels(shape, strips.axis(), strip);
                 strided::transpose(c.x + (image * num_channels + first) * plane + from, plane, inputs + from * kPanel,
                                    kPanel, to - from, count);
-                plan.fill(kernels, shape, strip, count, inputs, kPanel, buffer);
+                plan.fill(kernels, shape, strip, is_clear, count, inputs, kPanel, buffer);
             } else {
-                plan.fill(kernels, shape, strip, count, c.x + image * plane * num_channels + first, num_channels,
-                          buffer);
+                plan.fill(kernels, shape, strip, is_clear, count, c.x + image * plane * num_channels + first,
+                          num_channels, buffer);
             }
             // Outputs of a strip follow each other.
             const int64_t place = (strip.begin[0] * shape.out[1] + strip.begin[1]) * shape.out[2] + strip.begin[2];
@@ -208,7 +212,7 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
             for (int64_t i = 0; i < strip.length(0); ++i, slice += shape.stride[0] * plan.slice_step) {
                 const float* row = slice;
                 for (int64_t j = 0; j < strip.length(1); ++j, row += shape.stride[1] * plan.row_step) {
-                    kernels.accumulate({row, shape.stride[2] * kPanel, plan.taps.data(), num_taps, weights, starts,
+                    kernels.accumulate({row, shape.stride[2] * kPanel, plan.taps.data(), num_taps, run, weights, starts,
                                         strip.length(2), count, y, y_step});
                     y += strip.length(2) * y_step;
                 }
@@ -225,7 +229,7 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
 bool turns_planes(const Convolution& c) {
     const Shape& shape = c.shape;
     return shape.group_channels == 1 && shape.group_outputs == 1 && c.operators.size() == 1 &&
-           shape.out[2] <= (getenv("TURN") ? atoi(getenv("TURN")) : 32);
+           shape.out[2] <= kMostTurned;
 }
 
 }  // namespace

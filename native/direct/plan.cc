@@ -80,16 +80,17 @@ PlanarPlan::PlanarPlan(const Shape& shape, int axis, int64_t length) {
     }
 }
 
-void PlanarPlan::fill_row(const Kernels& kernels, const Shape& shape, int64_t start, const float* x, float* to) const {
+void PlanarPlan::fill_row(const Kernels& kernels, const Shape& shape, int64_t start, bool is_clear, const float* x,
+                          float* to) const {
     const Inside inside(start, shape.stride[2], lengths_[2], shape.size[2]);
-    clear(to, inside.begin);
+    if (!is_clear) clear(to, inside.begin);
     if (inside.end > inside.begin)
         kernels.gather(x + start + inside.begin * shape.stride[2], shape.stride[2], inside.end - inside.begin,
                        to + inside.begin);
-    clear(to + inside.end, lengths_[2] - inside.end);
+    if (!is_clear) clear(to + inside.end, lengths_[2] - inside.end);
 }
 
-void PlanarPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& strip, const float* x,
+void PlanarPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear, const float* x,
                       float* buffer) const {
     int64_t starts[kAxes];
     for (int a = 0; a < kAxes; ++a) starts[a] = strip.begin[a] * shape.stride[a] - shape.before[a];
@@ -103,9 +104,9 @@ void PlanarPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& s
                         for (int64_t j = 0; j < lengths_[1]; ++j, to += row_step) {
                             const int64_t row = starts[1] + phase1 + j * shape.stride[1];
                             if (slice < 0 || slice >= shape.size[0] || row < 0 || row >= shape.size[1]) {
-                                clear(to, lengths_[2]);
+                                if (!is_clear) clear(to, lengths_[2]);
                             } else {
-                                fill_row(kernels, shape, starts[2] + phase2,
+                                fill_row(kernels, shape, starts[2] + phase2, is_clear,
                                          x + (slice * shape.size[1] + row) * shape.size[2], to);
                             }
                         }
@@ -128,8 +129,8 @@ PixelPlan::PixelPlan(const Shape& shape, int axis, int64_t length) {
                                k * shape.dilation[2] * kPanel);
 }
 
-void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& strip, int64_t num_channels,
-                     const float* x, int64_t step, float* buffer) const {
+void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear,
+                     int64_t num_channels, const float* x, int64_t step, float* buffer) const {
     int64_t starts[kAxes];
     for (int a = 0; a < kAxes; ++a) starts[a] = strip.begin[a] * shape.stride[a] - shape.before[a];
     const Inside inside(starts[2], 1, lengths_[2], shape.size[2]);
@@ -139,15 +140,15 @@ void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& st
         for (int64_t j = 0; j < lengths_[1]; ++j, to += row_step) {
             const int64_t row = starts[1] + j;
             if (slice < 0 || slice >= shape.size[0] || row < 0 || row >= shape.size[1]) {
-                clear(to, row_step);
+                if (!is_clear) clear(to, row_step);
                 continue;
             }
-            clear(to, inside.begin * kPanel);
+            if (!is_clear) clear(to, inside.begin * kPanel);
             if (inside.end > inside.begin)
                 kernels.gather_pixels(
                     x + ((slice * shape.size[1] + row) * shape.size[2] + starts[2] + inside.begin) * step, step,
                     num_channels, inside.end - inside.begin, to + inside.begin * kPanel);
-            clear(to + inside.end * kPanel, (lengths_[2] - inside.end) * kPanel);
+            if (!is_clear) clear(to + inside.end * kPanel, (lengths_[2] - inside.end) * kPanel);
         }
     }
 }

@@ -73,11 +73,13 @@ public:
     std::vector<int64_t> columns;
     int64_t row_step, slice_step, channel_floats, num_floats;  // num_floats: of all channels, without kReadBeyond
 
-    // `x`: the first channel of the group in one image, (channels, *size).
-    void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, const float* x, float* buffer) const;
+    // `x`: the first channel of the group in one image, (channels, *size). `is_clear`: the zeros around are there.
+    void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear, const float* x,
+              float* buffer) const;
 
 private:
-    void fill_row(const Kernels& kernels, const Shape& shape, int64_t start, const float* x, float* to) const;
+    void fill_row(const Kernels& kernels, const Shape& shape, int64_t start, bool is_clear, const float* x,
+                  float* to) const;
 
     std::vector<int64_t> phases_[kAxes];
     int64_t lengths_[kAxes];
@@ -91,9 +93,9 @@ public:
     std::vector<int64_t> taps;
     int64_t row_step, slice_step, num_floats;
 
-    // `x`: the first of the channels in one image, (*size), its pixels `step` apart.
-    void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, int64_t num_channels, const float* x,
-              int64_t step, float* buffer) const;
+    // `x`: the first of the channels in one image, (*size), its pixels `step` apart. `is_clear` as above.
+    void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear, int64_t num_channels,
+              const float* x, int64_t step, float* buffer) const;
 
 private:
     int64_t lengths_[kAxes];

@@ -9,7 +9,7 @@ namespace {
 using namespace ops::ref;
 
 // Vectors of sums of each of four rows or outputs, and of one row of one output.
-constexpr int kVectors = 1, kAloneVectors = 4;
+constexpr int kVectors = 2, kAloneVectors = 4;
 
 // a * b + c rounded once, as the others' instruction does; std::fma is a slow library call where the baseline target
 // has none. The product is exact in double precision. Their sum is rounded to odd, so that rounding it to float is as

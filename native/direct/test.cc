@@ -42,8 +42,11 @@ Floats random_floats(int64_t count, unsigned seed) {
 
 Operator float_operator(const float* rows, int64_t num_outputs, int64_t num_inputs, Isa isa) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(rows);
-    const matmul::PackedArrays packed{
-        "dense-f32-v1", num_outputs, num_inputs, {}, {{"values", matmul::Element::f32, bytes, num_outputs * num_inputs * 4}}};
+    const matmul::PackedArrays packed{"dense-f32-v1",
+                                      num_outputs,
+                                      num_inputs,
+                                      {{"values", matmul::Element::f32, bytes, num_outputs * num_inputs * 4}},
+                                      {}};
     return Operator(std::make_shared<const matmul::Weights>(packed, isa));
 }
 
@@ -83,16 +86,16 @@ struct Case {
                         int64_t pixel = 0, number = 0;
                         bool inside = true;
                         for (int a = 0; a < kAxes; ++a) {
-                            const int64_t at = place[a] * shape.stride[a] + tap[a] * shape.dilation[a] - shape.before[a];
+                            const int64_t at =
+                                place[a] * shape.stride[a] + tap[a] * shape.dilation[a] - shape.before[a];
                             inside &= at >= 0 && at < shape.size[a];
                             pixel = pixel * shape.size[a] + at;
                             number = number * shape.kernel[a] + tap[a];
                         }
                         if (!inside) continue;
                         const int64_t c = group * shape.group_channels + channel;
-                        const int64_t from = channels_last
-                                                 ? (image * shape.image_size() + pixel) * channels + c
-                                                 : (image * channels + c) * shape.image_size() + pixel;
+                        const int64_t from = channels_last ? (image * shape.image_size() + pixel) * channels + c
+                                                           : (image * channels + c) * shape.image_size() + pixel;
                         const double w = weight[static_cast<size_t>(output * shape.num_inputs() +
                                                                     number * shape.group_channels + channel)];
                         const double term = w * x[static_cast<size_t>(from)];

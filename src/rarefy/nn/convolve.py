@@ -68,7 +68,9 @@ def convolve_few(
         pixels = contiguous(inside.movedim(1, -1)).numpy()
         made = convolve_direct(pixels, weights, bias_O, geometry.groups, geometry.direct_taps, size, channels_last=True)
         return torch.from_numpy(made).movedim(-1, 1).to(x.dtype)
-    y = torch.from_numpy(convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, geometry.direct_taps, size))
+    y = torch.from_numpy(
+        convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, geometry.direct_taps, size)
+    )
     if keeps_format:
         y = contiguous(y.movedim(1, -1)).movedim(-1, 1)
     return y.to(x.dtype)
