@@ -1,11 +1,12 @@
-"""Convolutions with few outputs in a group: what they decode, against the layouts' own numbers, and what they refuse."""
+"""Convolutions with few outputs in a group: what they decode against the layouts' own numbers, and what they refuse."""
 
 import numpy as np
 import pytest
 
 from rarefy import kernels
+from rarefy.core.solution import Solution
 from rarefy.kernels import Taps, convolve_direct
-from rarefy.layouts import LowRank, Sum, Tapwise
+from rarefy.layouts import LowRank, Sum, Tapwise, pack
 
 SIZES = [(1, 1), (16, 64), (17, 9), (33, 65), (5, 200), (40, 128)]
 
@@ -52,7 +53,7 @@ def test_compositions_are_multiplied_and_added(weight, isa) -> None:
 
 
 def arguments(**changes: object) -> list[object]:
-    made = kernels.prepare(kernels_layout())
+    made = kernels.prepare(pack(Solution.dense(np.ones((4, 9), np.float32))))
     found: dict[str, object] = {
         "x": np.ones((2, 4, 5, 6), np.float32),
         "weights": [made.weights],
@@ -66,13 +67,6 @@ def arguments(**changes: object) -> list[object]:
         "channels_last": False,
     }
     return list((found | changes).values())
-
-
-def kernels_layout():
-    from rarefy.core.solution import Solution  # noqa: PLC0415
-    from rarefy.layouts import pack  # noqa: PLC0415
-
-    return pack(Solution.dense(np.ones((4, 9), np.float32)))
 
 
 @pytest.mark.parametrize(

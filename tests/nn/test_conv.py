@@ -154,10 +154,12 @@ def test_every_geometry_of_depthwise_convolutions_with_channels_last(layout_for:
     ):
         conv = CONVS[axes](channels, channels, kernel, stride, kernel // 2, dilation, channels)
         layer, dense = packed(layout_for, conv, "dense-int8-v1")
-        for batch in (0, 1, 3):
+        for batch in (1, 3):
             x = torch.randn(batch, channels, *(13, 14, 15)[:axes])
             check(layer, dense, x.movedim(1, -1).contiguous().movedim(-1, 1), "dense-int8-v1")
             check(layer, dense, x, "dense-int8-v1")
+        with torch.no_grad():
+            assert layer(x[:0]).shape == dense(x[:0].double()).shape
 
 
 @pytest.mark.parametrize("width", [1024, 1025])
