@@ -19,6 +19,8 @@ constexpr int64_t kPlanarFloats = 6 << 10, kManyChannelsFloats = 32 << 10, kPixe
 constexpr int64_t kTaskProducts = int64_t{1} << 18;
 // Wider rows fill the vectors of planes well.
 constexpr int64_t kMostTurned = 32;
+// Of an image, which a thread then holds 16 channels of: 1 MB.
+constexpr int64_t kMostTurnedPixels = 1 << 14;
 // What copying a number and leaving one are worth beside a product of the sum.
 constexpr int64_t kCopyProducts = 4;
 
@@ -229,7 +231,7 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
 bool turns_planes(const Convolution& c) {
     const Shape& shape = c.shape;
     return shape.group_channels == 1 && shape.group_outputs == 1 && c.operators.size() == 1 &&
-           shape.out[2] <= kMostTurned;
+           shape.out[2] <= kMostTurned && shape.image_size() <= kMostTurnedPixels;
 }
 
 }  // namespace
