@@ -1,9 +1,10 @@
 """Convolutions and recurrent layers: torch in float32 beside rarefy's packed ones, interleaved, each result checked.
 
-    python benchmarks/layers.py [--threads N] [--rounds N]
+    python benchmarks/layers.py [--threads N] [--rounds N] [--few-outputs]
 
 Prints a table of milliseconds (median of the rounds) and how many times faster than torch each is. Channels last is the
 memory format of inputs and outputs that saves the packed layers a transposition on both sides; torch gets the same.
+With --few-outputs the cases are depthwise convolutions and small groups instead.
 """
 
 import argparse
@@ -75,6 +76,31 @@ def cases() -> list[Case]:
     ]
 
 
+def cases_of_few_outputs() -> list[Case]:
+    """Of MobileNet, EfficientNet, ConvNeXt, Mamba, Conformer and ResNeXt: 1 and 8 images, each in both formats."""
+    found = []
+    for batch in (1, 8):
+        for kernel, channels, size, stride in (
+            (3, 32, 112, 1), (3, 144, 56, 2), (3, 192, 28, 1), (3, 384, 14, 1),
+            (3, 960, 7, 1), (5, 672, 14, 1), (7, 96, 56, 1), (7, 384, 14, 1),
+        ):  # fmt: skip
+            module = nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels)
+            found.append((f"{batch} x {channels} {kernel}x{kernel} {size}x{size} s{stride}", module, size, batch))
+        for width, size in ((4, 56), (8, 28)):
+            module = nn.Conv2d(32 * width, 32 * width, 3, padding=1, groups=32)
+            found.append((f"{batch} x 32 groups of {width} {size}x{size}", module, size, batch))
+    made = []
+    for name, module, size, batch in found:
+        x = torch.randn(batch, module.in_channels, size, size)
+        made += [Case(name, module, x), Case("  channels last", module, x.to(memory_format=torch.channels_last))]
+    for batch in (1, 8):
+        mamba = nn.Conv1d(1536, 1536, 4, padding=3, groups=1536)
+        conformer = nn.Conv1d(256, 256, 31, padding=15, groups=256)
+        made.append(Case(f"{batch} x 1536 k4, 512", mamba, torch.randn(batch, 1536, 512)))
+        made.append(Case(f"{batch} x 256 k31, 500", conformer, torch.randn(batch, 256, 500)))
+    return made
+
+
 @dataclass(frozen=True)
 class Contestant:
     name: str
@@ -113,19 +139,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--few-outputs", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"{arguments.threads} threads; ms, and times faster than torch float32 (median of {arguments.rounds} rounds)")
     print(f"{'':30} {'torch':>8} " + " ".join(f"{name:>16}" for name in LAYOUTS))
-    for case in cases():
+    for case in cases_of_few_outputs() if arguments.few_outputs else cases():
         timings = interleave(contestants(case), rounds=arguments.rounds, warmup=2)
         cells = [
-            f"{1e3 * timings.seconds(name, 'call').median:8.2f} {timings.ratio(name, 'torch', 'call').median:6.2f}x"
+            f"{1e3 * timings.seconds(name, 'call').median:8.3f} {timings.ratio(name, 'torch', 'call').median:6.2f}x"
             for name in LAYOUTS
         ]
-        print(f"{case.name:30} {1e3 * timings.seconds('torch', 'call').median:8.2f} " + "  ".join(cells))
+        print(f"{case.name:30} {1e3 * timings.seconds('torch', 'call').median:8.3f} " + "  ".join(cells))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ namespace nb = nanobind;
 
 namespace rarefy {
 void bind_common(nb::module_& module);
+void bind_direct(nb::module_& module);
 void bind_fisher(nb::module_& module);
 void bind_gram(nb::module_& module);
 void bind_matmul(nb::module_& module);
@@ -21,6 +22,7 @@ NB_MODULE(_native, module) {
     rarefy::bind_fisher(module);
     rarefy::bind_gram(module);
     rarefy::bind_matmul(module);
+    rarefy::bind_direct(module);  // after the weights, as is the program
     rarefy::bind_ops(module);
     rarefy::bind_program(module);  // after the weights that it multiplies with
     rarefy::bind_strided(module);

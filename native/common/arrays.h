@@ -63,8 +63,8 @@ struct ArrayMemory {
     Py_ssize_t num_bytes;
 };
 
-// An array of float32 that holds anything, with the shape of `like` but another last axis. Small ones are numpy's own.
-inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
+// An array of float32 that holds anything. Small ones are numpy's own.
+inline nanobind::object new_floats(const Py_ssize_t* sizes, int ndim) {
     namespace nb = nanobind;
     constexpr Py_ssize_t kSmall = 64 << 10;  // bytes
     // Leaked: they live as long as the process. No static of C++, which would be made under a lock: another thread may
@@ -75,24 +75,32 @@ inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
         found(made_ndarray, [] { return nb::object(nb::module_::import_("numpy").attr("ndarray")); });
     PyObject* const float32 =
         found(made_float32, [] { return nb::object(nb::module_::import_("numpy").attr("dtype")("float32")); });
-    const nb::object shape = nb::steal(PyTuple_New(like.ndim()));
+    const nb::object shape = nb::steal(PyTuple_New(ndim));
     if (!shape.is_valid()) throw nb::python_error();
-    for (int axis = 0; axis < like.ndim(); ++axis) {
-        PyObject* size = PyLong_FromSsize_t(axis + 1 < like.ndim() ? like.shape(axis) : width);
+    Py_ssize_t num_bytes = sizeof(float);
+    bool fits = true;
+    for (int axis = 0; axis < ndim; ++axis) {
+        PyObject* size = PyLong_FromSsize_t(sizes[axis]);
         if (size == nullptr) throw nb::python_error();
         PyTuple_SET_ITEM(shape.ptr(), axis, size);
+        fits &= sizes[axis] == 0 || num_bytes <= PY_SSIZE_T_MAX / 2 / sizes[axis];
+        num_bytes = fits ? num_bytes * sizes[axis] : num_bytes;
     }
     nb::object memory;
-    const Py_ssize_t row_bytes = width * static_cast<Py_ssize_t>(sizeof(float));
-    if (row_bytes > 0 && like.num_rows() > kSmall / row_bytes && like.num_rows() <= PY_SSIZE_T_MAX / 2 / row_bytes) {
-        const Py_ssize_t num_bytes = like.num_rows() * row_bytes;
-        memory = nb::cast(ArrayMemory{allocate_recycled(num_bytes), num_bytes});
-    }
+    if (fits && num_bytes > kSmall) memory = nb::cast(ArrayMemory{allocate_recycled(num_bytes), num_bytes});
     PyObject* arguments[] = {shape.ptr(), float32, memory.ptr()};
     nb::object made = memory.is_valid() ? nb::steal(PyObject_Vectorcall(ndarray, arguments, 3, nullptr))
                                         : nb::steal(PyObject_Vectorcall(empty, arguments, 2, nullptr));
     if (!made.is_valid()) throw nb::python_error();
     return made;
+}
+
+// The same with the shape of `like` but another last axis.
+inline nanobind::object new_floats(const Lent& like, Py_ssize_t width) {
+    Py_ssize_t sizes[PyBUF_MAX_NDIM];
+    for (int axis = 0; axis + 1 < like.ndim(); ++axis) sizes[axis] = like.shape(axis);
+    sizes[like.ndim() - 1] = width;
+    return new_floats(sizes, like.ndim());
 }
 
 }  // namespace rarefy::common

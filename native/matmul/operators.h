@@ -25,6 +25,9 @@ public:
     int64_t num_read_bytes() const;  // by one row
     // Null where it is made of parts.
     const Weights* weights() const { return weights_.get(); }
+    // Of one made of parts: inner and outer (0 and 1) of a chain, first and second of a sum; and the runs, 0 of a sum.
+    const Operator& part(size_t number) const { return parts_[number]; }
+    int64_t num_runs() const { return num_runs_; }
 
 private:
     friend class Call;

@@ -1,4 +1,4 @@
-// Vec: 8 floats. Included only by avx2.cc.
+// Vec: 8 floats. Included only by files named avx2.cc.
 #pragma once
 
 #include <immintrin.h>

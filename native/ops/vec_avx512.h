@@ -1,4 +1,4 @@
-// Vec: 16 floats. Included only by avx512.cc.
+// Vec: 16 floats. Included only by files named avx512.cc.
 #pragma once
 
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,4 +1,4 @@
-// Vec: 4 floats. Included only by neon.cc.
+// Vec: 4 floats. Included only by files named neon.cc.
 #pragma once
 
 #include <arm_neon.h>

@@ -1,5 +1,5 @@
 // Vec: 4 floats in plain C++, which compilers turn into the baseline vectors of the target (SSE2, NEON). Included only
-// by ref.cc.
+// by files named ref.cc.
 #pragma once
 
 #include <cmath>

@@ -83,7 +83,8 @@ inline void transpose_quad(const float* from, int64_t from_step, float* to, int6
     for (int64_t i = 0; i < kQuad; ++i) std::memcpy(to + i * to_step, &column[i], sizeof column[i]);
 }
 
-// to[i * to_step + j] = from[j * from_step + i] for i < height and j < width, a tile at a time.
+}  // namespace
+
 void transpose(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t height, int64_t width) {
     for (int64_t j = 0; j < width; j += kTile) {
         const int64_t wide = std::min(kTile, width - j), quads = wide / kQuad * kQuad, rows = height / kQuad * kQuad;
@@ -95,6 +96,8 @@ void transpose(const float* from, int64_t from_step, float* to, int64_t to_step,
                 to[i * to_step + j + k] = from[(j + k) * from_step + i];
     }
 }
+
+namespace {
 
 // An axis other than the last one along which neighbours lie side by side; -1 without one, or where it is the last.
 int transposed_axis(const View& view) {

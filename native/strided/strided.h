@@ -23,4 +23,7 @@ struct View {
 // `out` holds as many numbers as the view has entries.
 void copy(View view, float* out);
 
+// to[i * to_step + j] = from[j * from_step + i] for i < height and j < width, by the calling thread alone.
+void transpose(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t height, int64_t width);
+
 }  // namespace rarefy::strided

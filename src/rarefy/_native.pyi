@@ -70,6 +70,18 @@ def matmul_taps(
     weights: Weights,
     output: Float32Array,
 ) -> None: ...
+def convolve(
+    x: Float32Array,
+    weights: Sequence[Weights],
+    bias: Float32Array | None,
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    out: Sequence[int],
+    channels_last: bool,
+) -> Float32Array: ...
 
 @final
 class Ops:

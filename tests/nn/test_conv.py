@@ -126,12 +126,46 @@ def test_every_format_runs(layout_for: LayoutFor, format_name: str, groups: int)
     check(layer, dense, torch.randn(2, 16, 7, 6), format_name)
 
 
-@pytest.mark.parametrize("groups", [1, 4])
-def test_no_dense_weight_is_ever_made(layout_for: LayoutFor, monkeypatch: pytest.MonkeyPatch, groups: int) -> None:
-    """But for groups of fewer than 16 outputs, the unit of the kernels."""
-    layer, dense = packed(layout_for, nn.Conv2d(8, 64, 3, groups=groups), "bitmask-int8-v1")
+@pytest.mark.parametrize("outputs", [64, 16, 8])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("last", [False, True])
+def test_no_dense_weight_is_ever_made(
+    layout_for: LayoutFor, monkeypatch: pytest.MonkeyPatch, groups: int, outputs: int, last: bool
+) -> None:
+    if native() is None:
+        pytest.skip("without the extension groups of few outputs run in torch")
+    layer, dense = packed(layout_for, nn.Conv2d(8, outputs, 3, groups=groups), "bitmask-int8-v1")
     monkeypatch.setattr(LayoutHolder, "dequantized_weight", lambda _: pytest.fail("it was dequantized"))
-    check(layer, dense, torch.randn(2, 8, 9, 9), "bitmask-int8-v1")
+    form = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 8, 9, 9).to(memory_format=form)
+    check(layer, dense, x, "bitmask-int8-v1")
+    assert layer(x).is_contiguous(memory_format=form)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_every_geometry_of_depthwise_convolutions_with_channels_last(layout_for: LayoutFor, axes: int) -> None:
+    torch.manual_seed(0)
+    for channels, kernel, stride, dilation in (
+        (1, 3, 1, 1),
+        (17, 5, 2, 1),
+        (33, 2, 3, 2),
+        (16, 7, 1, 1),
+        (40, 1, 2, 1),
+    ):
+        conv = CONVS[axes](channels, channels, kernel, stride, kernel // 2, dilation, channels)
+        layer, dense = packed(layout_for, conv, "dense-int8-v1")
+        for batch in (1, 3):
+            x = torch.randn(batch, channels, *(13, 14, 15)[:axes])
+            check(layer, dense, x.movedim(1, -1).contiguous().movedim(-1, 1), "dense-int8-v1")
+            check(layer, dense, x, "dense-int8-v1")
+        with torch.no_grad():
+            assert layer(x[:0]).shape == dense(x[:0].double()).shape
+
+
+@pytest.mark.parametrize("width", [1024, 1025])
+def test_groups_of_few_outputs_and_many_inputs_are_products(layout_for: LayoutFor, width: int) -> None:
+    layer, dense = packed(layout_for, nn.Conv1d(2 * width, 4, 1, groups=2), "dense-f32-v1")
+    check(layer, dense, torch.randn(1, 2 * width, 5), "dense-f32-v1")
 
 
 @pytest.mark.parametrize("numbers", [1, 500, 3000, 1 << 20])
@@ -237,7 +271,7 @@ def test_outputs_lie_as_torch_lays_them(layout_for: LayoutFor, groups: int, axes
         assert layer(x).stride() == dense(x.double()).stride() == x.stride()
 
 
-def test_a_weight_that_stays_decoded_follows_its_layout(layout_for: LayoutFor) -> None:
+def test_a_depthwise_weight_follows_its_layout(layout_for: LayoutFor) -> None:
     first, second = (nn.Conv2d(8, 8, 3, groups=8, bias=False) for _ in range(2))
     layer, dense = packed(layout_for, first, "dense-int8-v1")
     other, other_dense = packed(layout_for, second, "dense-int8-v1")
@@ -263,7 +297,8 @@ def test_a_gradient_after_a_call_in_inference_mode(layout_for: LayoutFor, groups
 
 def test_a_result_is_not_overwritten_by_the_next_call(layout_for: LayoutFor) -> None:
     """Scratch is kept from call to call; what is handed out never lies in it."""
-    for conv in (nn.Conv2d(64, 32, 3), nn.Conv2d(64, 32, 1), nn.Conv2d(64, 64, 3, groups=2)):
+    few = (nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 3, groups=16))
+    for conv in (nn.Conv2d(64, 32, 3), nn.Conv2d(64, 32, 1), nn.Conv2d(64, 64, 3, groups=2), *few):
         layer, dense = packed(layout_for, conv, "dense-int8-v1")
         for form in (torch.contiguous_format, torch.channels_last):
             x = torch.randn(2, 64, 6, 5).to(memory_format=form)

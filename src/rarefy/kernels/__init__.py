@@ -1,6 +1,7 @@
 """Kernels: products of activations with packed weights, chosen at run time for the CPU."""
 
 from rarefy.kernels.cpu import CpuFlags, available_cpus, last_level_cache_bytes
+from rarefy.kernels.direct import Taps, convolve_direct, takes_direct
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import (
     SlowReferenceWarning,
@@ -20,8 +21,10 @@ __all__ = [
     "Kernel",
     "Prepared",
     "SlowReferenceWarning",
+    "Taps",
     "available_cpus",
     "compiled_kernels",
+    "convolve_direct",
     "copy_strided",
     "describe_cpu",
     "detect_cpu",
@@ -36,4 +39,5 @@ __all__ = [
     "runnable_isas",
     "select",
     "set_num_threads",
+    "takes_direct",
 ]

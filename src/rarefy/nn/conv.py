@@ -7,6 +7,7 @@ I inputs (taps times channels, the channel changing first).
 """
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, final
 
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from rarefy.artifact import LayoutSpec
 from rarefy.core.errors import UnsupportedModelError, UsageError
-from rarefy.layouts import Layout
-from rarefy.nn.convolve import Stage, convolve
+from rarefy.kernels import Prepared, takes_direct
+from rarefy.nn.convolve import Stage, convolve, convolve_few
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.matrices import LayerKind, Matrix, Packed, first_input, missing_parameter
@@ -26,8 +27,8 @@ from rarefy.nn.weight import PackedWeight
 
 # Outputs of a panel, the unit of the kernels.
 _PANEL = 16
-# Weights that stay decoded where the kernels have nothing to gain: 1 MB.
-_KEPT_NUMBERS = 1 << 18
+# Of one output: decoding takes time that grows with their square, and with more of them products are as fast.
+_MOST_DIRECT_INPUTS = 1024
 _SUPPORTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTION = (*_SUPPORTED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -78,7 +79,8 @@ class PackedConv(ProductHolder):
         Raises:
             UsageError: x has another number of axes or channels, is not floating, not on the CPU, or too small.
         """
-        return _forward(x, self.in_channels, self.geometry, self._stages(), self.dequantized_parameter, self.bias)
+        run = partial(convolve, stages=self._stages())
+        return _forward(x, self.in_channels, self.geometry, run, self.dequantized_parameter, self.bias)
 
     def _stages(self) -> "tuple[Stage, ...]":
         factors = self.prepared.tap_factors
@@ -97,9 +99,8 @@ class PackedConv(ProductHolder):
 class PackedGroupedConv(nn.Module):
     """A convolution with groups: each group's channels meet a packed matrix of their own, `group0`, `group1`, ...
 
-    Where a group has fewer outputs than a panel of the kernels (16), its product would be mostly padding, and all of
-    the weight together is small. It is then decoded at the first call, and torch's own convolution runs, as in
-    `PackedDepthwiseConv`.
+    Where a group has fewer outputs than a panel of the kernels (16), its product would be mostly padding. It is then
+    summed over the taps directly, as in `PackedDepthwiseConv`, without rounding activations.
 
     Args:
         specs: format and metadata of each group's matrix, (O / groups, taps times channels of a group).
@@ -127,7 +128,6 @@ class PackedGroupedConv(nn.Module):
         self.parameter_shape = (self.out_channels, self.in_channels // geometry.groups, *geometry.kernel)
         self.kernel_size, self.stride, self.groups = geometry.kernel, geometry.stride, geometry.groups
         self.bias: nn.Parameter | None = None
-        self._decoded = _Decoded()
 
     @property
     def weight(self) -> Tensor:
@@ -142,25 +142,25 @@ class PackedGroupedConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x; see `PackedConv.forward`."""
-        if self.out_channels < _PANEL * self.groups:
-            layouts = tuple(holder.layout for holder in self._holders())
-            weight = self._decoded.weight(layouts, self.dequantized_parameter)
-            return _decoded(x, self.in_channels, self.geometry, weight, self.bias)
         weights = tuple(holder.prepared for holder in self._holders())
-        stages = (Stage(self.geometry, weights, self.out_channels),)
-        return _forward(x, self.in_channels, self.geometry, stages, self.dequantized_parameter, self.bias)
+        run: Callable[..., Tensor]
+        if self.out_channels < _PANEL * self.groups and weights[0].shape[1] <= _MOST_DIRECT_INPUTS:
+            run = _direct(self.geometry, weights, self.out_channels, self.dequantized_parameter)
+        else:
+            run = partial(convolve, stages=(Stage(self.geometry, weights, self.out_channels),))
+        return _forward(x, self.in_channels, self.geometry, run, self.dequantized_parameter, self.bias)
 
     def _holders(self) -> list[CompressedLinear]:
-        holders = [self.get_submodule(_group_name(group)) for group in range(self.geometry.groups)]
-        return [holder for holder in holders if isinstance(holder, CompressedLinear)]
+        return [holder for holder in self._modules.values() if isinstance(holder, CompressedLinear)]
 
 
 @final
-class PackedDepthwiseConv(LayoutHolder):
+class PackedDepthwiseConv(ProductHolder):
     """A convolution in which each channel has a kernel of its own: one packed matrix (O, taps).
 
-    A product per channel would have a handful of numbers, and all of the weight together a few kilobytes. So it is
-    decoded at the first call, and torch's own convolution runs. Activations are not rounded, whatever the format.
+    A product per channel would have a handful of numbers. So the taps are summed over the image as it lies, with a
+    panel of 16 outputs decoded at a time (`rarefy.kernels.convolve_direct`). Activations are not rounded, whatever the
+    format; arithmetic is in float32. An input in `torch.channels_last` gives an output in it.
 
     Args:
         spec: format and metadata; the shape is (O, taps).
@@ -183,66 +183,44 @@ class PackedDepthwiseConv(LayoutHolder):
         self.parameter_shape = (self.out_channels, 1, *geometry.kernel)
         self.kernel_size, self.stride, self.groups = geometry.kernel, geometry.stride, geometry.groups
         self.bias: nn.Parameter | None = None
-        self._decoded = _Decoded()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the convolution of x; see `PackedConv.forward`."""
-        weight = self._decoded.weight((self.layout,), self.dequantized_parameter)
-        return _decoded(x, self.in_channels, self.geometry, weight, self.bias)
+        run = _direct(self.geometry, (self.prepared,), self.out_channels, self.dequantized_parameter)
+        return _forward(x, self.in_channels, self.geometry, run, self.dequantized_parameter, self.bias)
 
 
-@final
-class _Decoded:
-    """The dense weight of a small convolution, made at the first call and again when its layouts are others.
-
-    A copy of the module has none yet.
-    """
-
-    def __init__(self) -> None:
-        self._kept: tuple[tuple[Layout, ...], Tensor] | None = None
-
-    def __reduce__(self) -> "tuple[type[_Decoded], tuple[()]]":
-        return _Decoded, ()
-
-    def weight(self, layouts: tuple[Layout, ...], decode: Callable[[], Tensor]) -> Tensor:
-        """Of these layouts; as torch's own parameters lie in memory."""
-        kept = self._kept
-        if kept is not None and all(old is new for old, new in zip(kept[0], layouts, strict=True)):
-            return kept[1]
-        with torch.inference_mode(False):  # or no later call could have a gradient
-            made = decode().contiguous()
-            # Where a size is 1 `contiguous` leaves any stride, and torch takes the weight for one with channels last.
-            # With one axis that is ten times as fast.
-            if made.ndim > 3:
-                made = made.flatten().view(made.shape)
-        if made.numel() <= _KEPT_NUMBERS:
-            self._kept = (layouts, made)
-        return made
+def _direct(
+    geometry: Geometry, weights: Sequence[Prepared], num_outputs: int, dense: Callable[[], Tensor]
+) -> Callable[..., Tensor]:
+    """The direct convolution of a batch; torch's own with the dense weight where the extension is missing."""
+    if takes_direct(weights):
+        return partial(convolve_few, geometry=geometry, weights=weights, num_outputs=num_outputs)
+    return partial(_reference, geometry=geometry, dense=dense)
 
 
-def _decoded(x: Tensor, num_channels: int, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> Tensor:
-    batch = _as_batch(x, num_channels, geometry)
-    y = geometry.convolve(batch, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    if y.ndim == 3:
-        y = contiguous(y)
-    return y if batch is x else y[0]
+def _reference(x: Tensor, bias: Tensor | None = None, *, geometry: Geometry, dense: Callable[[], Tensor]) -> Tensor:
+    starts = None if bias is None else bias.detach().float()
+    y = geometry.convolve(x.detach().float(), dense(), starts).to(x.dtype)
+    return contiguous(y) if y.ndim == 3 else y
 
 
 def _forward(
     x: Tensor,
     num_channels: int,
     geometry: Geometry,
-    stages: Sequence[Stage],
+    run: Callable[..., Tensor],
     dense: Callable[[], Tensor],
     bias: Tensor | None,
 ) -> Tensor:
+    """`run(x, bias)`, with a gradient where one is wanted."""
     batch = _as_batch(x, num_channels, geometry)
     if torch.is_grad_enabled() and (batch.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _StraightThrough.apply(batch, geometry, stages, dense)  # type: ignore[no-untyped-call]
+        y: Tensor = _StraightThrough.apply(batch, geometry, run, dense)  # type: ignore[no-untyped-call]
         if bias is not None:
             y = y + bias.to(y.dtype).reshape(-1, *(1,) * len(geometry.kernel))
     else:
-        y = convolve(batch, stages, bias)
+        y = run(batch, bias=bias)
     return y if batch is x else y[0]
 
 
@@ -271,10 +249,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, geometry: Geometry, stages: Sequence[Stage], dense: Callable[[], Tensor]
+        ctx: Any, x: Tensor, geometry: Geometry, run: Callable[..., Tensor], dense: Callable[[], Tensor]
     ) -> Tensor:
         ctx.geometry, ctx.dense, ctx.shape = geometry, dense, x.shape
-        return convolve(x, stages)
+        return run(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,4 +1,4 @@
-"""Products of the patches of an input with packed weights: what the convolutions of `conv.py` compute.
+"""What the convolutions of `conv.py` compute: products of the patches of an input with packed weights, and direct sums.
 
 Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, T rows of patches, O outputs,
 I inputs (taps times channels, the channel changing first).
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared
+from rarefy.kernels import Prepared, convolve_direct
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
@@ -51,15 +51,38 @@ def convolve(x: Tensor, stages: Sequence[Stage], bias: Tensor | None = None) -> 
     return (y.clone() if y.is_contiguous() else contiguous(y)).to(x.dtype)
 
 
+def convolve_few(
+    x: Tensor, bias: Tensor | None = None, *, geometry: Geometry, weights: Sequence[Prepared], num_outputs: int
+) -> Tensor:
+    """The convolution of x (B, C, *S) with few outputs in each group, in the memory format of x."""
+    require_cpu("convolution input", x)
+    inside = x.detach().to(torch.float32)
+    if geometry.padding_mode != "zeros":
+        inside = geometry.pad(inside)
+    size = geometry.size_of_output(x.shape[2:])
+    if min(size) < 1:
+        raise _too_small(x, geometry)
+    bias_O = None if bias is None else contiguous(bias.detach().float()).numpy()
+    keeps_format, is_depthwise = _is_channels_last(x), num_outputs == x.shape[1] == geometry.groups
+    if keeps_format and is_depthwise and len(weights) == 1:
+        pixels = contiguous(inside.movedim(1, -1)).numpy()
+        made = convolve_direct(pixels, weights, bias_O, geometry.groups, geometry.direct_taps, size, channels_last=True)
+        return torch.from_numpy(made).movedim(-1, 1).to(x.dtype)
+    y = torch.from_numpy(
+        convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, geometry.direct_taps, size)
+    )
+    if keeps_format:
+        y = contiguous(y.movedim(1, -1)).movedim(-1, 1)
+    return y.to(x.dtype)
+
+
 def _run(x: Tensor, stage: Stage, bias: Tensor | None, where: str | None) -> Tensor:
     """One stage of x (B, C, *S) in float32, with its channels last: in scratch of that name, or in new memory."""
     geometry, num_outputs = stage.geometry, stage.num_outputs
     padded = geometry.padded(x, torch.float32)
     size = geometry.output_size(padded)
     if min(size) < 1:
-        raise UsageError(
-            "convolution input", f"shape {tuple(x.shape)}", allowed=f"at least the kernel {geometry.kernel}"
-        )
+        raise _too_small(x, geometry)
     rows_per_group = num_outputs // geometry.groups
     shape = (x.shape[0] * prod(size), num_outputs)
     # In numpy, because torch would start threads of its own between two products.
@@ -69,6 +92,10 @@ def _run(x: Tensor, stage: Stage, bias: Tensor | None, where: str | None) -> Ten
         own = slice(group * rows_per_group, (group + 1) * rows_per_group)
         _multiply(weight, padded, geometry, group, y_TO[:, own], None if bias_O is None else bias_O[own])
     return torch.from_numpy(y_TO).reshape(x.shape[0], *size, num_outputs).movedim(-1, 1)
+
+
+def _too_small(x: Tensor, geometry: Geometry) -> UsageError:
+    return UsageError("convolution input", f"shape {tuple(x.shape)}", allowed=f"at least the kernel {geometry.kernel}")
 
 
 def _multiply(

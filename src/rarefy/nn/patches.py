@@ -8,6 +8,7 @@ Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import final
 
@@ -16,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from rarefy.kernels import copy_strided
+from rarefy.kernels import Taps, copy_strided
 
 # Numbers of a piece of the matrix of patches, 4 MB: enough rows for a product at full speed, and few enough to be still
 # in a cache when they are multiplied. Of 2**17 to 2**21, 2**20 was the fastest or next to it for ResNet's shapes.
@@ -92,7 +93,7 @@ class Geometry:
         if not any(size for pair in self.padding for size in pair):
             return contiguous(x.movedim(1, -1).to(dtype))
         if self.padding_mode != "zeros":
-            return contiguous(nn.functional.pad(x, self._pads(), mode=self.padding_mode).movedim(1, -1).to(dtype))
+            return contiguous(self.pad(x).movedim(1, -1).to(dtype))
         sizes = [size + sum(pair) for size, pair in zip(x.shape[2:], self.padding, strict=True)]
         inside = tuple(slice(pair[0], pair[0] + size) for size, pair in zip(x.shape[2:], self.padding, strict=True))
         if _in_float32(x) and dtype == torch.float32:  # torch would start threads
@@ -105,12 +106,29 @@ class Geometry:
 
     def output_size(self, padded: Tensor) -> tuple[int, ...]:
         """Places of the output along each spatial axis; negative or 0 where the kernel does not fit."""
+        return self._places(padded.shape[1:-1])
+
+    @cached_property
+    def direct_taps(self) -> Taps:
+        """What `rarefy.kernels.convolve_direct` wants; paddings that are not zeros are around the input already."""
+        pads = self.padding_mode == "zeros"
+        before = tuple(pair[0] if pads else 0 for pair in self.padding)
+        return Taps(self.kernel, self.stride, self.dilation, before)
+
+    def size_of_output(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The same for the spatial axes of an input that is not padded yet."""
+        return self._places([inside + sum(pair) for inside, pair in zip(size, self.padding, strict=True)])
+
+    def _places(self, padded_size: Sequence[int]) -> tuple[int, ...]:
         return tuple(
             (size - dilation * (taps - 1) - 1) // stride + 1
-            for size, taps, dilation, stride in zip(
-                padded.shape[1:-1], self.kernel, self.dilation, self.stride, strict=True
-            )
+            for size, taps, dilation, stride in zip(padded_size, self.kernel, self.dilation, self.stride, strict=True)
         )
+
+    def pad(self, x: Tensor) -> Tensor:
+        """x (B, C, *S) with its padding around it, as `padding_mode` says."""
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return nn.functional.pad(x, self._pads(), mode=mode)
 
     def pieces(
         self, padded: Tensor, group: int = 0, room: Callable[..., npt.NDArray[np.float32]] | None = None
@@ -183,8 +201,7 @@ class Geometry:
         """Torch's own convolution of x (B, C, *S) with a dense weight (O, C / groups, *K)."""
         symmetric = all(before == behind for before, behind in self.padding) and self.padding_mode == "zeros"
         if not symmetric:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = nn.functional.pad(x, self._pads(), mode=mode)
+            x = self.pad(x)
         function = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[len(self.kernel) - 1]
         padding = [pair[0] if symmetric else 0 for pair in self.padding]
         y: Tensor = function(x, weight, bias, list(self.stride), padding, list(self.dilation), self.groups)

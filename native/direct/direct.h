@@ -1,0 +1,79 @@
+// Convolutions of few outputs in a group, depthwise ones above all, by packed weights: sums over taps of the image as
+// it lies, without a matrix of patches. float32.
+//
+// A task decodes the numbers of a panel of outputs (matmul/decode.h), copies the channels that they see, padded, into
+// memory of its own, and there every tap is a constant offset:
+//   y[output][place] = bias, and then in order over channels and taps: y = fma(x[place + offset of the tap], w, y)
+// The order is that of Correlation or PixelRow and does not depend on the instruction set, the cut into tasks or the
+// threads, so neither do the bits.
+//
+// kernels.inc holds the arithmetic once, in terms of the vectors of ops/vec_*.h; ref.cc, avx2.cc, avx512.cc and neon.cc
+// compile it for one instruction set each. driver.cc makes the tasks.
+#pragma once
+
+#include <cstdint>
+
+namespace rarefy::direct {
+
+// Spatial axes. Those that a convolution lacks have size and kernel 1, in front.
+constexpr int kAxes = 3;
+// Outputs of a panel, as in matmul/contract.h.
+constexpr int kPanel = 16;
+// Kernels may read so many floats beyond what they use of a buffer.
+constexpr int64_t kReadBeyond = 80;
+
+// Taps of neighbouring rows of the image: row r and column k of the band lie at buffer + base + r * row_step +
+// columns[k], counted from the output's place, and their weight is number first_weight + r * num_columns + k.
+struct Band {
+    int64_t base, num_rows, first_weight;
+};
+
+// Outputs that see the same channels, `num_rows` rows of `width` places.
+struct Correlation {
+    const float* buffer;
+    int64_t row_step;  // in the buffer, from a row of outputs to the next
+    const Band* bands;
+    int64_t num_bands;
+    const int64_t* columns;
+    int64_t num_columns;
+    const float* weights;  // (num_outputs, weight_stride)
+    int64_t weight_stride;
+    const float* starts;  // (num_outputs): what the sums begin with
+    int64_t num_outputs, num_rows, width;
+    float* y;  // of the first output
+    int64_t y_output_step, y_row_step;
+};
+
+// A row of places of 16 channels, each with one output. x and the weights are aligned to 64; a pixel of x has 16
+// numbers, those beyond num_channels zeros.
+struct PixelRow {
+    const float* x;
+    int64_t step;  // numbers in x from place to place
+    const int64_t* taps;
+    int64_t num_taps;
+    int64_t run;           // so many taps at a time are pixels side by side, as the places are; 0: they need not be
+    const float* weights;  // (num_taps, 16)
+    const float* starts;   // (16)
+    int64_t num_places, num_channels;
+    float* y;
+    int64_t y_step;
+};
+
+struct Kernels {
+    void (*correlate)(const Correlation&);
+    void (*accumulate)(const PixelRow&);
+    // to[i] = from[i * step]; nothing is read behind the last one.
+    void (*gather)(const float* from, int64_t step, int64_t count, float* to);
+    // Pixels of num_channels numbers, `step` apart, become pixels of 16, with zeros behind.
+    void (*gather_pixels)(const float* from, int64_t step, int64_t num_channels, int64_t count, float* to);
+};
+
+extern const Kernels kRefKernels;
+#if RAREFY_X86
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#elif RAREFY_ARM
+extern const Kernels kNeonKernels;
+#endif
+
+}  // namespace rarefy::direct

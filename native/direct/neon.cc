@@ -1,0 +1,19 @@
+// ARM with NEON.
+#include "direct/direct.h"
+#include "ops/vec_neon.h"
+
+namespace rarefy::direct {
+namespace {
+using namespace ops::neon;
+
+// Vectors of sums of each of four rows or outputs, and of one row of one output: of 32 registers.
+constexpr int kVectors = 4, kAloneVectors = 6;
+
+inline Vec fused(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+
+#include "direct/kernels.inc"
+}  // namespace
+
+const Kernels kNeonKernels = kernels;
+
+}  // namespace rarefy::direct

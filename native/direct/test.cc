@@ -1,0 +1,196 @@
+// Direct convolutions of every instruction set against loops in double precision, made to run under sanitizers: every
+// array is exactly as large as it must be. All instruction sets and numbers of threads must give the same bits.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "common/cpu.h"
+#include "common/pool.h"
+#include "direct/driver.h"
+#include "matmul/dispatch.h"
+
+namespace {
+
+using namespace rarefy;
+using direct::kAxes;
+using direct::Shape;
+using matmul::Isa;
+using matmul::Operator;
+using Floats = std::vector<float>;
+
+int num_checks = 0;
+int num_failures = 0;
+
+void check(bool passed, const std::string& what) {
+    ++num_checks;
+    if (passed) return;
+    if (++num_failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+}
+
+Floats random_floats(int64_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    Floats x(static_cast<size_t>(count));
+    for (float& value : x) value = normal(random);
+    return x;
+}
+
+Operator float_operator(const float* rows, int64_t num_outputs, int64_t num_inputs, Isa isa) {
+    const auto* bytes = reinterpret_cast<const uint8_t*>(rows);
+    const matmul::PackedArrays packed{"dense-f32-v1",
+                                      num_outputs,
+                                      num_inputs,
+                                      {{"values", matmul::Element::f32, bytes, num_outputs * num_inputs * 4}},
+                                      {}};
+    return Operator(std::make_shared<const matmul::Weights>(packed, isa));
+}
+
+struct Case {
+    Shape shape;
+    bool one_operator, channels_last, has_bias;
+    std::string name;
+    Floats x, weight, bias;
+
+    Floats run(Isa isa) const {
+        std::vector<Operator> operators;
+        const int64_t inputs = shape.num_inputs();
+        if (one_operator) {
+            operators.push_back(float_operator(weight.data(), shape.num_outputs(), inputs, isa));
+        } else {
+            for (int64_t group = 0; group < shape.groups; ++group)
+                operators.push_back(float_operator(weight.data() + group * shape.group_outputs * inputs,
+                                                   shape.group_outputs, inputs, isa));
+        }
+        direct::Convolution convolution{shape, {}, x.data(), has_bias ? bias.data() : nullptr, nullptr, channels_last};
+        for (const Operator& by : operators) convolution.operators.push_back(&by);
+        Floats y(static_cast<size_t>(shape.batch * shape.num_outputs() * shape.out_size()), NAN);
+        convolution.y = y.data();
+        direct::convolve(convolution);
+        return y;
+    }
+
+    // The sum at one output, and that of the magnitudes.
+    std::pair<double, double> exact(int64_t image, int64_t output, const int64_t (&place)[kAxes]) const {
+        const int64_t group = output / shape.group_outputs, channels = shape.num_channels();
+        double sum = has_bias ? bias[static_cast<size_t>(output)] : 0, magnitude = std::fabs(sum);
+        for (int64_t channel = 0; channel < shape.group_channels; ++channel) {
+            int64_t tap[kAxes];
+            for (tap[0] = 0; tap[0] < shape.kernel[0]; ++tap[0]) {
+                for (tap[1] = 0; tap[1] < shape.kernel[1]; ++tap[1]) {
+                    for (tap[2] = 0; tap[2] < shape.kernel[2]; ++tap[2]) {
+                        int64_t pixel = 0, number = 0;
+                        bool inside = true;
+                        for (int a = 0; a < kAxes; ++a) {
+                            const int64_t at =
+                                place[a] * shape.stride[a] + tap[a] * shape.dilation[a] - shape.before[a];
+                            inside &= at >= 0 && at < shape.size[a];
+                            pixel = pixel * shape.size[a] + at;
+                            number = number * shape.kernel[a] + tap[a];
+                        }
+                        if (!inside) continue;
+                        const int64_t c = group * shape.group_channels + channel;
+                        const int64_t from = channels_last ? (image * shape.image_size() + pixel) * channels + c
+                                                           : (image * channels + c) * shape.image_size() + pixel;
+                        const double w = weight[static_cast<size_t>(output * shape.num_inputs() +
+                                                                    number * shape.group_channels + channel)];
+                        const double term = w * x[static_cast<size_t>(from)];
+                        sum += term;
+                        magnitude += std::fabs(term);
+                    }
+                }
+            }
+        }
+        return {sum, magnitude};
+    }
+
+    void check_against_loops(const Floats& y) const {
+        const int64_t outputs = shape.num_outputs();
+        bool passed = true;
+        for (int64_t image = 0; image < shape.batch; ++image) {
+            for (int64_t output = 0; output < outputs; ++output) {
+                for (int64_t place = 0; place < shape.out_size(); ++place) {
+                    const int64_t at[kAxes] = {place / shape.out[2] / shape.out[1], place / shape.out[2] % shape.out[1],
+                                               place % shape.out[2]};
+                    const auto [sum, magnitude] = exact(image, output, at);
+                    const int64_t to = channels_last ? (image * shape.out_size() + place) * outputs + output
+                                                     : (image * outputs + output) * shape.out_size() + place;
+                    passed &= std::fabs(y[static_cast<size_t>(to)] - sum) <= 1e-5 * magnitude;
+                }
+            }
+        }
+        check(passed, name + " against loops");
+    }
+};
+
+Case random_case(unsigned seed) {
+    std::mt19937 random(seed);
+    const auto between = [&](int64_t low, int64_t high) {
+        return low + static_cast<int64_t>(random() % static_cast<unsigned>(high - low + 1));
+    };
+    Case made{};
+    Shape& shape = made.shape;
+    const int kind = static_cast<int>(seed % 4);  // depthwise, with channels last, several outputs of a channel, groups
+    const bool is_long = between(0, 9) == 0;
+    shape.batch = between(1, 3);
+    shape.groups = kind < 2 ? between(1, 35) : between(1, 5);
+    shape.group_channels = kind < 3 ? 1 : between(1, 6);
+    shape.group_outputs = kind < 2 ? 1 : between(1, 18);
+    made.one_operator = kind < 3;
+    made.channels_last = kind == 1;
+    made.has_bias = between(0, 1) == 1;
+    const int first_axis = static_cast<int>(between(0, 2));
+    for (int a = 0; a < kAxes; ++a) {
+        shape.size[a] = shape.kernel[a] = shape.stride[a] = shape.dilation[a] = shape.out[a] = 1;
+        if (a < first_axis) continue;
+        shape.kernel[a] = between(1, a == 0 ? 3 : 7);
+        shape.stride[a] = between(1, 4);
+        shape.dilation[a] = between(1, 3);
+        shape.before[a] = between(0, 3);
+        shape.size[a] = a == 0 ? between(1, 4) : between(1, a == 2 ? (is_long ? 700 : 70) : 20);
+        const int64_t behind = between(0, 3), seen = (shape.kernel[a] - 1) * shape.dilation[a] + 1;
+        const int64_t padded = std::max(seen, shape.before[a] + shape.size[a] + behind);
+        shape.out[a] = (padded - seen) / shape.stride[a] + 1;
+    }
+    made.name = "case " + std::to_string(seed);
+    made.x = random_floats(shape.batch * shape.num_channels() * shape.image_size(), seed);
+    made.weight = random_floats(shape.num_outputs() * shape.num_inputs(), seed + 1);
+    made.bias = random_floats(shape.num_outputs(), seed + 2);
+    return made;
+}
+
+bool same(const Floats& a, const Floats& b) {
+    return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+int main() {
+    const common::CpuFlags cpu = common::detect_cpu();
+    std::printf("on");
+    for (const Isa isa : matmul::kIsas)
+        if (matmul::can_run(isa, cpu)) std::printf(" %s", matmul::name(isa));
+    std::printf("\n");
+    for (unsigned seed = 0; seed < 400; ++seed) {
+        const Case made = random_case(seed);
+        common::set_num_threads(1);
+        const Floats expected = made.run(Isa::reference);
+        made.check_against_loops(expected);
+        for (const Isa isa : matmul::kIsas) {
+            if (!matmul::can_run(isa, cpu)) continue;
+            for (const int threads : {1, 2, 3}) {
+                if (threads > 1 && seed % 8 != 0) continue;
+                common::set_num_threads(threads);
+                check(same(made.run(isa), expected),
+                      made.name + ": bits of " + matmul::name(isa) + " on " + std::to_string(threads) + " threads");
+            }
+        }
+    }
+    std::printf("%d checks, %d failures\n", num_checks, num_failures);
+    return num_failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,80 @@
+"""Convolutions with few outputs in a group: sums over the taps of an image as it lies, without a matrix of patches.
+
+Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, O outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rarefy.kernels.extension import native
+from rarefy.kernels.products import Prepared
+
+Float32Array = NDArray[np.float32]
+
+
+@final
+@dataclass(frozen=True)
+class Taps:
+    """Where the taps of a convolution fall, along each spatial axis.
+
+    Attributes:
+        kernel: taps.
+        stride: of the output's places.
+        dilation: of the taps.
+        before: zeros in front of the input; behind it there are as many as the output needs.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    before: tuple[int, ...]
+
+
+def takes_direct(weights: Sequence[Prepared]) -> bool:
+    """Whether `convolve_direct` will do: the extension multiplies with all of them."""
+    return all(weight.weights is not None for weight in weights)
+
+
+def convolve_direct(
+    x: Float32Array,
+    weights: Sequence[Prepared],
+    bias_O: Float32Array | None,
+    groups: int,
+    taps: Taps,
+    size: tuple[int, ...],
+    *,
+    channels_last: bool = False,
+) -> Float32Array:
+    """A convolution in float32 with numbers that are decoded a panel at a time; activations are not rounded.
+
+    Args:
+        x: (B, C, *S), C-contiguous; or (B, *S, C) with channels last, for which each channel must have one output.
+        weights: one for all outputs, or one for each group; (outputs, taps times channels of a group), of which the
+            channel changes first.
+        bias_O: C-contiguous, or None.
+        groups: so many parts of the channels, each with outputs of its own.
+        taps: where they fall.
+        size: P, of the output.
+        channels_last: of x and the result.
+
+    Returns:
+        (B, O, *P) or (B, *P, O), newly allocated. The same bits for every number of threads and instruction set.
+    """
+    module: Any = native()
+    y: Float32Array = module.convolve(
+        x,
+        [weight.weights for weight in weights],
+        bias_O,
+        groups,
+        taps.kernel,
+        taps.stride,
+        taps.dilation,
+        taps.before,
+        size,
+        channels_last,
+    )
+    return y

@@ -1,0 +1,121 @@
+"""Convolutions with few outputs in a group: what they decode against the layouts' own numbers, and what they refuse."""
+
+import numpy as np
+import pytest
+
+from rarefy import kernels
+from rarefy.core.solution import Solution
+from rarefy.kernels import Taps, convolve_direct
+from rarefy.layouts import LowRank, Sum, Tapwise, pack
+
+SIZES = [(1, 1), (16, 64), (17, 9), (33, 65), (5, 200), (40, 128)]
+
+
+def decoded(prepared: kernels.Prepared) -> np.ndarray:
+    """A pointwise convolution of the unit matrix: one product of 1 and zeros beside it."""
+    width = prepared.shape[1]
+    return convolve_direct(
+        np.eye(width, dtype=np.float32)[None], (prepared,), None, 1, Taps((1,), (1,), (1,), (0,)), (width,)
+    )[0]
+
+
+def skip_numpy(isa: str) -> None:
+    if isa == "numpy":
+        pytest.skip("numpy has no direct convolution")
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_every_layout_is_decoded_exactly(weight, isa, layout_format, shape) -> None:
+    skip_numpy(isa)
+    made = weight(layout_format, *shape)
+    np.testing.assert_array_equal(decoded(kernels.prepare(made.layout, isa=isa)), made.dense_OI)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 96])
+def test_every_grid_is_decoded_exactly(weight, isa, int_format, group_size, symmetric) -> None:
+    skip_numpy(isa)
+    if "int" not in int_format:
+        pytest.skip("it has no grid")
+    made = weight(int_format, 35, 200, group_size=group_size, symmetric=symmetric)
+    np.testing.assert_array_equal(decoded(kernels.prepare(made.layout, isa=isa)), made.dense_OI)
+
+
+def test_compositions_are_multiplied_and_added(weight, isa) -> None:
+    skip_numpy(isa)
+    inner, outer = weight("dense-bf16-v1", 37, 66).layout, weight("dense-bf16-v1", 21, 37).layout
+    pair = LowRank(outer, inner)
+    taps = Tapwise(weight("dense-bf16-v1", 21, 3 * 37).layout, inner, 3)
+    both = Sum(pair, weight("bitmask-int4-v1", 21, 66).layout)
+    for layout in (pair, taps, both):
+        expected = layout.to_dense()
+        np.testing.assert_allclose(decoded(kernels.prepare(layout, isa=isa)), expected, rtol=1e-4, atol=1e-4)
+
+
+def arguments(**changes: object) -> list[object]:
+    made = kernels.prepare(pack(Solution.dense(np.ones((4, 9), np.float32))))
+    found: dict[str, object] = {
+        "x": np.ones((2, 4, 5, 6), np.float32),
+        "weights": [made.weights],
+        "bias": np.ones(4, np.float32),
+        "groups": 4,
+        "kernel": (3, 3),
+        "stride": (1, 1),
+        "dilation": (1, 1),
+        "before": (1, 1),
+        "out": (5, 6),
+        "channels_last": False,
+    }
+    return list((found | changes).values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"x": np.ones((2, 4, 5, 6))},
+        {"x": np.ones((2, 4, 30), np.float32)},
+        {"x": np.ones((2, 4, 6, 5), np.float32).transpose(0, 1, 3, 2)},
+        {"x": np.ones((2, 4, 0, 6), np.float32)},
+        {"x": np.ones((2, 0, 5, 6), np.float32)},
+        {"x": np.ones((2, 5, 5, 6), np.float32)},
+        {"weights": []},
+        {"bias": np.ones(3, np.float32)},
+        {"bias": np.ones((4, 1), np.float32)},
+        {"bias": np.ones(4)},
+        {"groups": 0},
+        {"groups": -4},
+        {"groups": 3},
+        {"groups": 2},
+        {"groups": 1 << 62},
+        {"kernel": (3,)},
+        {"kernel": ()},
+        {"kernel": (1, 1, 3, 3)},
+        {"kernel": (0, 9)},
+        {"kernel": (3, 2)},
+        {"kernel": (1 << 31, 1 << 31)},
+        {"stride": (0, 1)},
+        {"stride": (1,)},
+        {"dilation": (1, 0)},
+        {"dilation": (1 << 62, 1)},
+        {"dilation": (1 << 31, 1 << 31)},
+        {"before": (-1, 0)},
+        {"before": (1 << 62, 0)},
+        {"out": (0, 6)},
+        {"out": (1 << 40, 1)},
+        {"out": (1 << 31, 1 << 31)},
+        {"x": np.ones((2, 5, 6, 5), np.float32), "channels_last": True},
+        {"groups": 2, "x": np.ones((2, 5, 6, 4), np.float32), "channels_last": True},
+    ],
+)
+def test_what_contradicts_itself_is_refused(changes: dict[str, object]) -> None:
+    module = pytest.importorskip("rarefy._native")
+    assert module.convolve(*arguments()).shape == (2, 4, 5, 6)
+    with pytest.raises((ValueError, TypeError, MemoryError)):
+        module.convolve(*arguments(**changes))
+
+
+def test_places_far_outside_of_the_input_are_zeros() -> None:
+    module = pytest.importorskip("rarefy._native")
+    y = module.convolve(*arguments(before=(1000, 1000), out=(3, 2)))
+    np.testing.assert_array_equal(y, np.ones((2, 4, 3, 2), np.float32))
+    assert module.convolve(*arguments(x=np.ones((0, 4, 5, 6), np.float32))).shape == (0, 4, 5, 6)
