@@ -10,6 +10,7 @@ void bind_gram(nb::module_& module);
 void bind_matmul(nb::module_& module);
 void bind_ops(nb::module_& module);
 void bind_program(nb::module_& module);
+void bind_recurrent(nb::module_& module);
 void bind_strided(nb::module_& module);
 }  // namespace rarefy
 
@@ -23,5 +24,6 @@ NB_MODULE(_native, module) {
     rarefy::bind_matmul(module);
     rarefy::bind_ops(module);
     rarefy::bind_program(module);  // after the weights that it multiplies with
+    rarefy::bind_recurrent(module);
     rarefy::bind_strided(module);
 }
