@@ -45,7 +45,7 @@ def test_cpp_tests_in_an_emulator(programs: Path, cpu: str, isas: str) -> None:
     for program in sorted(programs.glob("*_test")):
         run = subprocess.run([emulator, "-cpu", cpu, str(program)], capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{program.name}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-        if program.name in ("matmul_test", "ops_test"):
+        if program.name in ("matmul_test", "ops_test", "recurrent_test"):
             assert f"on {isas}\n" in run.stdout, run.stdout
 
 
