@@ -1,15 +1,17 @@
 """Convolutions and recurrent layers: torch in float32 beside rarefy's packed ones, interleaved, each result checked.
 
-    python benchmarks/layers.py [--threads N] [--rounds N] [--few-outputs]
+    python benchmarks/layers.py [--threads N] [--rounds N] [--few-outputs | --recurrent UNITS ...]
 
 Prints a table of milliseconds (median of the rounds) and how many times faster than torch each is. Channels last is the
 memory format of inputs and outputs that saves the packed layers a transposition on both sides; torch gets the same.
-With --few-outputs the cases are depthwise convolutions and small groups instead.
+With --few-outputs: depthwise convolutions and small groups instead. With --recurrent: LSTM and GRU of so many units and
+inputs, 64 steps of 1, 8 and 32 sequences, beside torch's dynamic quantization to int8 too.
 """
 
 import argparse
 import copy
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -25,30 +27,36 @@ from rarefy.layouts import AnyLayout, pack
 from rarefy.measure.latency import interleave
 from rarefy.nn import all_weights, replace_linear
 
-GRID = IntGrid(8, 64, True)
+Pack = Callable[[np.ndarray], AnyLayout]
 
 
-def int8(weight: np.ndarray) -> AnyLayout:
-    grid = fit_minmax(weight, GRID)
-    return pack(Solution(dequantize(quantize(weight, grid), grid), None, None, grid))
+def integers(num_bits: int, zeros: float = 0.0) -> Pack:
+    """Layouts of codes with a scale for 64; the smallest weights become zero."""
+    spec = IntGrid(num_bits, 64, True)
 
+    def make(weight: np.ndarray) -> AnyLayout:
+        grid = fit_minmax(weight, spec)
+        value = dequantize(quantize(weight, grid), grid)
+        if zeros == 0:
+            return pack(Solution(value, None, None, grid))
+        mask = np.abs(weight) > np.quantile(np.abs(weight), zeros)
+        return pack(Solution(np.where(mask, value, np.float32(0)), mask, Unstructured(zeros), grid))
 
-def sparse_int8(weight: np.ndarray) -> AnyLayout:
-    grid = fit_minmax(weight, GRID)
-    mask = np.abs(weight) > np.median(np.abs(weight))
-    value = np.where(mask, dequantize(quantize(weight, grid), grid), np.float32(0))
-    return pack(Solution(value, mask, Unstructured(0.5), grid))
+    return make
 
 
 def bfloat16(weight: np.ndarray) -> AnyLayout:
     return pack(Solution.dense(weight))
 
 
-LAYOUTS: dict[str, Callable[[np.ndarray], AnyLayout]] = {
-    "int8": int8,
-    "50 % zeros int8": sparse_int8,
+LAYOUTS: dict[str, Pack] = {"int8": integers(8), "50 % zeros int8": integers(8, 0.5), "bf16": bfloat16}
+RECURRENT: dict[str, Pack] = {
+    "int8": integers(8),
+    "int4": integers(4),
     "bf16": bfloat16,
+    "80 % zeros int8": integers(8, 0.8),
 }
+PEER = "torch int8"
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,15 @@ def cases_of_few_outputs() -> list[Case]:
     return made
 
 
+def recurrent_cases(units: list[int]) -> list[Case]:
+    return [
+        Case(f"{kind.__name__} {size}, 64 steps, batch {batch}", kind(size, size), torch.randn(64, batch, size))
+        for size in units
+        for kind in (nn.LSTM, nn.GRU)
+        for batch in (1, 8, 32)
+    ]
+
+
 @dataclass(frozen=True)
 class Contestant:
     name: str
@@ -114,14 +131,20 @@ class Contestant:
             return {"call": time.perf_counter() - start}
 
 
-def contestants(case: Case) -> list[Contestant]:
+def contestants(case: Case, layouts: Mapping[str, Pack]) -> list[Contestant]:
     plain = case.module.eval()
     found = [Contestant("torch", plain, case.x)]
-    for name, layout_of in LAYOUTS.items():
+    if layouts is RECURRENT:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch moves it to another package
+            quantize_dynamic = torch.ao.quantization.quantize_dynamic
+            peer = quantize_dynamic(nn.Sequential(copy.deepcopy(plain)), {type(plain)}, dtype=torch.qint8)
+        found.append(Contestant(PEER, peer[0], case.x))
+    for name, layout_of in layouts.items():
         model = nn.Sequential(copy.deepcopy(plain))
         matrices = {weight.layer: weight.read().contiguous().numpy() for weight in all_weights(model)}
         replace_linear(model, {layer: layout_of(matrix) for layer, matrix in matrices.items()})
-        if name != "50 % zeros int8":  # that one is another function
+        if name in ("int8", "bf16"):  # others are other functions
             check(plain, model[0], case.x)
         found.append(Contestant(name, model[0], case.x))
     return found
@@ -139,20 +162,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--few-outputs", action="store_true")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--few-outputs", action="store_true", help="depthwise convolutions and small groups")
+    instead.add_argument("--recurrent", type=int, nargs="+", metavar="UNITS", help="recurrent layers of these sizes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"{arguments.threads} threads; ms, and times faster than torch float32 (median of {arguments.rounds} rounds)")
-    print(f"{'':30} {'torch':>8} " + " ".join(f"{name:>16}" for name in LAYOUTS))
-    for case in cases_of_few_outputs() if arguments.few_outputs else cases():
-        timings = interleave(contestants(case), rounds=arguments.rounds, warmup=2)
+    layouts = RECURRENT if arguments.recurrent else LAYOUTS
+    names = [PEER, *layouts] if arguments.recurrent else list(layouts)
+    print(f"{'':30} {'torch':>8} " + " ".join(f"{name:>16}" for name in names))
+    if arguments.recurrent:
+        chosen = recurrent_cases(arguments.recurrent)
+    else:
+        chosen = cases_of_few_outputs() if arguments.few_outputs else cases()
+    for case in chosen:
+        timings = interleave(contestants(case, layouts), rounds=arguments.rounds, warmup=2)
         cells = [
             f"{1e3 * timings.seconds(name, 'call').median:8.3f} {timings.ratio(name, 'torch', 'call').median:6.2f}x"
-            for name in LAYOUTS
+            for name in names
         ]
-        print(f"{case.name:30} {1e3 * timings.seconds('torch', 'call').median:8.3f} " + "  ".join(cells))
+        print(f"{case.name:30} {1e3 * timings.seconds('torch', 'call').median:8.3f} " + "  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ void bind_gram(nb::module_& module);
 void bind_matmul(nb::module_& module);
 void bind_ops(nb::module_& module);
 void bind_program(nb::module_& module);
+void bind_recurrent(nb::module_& module);
 void bind_strided(nb::module_& module);
 }  // namespace rarefy
 
@@ -25,5 +26,6 @@ NB_MODULE(_native, module) {
     rarefy::bind_direct(module);  // after the weights, as is the program
     rarefy::bind_ops(module);
     rarefy::bind_program(module);  // after the weights that it multiplies with
+    rarefy::bind_recurrent(module);
     rarefy::bind_strided(module);
 }

@@ -140,6 +140,7 @@ private:
 };
 
 std::atomic<int> wanted_threads{1};
+thread_local int num_alone = 0;  // of OneThread, in this thread
 std::atomic<bool> in_use{false};
 // Never destroyed: workers may still look at it while the process ends. A forked child leaks its parent's.
 std::atomic<Pool*> pool{nullptr};
@@ -164,10 +165,13 @@ Pool& acquire_pool() {
 
 void set_num_threads(int num_threads) { wanted_threads.store(std::clamp(num_threads, 1, kMaxThreads)); }
 
-int num_threads() { return wanted_threads.load(); }
+int num_threads() { return num_alone > 0 ? 1 : wanted_threads.load(std::memory_order_relaxed); }
+
+OneThread::OneThread() { ++num_alone; }
+OneThread::~OneThread() { --num_alone; }
 
 void parallel_run(int num_chunks, ChunkFunction function, void* context) {
-    const int num_threads = wanted_threads.load(std::memory_order_relaxed);
+    const int num_threads = common::num_threads();
     if (num_chunks > 1 && num_chunks <= kMaxChunks && num_threads > 1 &&
         !in_use.exchange(true, std::memory_order_acquire)) {
         Pool& shared = acquire_pool();

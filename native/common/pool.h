@@ -17,6 +17,16 @@ namespace rarefy::common {
 void set_num_threads(int num_threads);
 int num_threads();
 
+// While this lives, jobs of its thread run on that thread alone, and num_threads() tells it so: for work that another
+// thread would slow down, or that is one of several already.
+class OneThread {
+public:
+    OneThread();
+    ~OneThread();
+    OneThread(const OneThread&) = delete;
+    OneThread& operator=(const OneThread&) = delete;
+};
+
 // Median time, in seconds, of a job in which every thread has one chunk that waits for the others to begin theirs.
 double measure_fork_join();
 

@@ -68,6 +68,11 @@ int64_t Operator::num_read_bytes() const {
     return total;
 }
 
+bool Operator::depends_on_rows() const {
+    if (weights_ != nullptr) return weights_->isa() == Isa::amx && weights_->is_bf16();
+    return std::any_of(parts_.begin(), parts_.end(), [](const Operator& part) { return part.depends_on_rows(); });
+}
+
 // The products of one x: those with weights that x itself meets, in one fork-join, and then what is left of each.
 class Call {
 public:

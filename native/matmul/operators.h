@@ -23,6 +23,8 @@ public:
     int64_t num_inputs() const { return num_inputs_; }
     int64_t num_bytes() const;
     int64_t num_read_bytes() const;  // by one row
+    // Whether the bits of a row depend on how many there are (contract.h): those of bfloat16 on AMX do.
+    bool depends_on_rows() const;
     // Null where it is made of parts.
     const Weights* weights() const { return weights_.get(); }
     // Of one made of parts: inner and outer (0 and 1) of a chain, first and second of a sum; and the runs, 0 of a sum.

@@ -162,20 +162,32 @@ void attention_of_all(const Kernels& kernels, const float* q, int64_t num_tokens
 
 }  // namespace
 
-const Kernels& find_kernels(const char* isa) {
+Vectors find_vectors(const char* isa) {
     const auto is = [isa](const char* name) { return std::strcmp(isa, name) == 0; };
-    if (is("reference")) return kRefKernels;
+    if (is("reference")) return Vectors::reference;
 #if RAREFY_X86
     const common::CpuFlags cpu = common::detect_cpu();
     if ((is("avx512") && common::can_run_avx512(cpu)) || (is("avx512_bf16") && common::can_run_avx512_bf16(cpu)) ||
         (is("amx") && common::can_run_amx(cpu)))
-        return kAvx512Kernels;
+        return Vectors::avx512;
     if ((is("avx2") && common::can_run_avx2(cpu)) || (is("avx_vnni") && common::can_run_avx_vnni(cpu)))
-        return kAvx2Kernels;
+        return Vectors::avx2;
 #elif RAREFY_ARM
-    if (is("neon") && common::can_run_neon(common::detect_cpu())) return kNeonKernels;
+    if (is("neon") && common::can_run_neon(common::detect_cpu())) return Vectors::neon;
 #endif
     throw std::invalid_argument(std::string("this CPU cannot run the instruction set ") + isa);
+}
+
+const Kernels& find_kernels(const char* isa) {
+    switch (find_vectors(isa)) {
+#if RAREFY_X86
+        case Vectors::avx512: return kAvx512Kernels;
+        case Vectors::avx2: return kAvx2Kernels;
+#elif RAREFY_ARM
+        case Vectors::neon: return kNeonKernels;
+#endif
+        default: return kRefKernels;
+    }
 }
 
 void rms_norm(const Kernels& kernels, const float* x, float* sum, const float* weight, float eps, int64_t rows,

@@ -61,7 +61,10 @@ extern const Kernels kAvx512Kernels;
 extern const Kernels kNeonKernels;
 #endif
 
-// Those of an instruction set; throws std::invalid_argument where this build or CPU has none.
+// The vectors that small operations use on an instruction set of the products.
+enum class Vectors { reference, avx2, avx512, neon };
+// Throws std::invalid_argument where this build or CPU has none; so does find_kernels.
+Vectors find_vectors(const char* isa);
 const Kernels& find_kernels(const char* isa);
 
 // Split over the thread pool. Shapes as in rarefy.kernels.ops; every size is checked by the caller.

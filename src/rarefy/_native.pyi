@@ -82,6 +82,19 @@ def convolve(
     out: Sequence[int],
     channels_last: bool,
 ) -> Float32Array: ...
+def run_recurrent(
+    isa: str,
+    mode: int,
+    x: Float32Array,
+    input_bias: Float32Array | None,
+    hidden_bias: Float32Array | None,
+    meet_hidden: Weights,
+    project: Weights | None,
+    hidden: Float32Array,
+    cell: Float32Array | None,
+    lengths: NDArray[np.int64] | None,
+    reverse: bool,
+) -> tuple[Float32Array, Float32Array, Float32Array | None]: ...
 
 @final
 class Ops:

@@ -33,7 +33,7 @@ def test_cpp_tests_in_an_emulator(
 ) -> None:
     """On a CPU with the dot product, and on one without, which must not meet a single instruction of it."""
     output = run_program(tool("qemu-aarch64", "Debian: qemu-user"), "-cpu", cpu, programs / program)
-    if program.startswith(("direct_", "matmul_", "ops_")):
+    if program.startswith(("direct_", "matmul_", "ops_", "recurrent_")):
         assert f"on {isas}\n" in output, output
 
 

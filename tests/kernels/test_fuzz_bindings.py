@@ -302,6 +302,42 @@ def test_programs(weight) -> None:
     call_often("Program", make)
 
 
+def test_recurrent_layers(weight) -> None:
+    def prepared(outputs: int, inputs: int):
+        arrays = {
+            k: np.ascontiguousarray(v) for k, v in weight("dense-f32-v1", outputs, inputs).layout.arrays().items()
+        }
+        return native.prepare("dense-f32-v1", "reference", outputs, inputs, {}, arrays)
+
+    gates = {0: 4, 1: 3, 2: 1, 3: 1}
+
+    def make(draw: Draw):
+        mode, steps, batch = draw.one_of((0, 0, 1, 2, 3)), int(draw.rng.integers(0, 5)), int(draw.rng.integers(0, 20))
+        hidden = int(draw.rng.integers(1, 20))
+        outputs = int(draw.rng.integers(1, 20)) if mode == 0 and draw.chance(0.5) else hidden
+        by, project = prepared(gates[mode] * hidden, outputs), prepared(outputs, hidden)
+        lengths = -np.sort(-draw.rng.integers(0, steps + 1, batch)) if draw.chance(0.5) else None
+        if lengths is not None and batch and draw.chance(0.2):
+            lengths[int(draw.rng.integers(batch))] = draw.number(0, 6)
+
+        def array(*shape: int, dtype=np.float32):
+            return draw.array(*shape, dtype=dtype) if draw.chance(0.2) else np.ones(shape, dtype)
+
+        def bias():
+            return None if draw.chance(0.3) else array(gates[mode] * hidden)
+
+        return native.run_recurrent, (
+            *("reference", draw.number(mode) if draw.chance(0.1) else mode),
+            *(array(steps, batch, gates[mode] * hidden), bias(), bias()),
+            *(by if draw.chance(0.95) else draw.one_of([None, project, 3]), project if outputs != hidden else None),
+            *(array(batch, outputs), array(batch, hidden) if mode == 0 else None),
+            lengths if draw.chance(0.95) else draw.array(batch, dtype=np.int64),
+            draw.chance(0.5),
+        )
+
+    call_often("run_recurrent", make)
+
+
 def test_probe() -> None:
     probe = native.BandwidthProbe(1 << 21)
 

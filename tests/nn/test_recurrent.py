@@ -92,7 +92,7 @@ def test_any_layer_gives_what_torch_gives(
 
 @settings(max_examples=40, deadline=None)
 @given(layers(), st.lists(st.integers(1, 5), min_size=1, max_size=3))
-def test_steps_in_torch_and_in_numpy_agree(layout_for: LayoutFor, module: nn.RNNBase, lengths: list[int]) -> None:
+def test_steps_in_torch_and_in_the_kernels_agree(layout_for: LayoutFor, module: nn.RNNBase, lengths: list[int]) -> None:
     """Where a gradient may be asked for torch computes the steps."""
     layer, _ = packed(layout_for, module, "dense-f32-v1")
     x = pack_sequence([torch.randn(length, module.input_size) for length in lengths], enforce_sorted=False)

@@ -12,6 +12,7 @@ from rarefy.kernels.extension import (
 )
 from rarefy.kernels.machine import Bandwidth, BandwidthProbe, describe_cpu, measure_bandwidth, measure_fork_join
 from rarefy.kernels.products import Prepared, matmul, matmul_many, prepare
+from rarefy.kernels.recurrent import run_steps
 from rarefy.kernels.strided import copy_strided
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "measure_bandwidth",
     "measure_fork_join",
     "prepare",
+    "run_steps",
     "runnable_isas",
     "select",
     "set_num_threads",

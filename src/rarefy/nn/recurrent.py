@@ -1,6 +1,7 @@
 """LSTM, GRU and plain recurrent layers whose weights are packed layouts: products over time, and torch between them.
 
-The inputs of all steps meet their weight in one product; the hidden states meet theirs step by step.
+The inputs of all steps meet their weight in one product; the hidden states meet theirs step by step, in one call of the
+kernels unless somebody wants a gradient.
 
 Legend of shape suffixes: B batch, L steps, T rows, I inputs, H hidden units, O what a step hands on (H, or fewer where
 it is projected), G gates times H.
@@ -10,15 +11,17 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from rarefy.core.errors import UsageError
+from rarefy.kernels import Prepared, run_steps
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.matrices import LayerKind, Matrix, Packed, missing_parameter
-from rarefy.nn.recurrent_steps import run_steps
 
 _SUPPORTED = (nn.LSTM, nn.GRU, nn.RNN)
 
@@ -177,15 +180,15 @@ class PackedRecurrent(nn.Module):
         """Run one layer in one direction; what it gives at every step, and the state after the last."""
         mode = self.shape.mode
         gates_LBG = self._times(f"weight_ih{suffix}", x_LBI)
+        projection = f"weight_hr{suffix}" if self.shape.proj_size else None
+        if self._needs_no_torch(suffix, gates_LBG):
+            return self._in_kernels(suffix, gates_LBG, state, lengths)
         hidden_bias: Tensor | None = None
         if self.shape.bias:
             gates_LBG = gates_LBG + self.get_parameter(f"bias_ih{suffix}")
             hidden_bias = self.get_parameter(f"bias_hh{suffix}")
             if mode != "GRU":  # there a gate multiplies what comes of the hidden state, its bias included
                 gates_LBG, hidden_bias = gates_LBG + hidden_bias, None
-        projection = f"weight_hr{suffix}" if self.shape.proj_size else None
-        if self._runs_in_numpy(suffix, gates_LBG):
-            return self._in_numpy(suffix, gates_LBG, hidden_bias, state, lengths)
         num_steps = x_LBI.shape[0]
         outputs: list[Tensor] = [state[0]] * num_steps
         met: list[Tensor] = [state[0]] * num_steps
@@ -228,8 +231,8 @@ class PackedRecurrent(nn.Module):
         y: Tensor = module(x)
         return y
 
-    def _runs_in_numpy(self, suffix: str, gates_LBG: Tensor) -> bool:
-        """Whether the steps need no torch: nobody wants a gradient, and the products between them are packed ones."""
+    def _needs_no_torch(self, suffix: str, gates_LBG: Tensor) -> bool:
+        """Whether the kernels take all steps: nobody wants a gradient, and the weights that they meet are packed."""
         ends = ("weight_hh", "weight_hr") if self.shape.proj_size else ("weight_hh",)
         return (
             not torch.is_grad_enabled()
@@ -237,33 +240,37 @@ class PackedRecurrent(nn.Module):
             and all(isinstance(self._modules.get(end + suffix), CompressedLinear) for end in ends)
         )
 
-    def _in_numpy(
-        self, suffix: str, gates_LBG: Tensor, hidden_bias: Tensor | None, state: State, lengths: Tensor | None
-    ) -> tuple[Tensor, State]:
-        products = []
-        for end in ("weight_hh", "weight_hr") if self.shape.proj_size else ("weight_hh",):
-            layer = self.get_submodule(end + suffix)
-            assert isinstance(layer, CompressedLinear)
-            products.append(layer.prepared.matmul)
-        first_hidden, first_cell = (part.to(torch.float32).numpy() for part in state)
+    def _in_kernels(self, suffix: str, gates_LBG: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
+        bias = self.shape.bias
         y_LBO, hidden, cell = run_steps(
             self.shape.mode,
-            gates_LBG.numpy(),
-            None if hidden_bias is None else hidden_bias.detach().numpy(),
-            products[0],
-            products[1] if len(products) > 1 else None,
-            first_hidden,
-            first_cell,
+            _floats(gates_LBG),
+            _floats(self.get_parameter(f"bias_ih{suffix}")) if bias else None,
+            _floats(self.get_parameter(f"bias_hh{suffix}")) if bias else None,
+            self._prepared(f"weight_hh{suffix}"),
+            self._prepared(f"weight_hr{suffix}") if self.shape.proj_size else None,
+            _floats(state[0]),
+            _floats(state[1]) if self.shape.mode == "LSTM" else None,
             None if lengths is None else lengths.numpy(),
             reverse=suffix.endswith("_reverse"),
         )
-        # A first state may come back unchanged; what is handed out is never the caller's own memory.
-        return torch.from_numpy(y_LBO), (torch.tensor(hidden), torch.tensor(cell))
+        last_cell = state[1] if cell is None else torch.from_numpy(cell)
+        return torch.from_numpy(y_LBO), (torch.from_numpy(hidden), last_cell)
+
+    def _prepared(self, name: str) -> Prepared:
+        layer = self.get_submodule(name)
+        assert isinstance(layer, CompressedLinear)
+        return layer.prepared
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         shape = self.shape
         return f"{shape.mode}, {shape.input_size}, {shape.hidden_size}, num_layers={shape.num_layers}"
+
+
+def _floats(x: Tensor) -> NDArray[np.float32]:
+    """As the kernels take them."""
+    return x.detach().to(torch.float32).contiguous().numpy()
 
 
 def _step(mode: str, gates_BG: Tensor, recurrent_BG: Tensor, state: State) -> State:
