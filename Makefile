@@ -1,5 +1,5 @@
 # make demo   compress a real language model and generate text with the result
-# make test   every test, the slow ones too
+# make test   every test, the slow ones too, in TEST_WORKERS=2 processes
 # make test-arm  the kernels for 64-bit ARM in an emulator; needs g++-aarch64-linux-gnu and qemu-user
 # make check  formatters, linters, types, layers
 # make bench  time the kernels beside other libraries, and write docs/performance.md (about 15 minutes)
@@ -16,6 +16,7 @@ BENCH_RESULTS ?= performance-results.json
 FUZZ_BUILD ?= build/fuzz
 FUZZ_SECONDS ?= 60
 FUZZ_SEED ?= 1
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,8 +33,11 @@ NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' 2>/dev/null)
 demo: $(VENV)/.compress $(VENV)/.smollm2
 	$(BIN)/python examples/demo/demo.py --out $(DEMO_OUT)
 
+# A process takes a file at a time, so that what the tests of a file share is made once. The examples wait until the
+# machine is quiet, because they compare speeds.
 test: $(VENV)/.dev $(VENV)/.smollm2 $(VENV)/.minilm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --ignore tests/examples
+	$(BIN)/python -m pytest tests/examples
 
 test-arm: $(VENV)/.dev
 	$(BIN)/python -m pytest -rs tests/kernels/test_arm.py

@@ -48,6 +48,16 @@ def sample_text(num_words: int, seed: int = 0) -> str:
     return " ".join(sentences)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests, files that build C++ programs come first, then those with other slow tests: none
+    should begin one as the others end."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    builds = {item.path for item in items if "run_cmake" in getattr(item, "fixturenames", ())}
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in builds, item.path not in slow))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of data beside the repository; tests that need it skip where it is absent."""

@@ -1,7 +1,11 @@
 """Random packed weights, packed here by plain loops, with the numbers they stand for."""
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,3 +295,44 @@ def num_threads() -> Iterator[Callable[[int], None]]:
     before = kernels.get_num_threads()
     yield kernels.set_num_threads
     kernels.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[..., str]:
+    """Path of a program, beside this Python too; skips where it is missing, and says what package has it."""
+
+    def find(name: str, package: str) -> str:
+        found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+        if found is None:
+            pytest.skip(f"{name} is missing ({package})")
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def cxx_compiler() -> str:
+    """One for this machine, which cmake will find too."""
+    for name in ("c++", "g++", "clang++"):
+        if found := shutil.which(name):
+            return found
+    pytest.skip("no C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def run_program() -> Callable[..., str]:
+    """Runs a program that must succeed; returns what it prints."""
+
+    def run(*command: str | Path) -> str:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_cmake(tool: Callable[..., str], run_program: Callable[..., str]) -> Callable[..., str]:
+    """Runs cmake, which must succeed; returns what it prints."""
+    cmake = tool("cmake", "pip install cmake")
+    return lambda *arguments: run_program(cmake, *arguments)
