@@ -5,9 +5,10 @@
 // chunk is not determined; a body must therefore write only to places that belong to its chunk, and results are then
 // the same for every number of threads. If chunks throw, the others still run, and the caller gets the first exception.
 //
-// Workers look for the next job for a millisecond, unless another thread wants their core, and then sleep, so that they do not compete with another pool (torch's, the BLAS's). A call that finds the pool busy,
-// from another thread or from within a body, runs all its chunks itself. After fork() the child starts a new pool with
-// its first job. Where the system refuses a thread, fewer do the work.
+// Workers look for the next job for a millisecond, unless another thread wants their core, and then sleep, so that they
+// do not compete with another pool (torch's, the BLAS's). A call that finds the pool busy, from another thread or from
+// within a body, runs all its chunks itself. After fork() the child starts a new pool with its first job. Where the
+// system refuses a thread, fewer do the work.
 #pragma once
 
 namespace rarefy::common {
