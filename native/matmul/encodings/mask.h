@@ -198,9 +198,9 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
 
 namespace reference {
 
-struct PanelStream {
+struct MaskedStream {
     const uint8_t *values, *mask;
-    PanelStream(const PanelWeights& w, int64_t panel)
+    MaskedStream(const PanelWeights& w, int64_t panel)
         : values(w.values + w.value_offsets[panel]), mask(w.mask + panel * w.num_blocks * kMaskBytes) {}
 };
 
@@ -211,9 +211,9 @@ inline uint64_t step_mask(const uint8_t* mask, int step, int bytes) {
 }
 
 template <bool kInt4>
-struct CodeStream : PanelStream {
+struct CodeStream : MaskedStream {
     const uint8_t* high;  // 4-bit codes: where the high nibbles are
-    CodeStream(const PanelWeights& w, int64_t panel) : PanelStream(w, panel), high(values) {}
+    CodeStream(const PanelWeights& w, int64_t panel) : MaskedStream(w, panel), high(values) {}
     void block(const uint8_t* pruned, uint8_t* out) {
         for (int step = 0; step < 16; ++step) {
             const uint64_t bits = step_mask(mask, step, 8);
@@ -240,7 +240,7 @@ struct CodeStream : PanelStream {
 
 namespace rarefy::matmul::avx2 {
 
-struct PanelStream {
+struct MaskedStream {
     const uint8_t *values, *mask;
     void start(const PanelWeights& w, int64_t panel) {
         values = w.values + w.value_offsets[panel];
@@ -254,7 +254,7 @@ struct PanelStream {
 
 namespace rarefy::matmul::avx512 {
 
-struct PanelStream {
+struct MaskedStream {
     const uint8_t *values, *mask;
     void start(const PanelWeights& w, int64_t panel) {
         values = w.values + w.value_offsets[panel];
@@ -267,7 +267,7 @@ struct PanelStream {
 #elif RAREFY_PASS_NEON
 
 namespace rarefy::matmul::neon {
-struct PanelStream {
+struct MaskedStream {
     const uint8_t *values, *mask;
     void start(const PanelWeights& w, int64_t panel) {
         values = w.values + w.value_offsets[panel];
@@ -304,12 +304,12 @@ inline void expand_step(const uint8_t*& values, const uint8_t* mask, const Bytes
 }
 
 template <bool kInt4>
-struct CodeStream : PanelStream {
+struct CodeStream : MaskedStream {
     static constexpr bool kSmallCodes = kInt4;
     const uint8_t* high;
     Bytes pruned[kQuarters];
     void start(const PanelWeights& w, int64_t panel) {
-        PanelStream::start(w, panel);
+        MaskedStream::start(w, panel);
         high = values;
     }
     void set_zero_points(const Bytes (&codes)[kQuarters]) {

@@ -44,8 +44,8 @@ void packers::mask_bf16(Packing& packing) {
 namespace reference {
 namespace {
 
-struct Stream : PanelStream {
-    using PanelStream::PanelStream;
+struct Stream : MaskedStream {
+    using MaskedStream::MaskedStream;
     void block(float* out) {
         for (int step = 0; step < 32; ++step) {
             const uint64_t bits = step_mask(mask, step, 4);
@@ -85,7 +85,7 @@ void rarefy::matmul::avx2::mask_bf16(const PanelWeights& w, const Rows& rows, co
 namespace rarefy::matmul::avx512 {
 namespace {
 
-struct Stream : PanelStream {
+struct Stream : MaskedStream {
     static constexpr bool kIsPlain = false;
     void fetch(int num_columns) const {
         prefetch<4096>(values, num_columns * 16);
@@ -111,7 +111,7 @@ void mask_bf16(const PanelWeights& w, const Rows& rows, const Part& part) { mult
 namespace rarefy::matmul::neon {
 namespace {
 
-struct Stream : PanelStream {
+struct Stream : MaskedStream {
     void next(Floats (&even)[kQuarters], Floats (&odd)[kQuarters]) {
         UNROLL for (int i = 0; i < kQuarters; ++i) {
             const uint8_t bits = mask[i];

@@ -41,13 +41,13 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 template <bool kOneRow>
-struct Stream : PanelStream {
+struct Stream : MaskedStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
     static constexpr bool kExpandsOnce = true;
     const uint8_t* high;
     void start(const PanelWeights& w, int64_t panel) {
-        PanelStream::start(w, panel);
+        MaskedStream::start(w, panel);
         high = values;
     }
     void fetch(int num_steps) const {

@@ -38,7 +38,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 template <bool kOneRow>
-struct Stream : PanelStream {
+struct Stream : MaskedStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 0;
     static constexpr bool kExpandsOnce = true;
