@@ -15,7 +15,7 @@ struct CpuFlags {
 CpuFlags detect_cpu();
 
 // Whether the hardware fetches what a walk through memory reads next better than a program that asks for it: on AMD's
-// Zen 3 and 4, where asking costs up to half of the bandwidth (docs/limits.md). On Zen 5 and Intel's it gains.
+// family 19h, of which Zen 4 was measured (docs/limits.md); on Zen 5 asking gains. Only kernels of AVX-512 look here.
 bool fetches_best_alone();
 
 // The flags that the files and passes named so are compiled for.
