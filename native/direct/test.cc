@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cpu.h"
 #include "common/pool.h"
 #include "direct/driver.h"
@@ -18,20 +19,12 @@
 namespace {
 
 using namespace rarefy;
+using checks::check;
 using direct::kAxes;
 using direct::Shape;
 using matmul::Isa;
 using matmul::Operator;
 using Floats = std::vector<float>;
-
-int num_checks = 0;
-int num_failures = 0;
-
-void check(bool passed, const std::string& what) {
-    ++num_checks;
-    if (passed) return;
-    if (++num_failures <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
 
 Floats random_floats(int64_t count, unsigned seed) {
     std::mt19937 random(seed);
@@ -191,6 +184,5 @@ int main() {
             }
         }
     }
-    std::printf("%d checks, %d failures\n", num_checks, num_failures);
-    return num_failures == 0 ? 0 : 1;
+    return checks::summary();
 }

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cpu.h"
 #include "common/pool.h"
 #include "matmul/dispatch.h"
@@ -23,6 +24,7 @@
 namespace {
 
 using namespace rarefy;
+using checks::check;
 using matmul::Isa;
 using matmul::Operator;
 using matmul::Sample;
@@ -30,15 +32,7 @@ using recurrent::Mode;
 using Floats = std::vector<float>;
 using Doubles = std::vector<double>;
 
-int num_checks = 0;
-int num_failures = 0;
 const double kEpsilon = std::ldexp(1.0, -24);
-
-void check(bool passed, const std::string& what) {
-    ++num_checks;
-    if (passed) return;
-    if (++num_failures <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
 
 // Written so that NaN fails.
 void check_close(double found, double expected, double error, const std::string& what) {
@@ -362,8 +356,8 @@ int main() {
         check_case({recurrent::kGru, 3, 0 + 130, 0, 0, false, false, true}, "dense-int8-v1", isa);
         check_case({recurrent::kGru, 0, 5, 0, 3, true, false, true}, "dense-int8-v1", isa);
     }
-    std::printf("%d of %d checks failed, on", num_failures, num_checks);
+    std::printf("%d of %d checks failed, on", checks::num_failures, checks::num_checks);
     for (const Isa isa : isas) std::printf(" %s", matmul::name(isa));
     std::printf("\n");
-    return num_failures == 0 ? 0 : 1;
+    return checks::num_failures == 0 ? 0 : 1;
 }
