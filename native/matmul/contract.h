@@ -47,13 +47,14 @@ struct PanelWeights {
     const int64_t* value_offsets;  // bytes from `values` to each panel, (num_panels + 1)
     const uint8_t* mask;           // (num_panels, num_blocks, bytes of the encoding)
     // Of weights with scales: 16 of each group as bfloat16 bits, and the group's 16 zero points behind them, or null:
-    // all are `zero_point`. (num_panels, num_groups) such pieces of group_bytes, the pointers at the first.
+    // all are `zero_point`. (num_panels, num_groups) such pieces of group_bytes, group_stride and panel_stride bytes
+    // apart; the pointers are at the first.
     const uint16_t* scales;
     const uint8_t* zero_points;
     // Where an output has one scale: (num_panels, 16), which finished sums are multiplied by, and `scales` are 1. Else
     // null.
     const uint16_t* output_scales;
-    int64_t num_groups, group_bytes;
+    int64_t num_groups, group_bytes, group_stride, panel_stride;
     int64_t segments_per_group;
     int steps_per_segment;  // 16: a segment is a block; 8: half a block
     int zero_point;
@@ -65,8 +66,10 @@ struct PanelWeights {
     int64_t lane_rows;  // so many rows or more are read from Rows::lanes; 0: never
     bool skips_blocks;  // kernels pass over blocks that are zero, and begin every sum with Rows::starts
 
-    int64_t group_place(int64_t panel, int64_t group) const { return (panel * num_groups + group) * group_bytes; }
-    const uint16_t* scales_at(int64_t place) const { return scales + place / 2; }
+    int64_t group_place(int64_t panel, int64_t group) const { return panel * panel_stride + group * group_stride; }
+    const uint16_t* scales_at(int64_t place) const {
+        return reinterpret_cast<const uint16_t*>(reinterpret_cast<const uint8_t*>(scales) + place);
+    }
 };
 
 // Activations as the kernels see them, padded with zeros to whole blocks.

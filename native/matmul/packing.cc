@@ -120,7 +120,10 @@ void Packing::pack_scales(int num_bits) {
     view.zero_point = 1 << (num_bits - 1);
     constexpr int64_t kScaleBytes = 2 * kPanelOutputs;
     view.group_bytes = kScaleBytes + (zero_points == nullptr ? 0 : kPanelOutputs);
-    uint8_t* pieces = allocate(view.num_panels * view.num_groups * view.group_bytes);
+    view.group_stride = view.group_bytes;
+    view.panel_stride = view.num_groups * view.group_bytes;
+    pieces_ = memory_.size();
+    uint8_t* pieces = allocate(view.num_panels * view.panel_stride);
     for (int64_t output = 0; output < num_outputs; ++output) {
         for (int64_t group = 0; group < num_groups; ++group) {
             const int64_t from = output * num_groups + group;
@@ -132,6 +135,27 @@ void Packing::pack_scales(int num_bits) {
     }
     view.scales = reinterpret_cast<const uint16_t*>(pieces);
     view.zero_points = zero_points == nullptr ? nullptr : pieces + kScaleBytes;
+}
+
+uint8_t* Packing::place_segments(int64_t segment_bytes) {
+    const int64_t num_segments = view.num_blocks * (16 / view.steps_per_segment);
+    const int64_t group_bytes = view.group_bytes, from_stride = view.panel_stride;
+    const common::AlignedBytes pieces = std::move(memory_[pieces_]);
+    memory_.erase(memory_.begin() + static_cast<int64_t>(pieces_));
+    num_bytes_ -= view.num_panels * from_stride + kReadBeyond;
+    uint8_t* const values = place_values(
+        [&](int64_t) { return num_segments * segment_bytes + view.num_groups * group_bytes; });
+    view.group_stride = view.segments_per_group * segment_bytes + group_bytes;
+    view.panel_stride = view.num_panels == 0 ? 0 : view.value_offsets[1];
+    // Groups of padding alone have no segments behind them.
+    view.num_groups = ceil_div(num_segments, view.segments_per_group);
+    for (int64_t panel = 0; panel < view.num_panels; ++panel)
+        for (int64_t group = 0; group < view.num_groups; ++group)
+            std::memcpy(values + view.group_place(panel, group), pieces.get() + panel * from_stride + group * group_bytes,
+                        static_cast<size_t>(group_bytes));
+    view.scales = reinterpret_cast<const uint16_t*>(values);
+    if (view.zero_points != nullptr) view.zero_points = values + 2 * kPanelOutputs;
+    return values;
 }
 
 void Packing::put_scales_last() {

@@ -82,6 +82,9 @@ public:
     int64_t* allocate_offsets();
     // Lays the panels out one after the other, each at a multiple of 64, and allocates value_offsets and values.
     uint8_t* place_values(const std::function<int64_t(int64_t panel)>& panel_bytes);
+    // The same for integer values whose segments all have so many bytes: in front of the first segment of each group
+    // stand its scales and zero points, so that a product reads one stream for each panel.
+    uint8_t* place_segments(int64_t segment_bytes);
     // Reads `scales`, `zero_points` and group_size, and fills the fields of the view that belong to them. Done before
     // the packer runs where the values are integers; a float encoding whose layout has scales calls it.
     void pack_scales(int num_bits);
@@ -105,6 +108,7 @@ private:
     const Isa isa_;
     std::vector<bool> taken_;
     std::vector<common::AlignedBytes> memory_;
+    size_t pieces_ = 0;  // of memory_: the scales and zero points
     int64_t num_bytes_ = 0, num_unread_bytes_ = 0;
 };
 

@@ -56,13 +56,21 @@ inline __m512i broadcast_4(const int8_t* from) {
     return _mm512_set1_epi32(four);
 }
 
-inline __m512 widen_bf16(const uint16_t* from) {
+inline __m512 widen_bf16(const void* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
 inline __m512i widen_bytes(const uint8_t* from) {
-    return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from)));
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+// 16 bytes, each four times, one after the other.
+inline __m512i quadruple_bytes(const uint8_t* from) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
+                               _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a,
+                                                0x09090909, 0x08080808, 0x07070707, 0x06060606, 0x05050505, 0x04040404,
+                                                0x03030303, 0x02020202, 0x01010101, 0));
 }
 
 inline uint64_t load_u64(const uint8_t* from) {
@@ -152,7 +160,7 @@ struct Groups {
     bool advance() {
         if (--left != 0) return false;
         left = w.segments_per_group;
-        place += w.group_bytes;
+        place += w.group_stride;
         return true;
     }
     int64_t place_of(int64_t panel) const { return w.group_place(panel, 0) + place; }

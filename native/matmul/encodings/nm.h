@@ -3,7 +3,8 @@
 //
 // A segment of 64 (or 32) columns keeps the same number of entries in every output. They are listed in order, four to a
 // step; a step is one vector of 16 outputs by 4 entries. Places of a list that no entry takes have the zero point as
-// their code. The values of a panel are its segments, one after the other:
+// their code. The values of a panel are its segments, one after the other, with the scales and zero points of a group
+// in front of its first:
 //   with indices    step by step: the indices, a stream of 64 numbers of few bits, the lowest bits first; the codes. An
 //                   index counts from the first column of its group. `table` has two vectors that unpack the indices,
 //                   and one for each step with the groups' first columns.
@@ -124,14 +125,14 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&), int stored_bits =
     view.parameter = 256 * plan.index_bits + plan.steps;
     if (plan.index_bits > 0) view.table = make_nm_table(packing, plan);
     const int segments = kBlockInputs / plan.columns;
-    uint8_t* const values =
-        packing.place_values([&](int64_t) { return view.num_blocks * segments * plan.segment_bytes; });
+    uint8_t* const values = packing.place_segments(plan.segment_bytes);
     const int step_bytes = 8 * kBits + 8 * plan.index_bits;
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         for (int row = 0; row < num_rows; ++row) {
             int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
             uint8_t* out = values + view.value_offsets[panel];
             for (int64_t segment = 0; segment < view.num_blocks * segments; ++segment, out += plan.segment_bytes) {
+                if (segment % view.segments_per_group == 0) out += view.group_bytes;
                 uint64_t bits = mask.block(first + row, segment / segments);
                 if (segments == 2) bits = bits >> (segment % 2 * 32) & 0xffffffff;
                 const int zero_point = zero_point_of(view, panel, segment, row);

@@ -27,11 +27,18 @@ struct ListShape {
         low_bits = _mm512_set1_epi8(static_cast<char>((1 << index_bits) - 1));
         firsts = w.table + 128;
     }
+    // Where in the values a segment begins.
+    int64_t place_of(const PanelWeights& w, int64_t panel, int64_t segment) const {
+        return w.group_place(panel, segment / w.segments_per_group) + w.group_bytes +
+               segment % w.segments_per_group * segment_bytes;
+    }
     // Columns of the segment, one byte each.
     __m512i columns(const uint8_t* indices, int step) const {
-        const __m512i bytes = _mm512_permutexvar_epi8(spread, load(indices));
-        const __m512i unpacked = _mm512_multishift_epi64_epi8(shifts, bytes);
-        return _mm512_ternarylogic_epi32(unpacked, low_bits, load(firsts + 64 * step), 0xea);  // (a & b) | c
+        return _mm512_ternarylogic_epi32(unpacked(indices), low_bits, load(firsts + 64 * step), 0xea);  // (a & b) | c
+    }
+    // The indices, with bits of others above theirs. Those of groups of 64 columns are what vpermb needs.
+    __m512i unpacked(const uint8_t* indices) const {
+        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, load(indices)));
     }
 };
 
@@ -63,56 +70,90 @@ inline __m512i load_q(const int8_t* q) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
 }
 
-// One row by kPanels panels, `distance` apart. kQuarters: 0 for indices, or sixteens of entries under a mask.
-template <int kBits, int kPanels, int kColumns, int kQuarters>
+// A panel's lists, one segment after the other.
+struct ListStream {
+    const uint8_t *from, *group;  // group: scales and zero points
+    void start(const PanelWeights& w, int64_t panel) { from = w.values + w.value_offsets[panel]; }
+    // To the first segment of the next group.
+    void start_group(const PanelWeights& w) {
+        group = from;
+        from += w.group_bytes;
+    }
+};
+
+// One row by kPanels panels, `distance` apart. kQuarters: 0 for indices, or sixteens of entries under a mask. kWhole:
+// the indices are those of whole segments of 64 columns.
+//
+// Sums of codes are sums of levels plus those of the zero points, one more product for each step. 4-bit codes minus
+// zero points are signed bytes, as are the sums of 8 steps of them: here the activations are moved to [1, 255] and are
+// the unsigned side of the products, and what that adds is taken back by one product of the summed levels.
+template <int kBits, int kPanels, int kColumns, int kQuarters, bool kWhole>
 void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
+    constexpr bool kLevels = kBits == 4;
+    constexpr int64_t kCodeBytes = 8 * kBits;  // of a step
     const ListShape shape(w, kBits);
+    const int64_t index_bytes = kWhole ? 48 : shape.index_bytes;
     const int8_t* q = rows.q + part.row_begin * rows.stride;
     const float* row_scales = rows.scales + part.row_begin * rows.num_blocks;
-    const uint8_t* streams[kPanels];
+    const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
+    const __m512i one_zero_point = _mm512_set1_epi8(static_cast<char>(w.zero_point));
+    const bool has_zero_points = w.zero_points != nullptr;
+    ListStream streams[kPanels];
     __m512 totals[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        streams[p] = w.values + w.value_offsets[panel + p * distance];
+        streams[p].start(w, panel + p * distance);
         totals[p] = _mm512_setzero_ps();
     }
     constexpr int kSegments = kBlockInputs / kColumns;
-    Groups groups(w, 0);
-    for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment, q += kColumns) {
-        const __m512i segment_q = load_q<kColumns>(q);
-        Sums sums[kPanels], offsets[kPanels];
-        __m512i zero_points[kPanels], lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
+    int64_t left = 0;  // segments of the group
+    for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment, q += kColumns, --left) {
+        __m512i segment_q = load_q<kColumns>(q);
+        if (kLevels) segment_q = _mm512_xor_si512(segment_q, moved_by);
+        if (left == 0) {
+            UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].start_group(w); }
+            left = w.segments_per_group;
+        }
+        Sums sums[kPanels], subtracted[kPanels];
+        __m512i zero_points[kPanels], levels[kPanels], lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            if (fetches<1>()) {
-                prefetch<4096>(streams[p], shape.segment_bytes);
-                groups.fetch(panel + p * distance);
-            }
-            sums[p] = offsets[p] = Sums{};
-            zero_points[p] = every_byte(groups.zero_points(panel + p * distance));
+            if (fetches<1>()) prefetch<4096>(streams[p].from, shape.segment_bytes);
+            sums[p] = subtracted[p] = Sums{};
+            levels[p] = _mm512_setzero_si512();
+            zero_points[p] = has_zero_points ? quadruple_bytes(streams[p].group + 2 * kPanelOutputs) : one_zero_point;
             if constexpr (kQuarters > 0) {
-                compress_lists<kQuarters>(segment_q, streams[p], lists[p]);
-                streams[p] += 128;
+                compress_lists<kQuarters>(segment_q, streams[p].from, lists[p]);
+                streams[p].from += 128;
             }
         }
         for (int step = 0; step < shape.steps; ++step) {
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m512i gathered;
                 if constexpr (kQuarters == 0) {
-                    gathered = _mm512_permutexvar_epi8(shape.columns(streams[p], step), segment_q);
-                    streams[p] += shape.index_bytes;
+                    const __m512i columns =
+                        kWhole ? shape.unpacked(streams[p].from) : shape.columns(streams[p].from, step);
+                    gathered = _mm512_permutexvar_epi8(columns, segment_q);
+                    streams[p].from += index_bytes;
                 } else {
                     gathered = lists[p][step];
                 }
-                sums[p] = dot_4(sums[p], load_codes<kBits>(streams[p]), gathered);
-                offsets[p] = dot_4(offsets[p], zero_points[p], gathered);
-                streams[p] += shape.code_bytes;
+                const __m512i codes = load_codes<kBits>(streams[p].from);
+                streams[p].from += kCodeBytes;
+                if constexpr (kLevels) {
+                    const __m512i step_levels = _mm512_sub_epi8(codes, zero_points[p]);
+                    sums[p] = dot_4(sums[p], gathered, step_levels);
+                    levels[p] = _mm512_add_epi8(levels[p], step_levels);
+                } else {
+                    sums[p] = dot_4(sums[p], codes, gathered);
+                    subtracted[p] = dot_4(subtracted[p], zero_points[p], gathered);
+                }
             }
         }
         const __m512 row_scale = _mm512_set1_ps(row_scales[segment / kSegments]);
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(panel + p * distance));
-            totals[p] = _mm512_fmadd_ps(to_floats(sums[p] - offsets[p]), scales, totals[p]);
+            if (kLevels) subtracted[p] = dot_4(subtracted[p], moved_by, levels[p]);
+            const __m512 scales = _mm512_mul_ps(row_scale, widen_bf16(streams[p].group));
+            totals[p] = _mm512_fmadd_ps(to_floats(sums[p] - subtracted[p]), scales, totals[p]);
         }
-        groups.advance();
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
         const int64_t output = (panel + p * distance) * kPanelOutputs;
@@ -139,14 +180,13 @@ inline int64_t unpacked_bytes(const ListShape& shape) {
 template <int kBits, int kColumns, int kQuarters, bool kWide>
 void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, int64_t begin, int64_t end,
                   int64_t ahead, uint8_t* out) {
-    const uint8_t* from = w.values + w.value_offsets[panel] + begin * shape.segment_bytes;
+    const uint8_t* from = w.values + shape.place_of(w, panel, begin);
     const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
     alignas(64) uint8_t identity[64];
     for (int i = 0; i < 64; ++i) identity[i] = static_cast<uint8_t>(i);
     Groups groups(w, begin);
     for (int64_t segment = begin; segment < end; ++segment) {
         prefetch<0>(from + ahead, shape.segment_bytes);
-        groups.fetch(panel, kListSegments * w.group_bytes);
         __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
         const __m512i zero_points = every_byte(groups.zero_points(panel));
         if constexpr (kQuarters > 0) {
@@ -177,7 +217,7 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
         }
         _mm512_store_si512(out, reinterpret_cast<__m512i>(-start));
         out = to;
-        groups.advance();
+        if (groups.advance()) from += w.group_bytes;
     }
 }
 
@@ -278,8 +318,8 @@ void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) 
         for (int64_t begin = 0; begin < num_segments; begin += kListSegments) {
             const int64_t end = begin + kListSegments < num_segments ? begin + kListSegments : num_segments;
             // The next tile: of these panels, or of the next ones.
-            const int64_t ahead = end < num_segments ? kListSegments * shape.segment_bytes
-                                                     : fit * w.value_offsets[1] - begin * shape.segment_bytes;
+            const int64_t ahead = (end < num_segments ? shape.place_of(w, 0, end) : shape.place_of(w, fit, 0)) -
+                                  shape.place_of(w, 0, begin);
             for (int64_t p = 0; p < num_panels; ++p)
                 unpack_lists<kBits, kColumns, kQuarters, kWide>(w, shape, panel + p, begin, end, ahead,
                                                                 unpacked + p * (end - begin) * segment_bytes);
@@ -289,11 +329,11 @@ void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) 
     }
 }
 
-template <int kBits, int kColumns, int kQuarters>
+template <int kBits, int kColumns, int kQuarters, bool kWhole = false>
 void multiply_lists_as(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (part.row_end - part.row_begin == 1) {
-        walk_panels(w, rows, part, walk_lists<kBits, 2, kColumns, kQuarters>,
-                    walk_lists<kBits, 1, kColumns, kQuarters>);
+        walk_panels(w, rows, part, walk_lists<kBits, 2, kColumns, kQuarters, kWhole>,
+                    walk_lists<kBits, 1, kColumns, kQuarters, kWhole>);
     } else if (kBits == 8 && w.zero_points != nullptr) {
         many_rows_lists<kBits, kColumns, kQuarters, true>(w, rows, part);
     } else {
@@ -306,6 +346,8 @@ void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
     const int64_t index_bits = w.parameter / 256, steps = w.parameter % 256;
     if (w.steps_per_segment == 8)
         multiply_lists_as<kBits, 32, 0>(w, rows, part);
+    else if (index_bits == 6)
+        multiply_lists_as<kBits, 64, 0, true>(w, rows, part);
     else if (index_bits > 0)
         multiply_lists_as<kBits, 64, 0>(w, rows, part);
     else if (steps <= 4)
