@@ -143,16 +143,16 @@ uint8_t* Packing::place_segments(int64_t segment_bytes) {
     const common::AlignedBytes pieces = std::move(memory_[pieces_]);
     memory_.erase(memory_.begin() + static_cast<int64_t>(pieces_));
     num_bytes_ -= view.num_panels * from_stride + kReadBeyond;
-    uint8_t* const values = place_values(
-        [&](int64_t) { return num_segments * segment_bytes + view.num_groups * group_bytes; });
+    uint8_t* const values =
+        place_values([&](int64_t) { return num_segments * segment_bytes + view.num_groups * group_bytes; });
     view.group_stride = view.segments_per_group * segment_bytes + group_bytes;
     view.panel_stride = view.num_panels == 0 ? 0 : view.value_offsets[1];
     // Groups of padding alone have no segments behind them.
     view.num_groups = ceil_div(num_segments, view.segments_per_group);
     for (int64_t panel = 0; panel < view.num_panels; ++panel)
         for (int64_t group = 0; group < view.num_groups; ++group)
-            std::memcpy(values + view.group_place(panel, group), pieces.get() + panel * from_stride + group * group_bytes,
-                        static_cast<size_t>(group_bytes));
+            std::memcpy(values + view.group_place(panel, group),
+                        pieces.get() + panel * from_stride + group * group_bytes, static_cast<size_t>(group_bytes));
     view.scales = reinterpret_cast<const uint16_t*>(values);
     if (view.zero_points != nullptr) view.zero_points = values + 2 * kPanelOutputs;
     return values;

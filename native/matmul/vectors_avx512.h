@@ -67,10 +67,10 @@ inline __m512i widen_bytes(const uint8_t* from) {
 
 // 16 bytes, each four times, one after the other.
 inline __m512i quadruple_bytes(const uint8_t* from) {
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
-                               _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a,
-                                                0x09090909, 0x08080808, 0x07070707, 0x06060606, 0x05050505, 0x04040404,
-                                                0x03030303, 0x02020202, 0x01010101, 0));
+    return _mm512_shuffle_epi8(
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))),
+        _mm512_set_epi32(0x0f0f0f0f, 0x0e0e0e0e, 0x0d0d0d0d, 0x0c0c0c0c, 0x0b0b0b0b, 0x0a0a0a0a, 0x09090909, 0x08080808,
+                         0x07070707, 0x06060606, 0x05050505, 0x04040404, 0x03030303, 0x02020202, 0x01010101, 0));
 }
 
 inline uint64_t load_u64(const uint8_t* from) {
@@ -154,7 +154,7 @@ struct Groups {
     int64_t place, left;
     Groups(const PanelWeights& weights, int64_t segment)
         : w(weights),
-          place(segment / weights.segments_per_group * weights.group_bytes),
+          place(segment / weights.segments_per_group * weights.group_stride),
           left(weights.segments_per_group - segment % weights.segments_per_group) {}
     // True when the next segment lies in another group.
     bool advance() {
