@@ -109,6 +109,10 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
     for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment, q += kColumns, --left) {
         __m512i segment_q = load_q<kColumns>(q);
         if (kLevels) segment_q = _mm512_xor_si512(segment_q, moved_by);
+        if (fetches<1>()) {
+            const int64_t num_bytes = shape.segment_bytes + (left == 0 ? w.group_bytes : 0);
+            UNROLL for (int p = 0; p < kPanels; ++p) { prefetch<4096>(streams[p].from, num_bytes); }
+        }
         if (left == 0) {
             UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].start_group(w); }
             left = w.segments_per_group;
@@ -116,7 +120,6 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
         Sums sums[kPanels], subtracted[kPanels];
         __m512i zero_points[kPanels], levels[kPanels], lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            if (fetches<1>()) prefetch<4096>(streams[p].from, shape.segment_bytes);
             sums[p] = subtracted[p] = Sums{};
             levels[p] = _mm512_setzero_si512();
             zero_points[p] = has_zero_points ? quadruple_bytes(streams[p].group + 2 * kPanelOutputs) : one_zero_point;
