@@ -67,6 +67,8 @@ double measure_clock() {
 #define MASKED(i) MASK(i) EXPAND(i)
 #define COUNTED(i) "popcnt " #i "*64(%0), %%rax\n" MASKED(i)
 #define COUNTED_ONCE(i) MASK(i) "kmovq %%k1, %%rax\npopcnt %%rax, %%rax\n" EXPAND(i)
+#define MASKED_DOT(i) MASKED(i) DOT(i)
+#define MASK_DOT(i) MASK(i) DOT(i)
 #define DOT_PERMUTE(i) DOT(i) "vpermb %%zmm14, %%zmm15, %%zmm13\n"
 #define DOT_LOAD(i) DOT(i) "vmovdqu64 " #i "*64(%0), %%zmm13\n"
 
@@ -93,6 +95,8 @@ constexpr Row kRows[] = {
     {"kmovq from memory", 0, BODY(TWICE(MASK))},
     {"vpexpandb across lines", 40, BODY(TWICE(EXPAND))},
     {"the same and its kmovq", 40, BODY(TWICE(MASKED))},
+    {"and vpdpbusd", 40, BODY(TWICE(MASKED_DOT))},
+    {"vpdpbusd and kmovq from memory", 0, BODY(TWICE(MASK_DOT))},
     {"and popcnt, from memory", 40, BODY(TWICE(COUNTED))},
     {"and popcnt, of the mask register", 40, BODY(TWICE(COUNTED_ONCE))},
 };
