@@ -82,6 +82,20 @@ def convolve(
     out: Sequence[int],
     channels_last: bool,
 ) -> Float32Array: ...
+def convolve_patches(
+    x: Float32Array,
+    weights: Sequence[Weights],
+    bias: Float32Array | None,
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    out: Sequence[int],
+    channels_last: bool,
+) -> Float32Array | None:
+    """None where a strip would need more memory than a thread should keep."""
+
 def run_recurrent(
     isa: str,
     mode: int,
