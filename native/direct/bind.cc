@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/arrays.h"
+#include "common/pool.h"
 #include "common/unlocked.h"
 #include "direct/driver.h"
 #include "direct/patches.h"
@@ -125,6 +126,7 @@ nb::object convolve(nb::handle x, const nb::sequence& operators, nb::handle bias
     call.make_output();
     {
         const common::Unlocked unlocked;
+        const common::OnTeam team;
         direct::convolve(call.c);
     }
     return std::move(call.made);
@@ -142,6 +144,7 @@ nb::object convolve_patches(nb::handle x, const nb::sequence& operators, nb::han
     call.make_output();
     {
         const common::Unlocked unlocked;
+        const common::OnTeam team;
         direct::convolve_patches(call.c);
     }
     return std::move(call.made);

@@ -19,6 +19,7 @@ from rarefy.kernels import Prepared, convolve_direct, convolve_patches, takes_di
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
+from rarefy.nn.team import share_threads
 
 # Inputs that are quantized together.
 _BLOCK = 64
@@ -69,6 +70,7 @@ def _in_strips(x: Tensor, stage: Stage, bias: Tensor | None, keeps_format: bool)
 
 def _arguments(x: Tensor, geometry: Geometry, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...], _Array | None]:
     """What is convolved, padded if not with zeros, the size of the output, and the bias."""
+    share_threads()
     size = geometry.size_of_output(x.shape[2:])
     if min(size) < 1:
         raise _too_small(x, geometry)
