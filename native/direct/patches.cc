@@ -12,7 +12,7 @@ namespace rarefy::direct {
 namespace {
 
 // Rows of a strip: enough that reading the weight pays, in patches that a second-level cache holds.
-constexpr int64_t kMostRows = 128, kFewestRows = 32, kPatchFloats = int64_t{1} << 17;
+constexpr int64_t kMostRows = 512, kFewestRows = 32, kPatchFloats = int64_t{1} << 17, kStripFloats=int64_t{1}<<16;
 // Where the threads would get shorter strips than this, they share the outputs of a strip instead.
 constexpr int64_t kFewestShared = 24;
 // Of an image with channels in front: what a strip sees of it, with the channels last.
@@ -31,16 +31,37 @@ bool is_pointwise(const Shape& shape) {
 
 void clear(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
 
-// A call of memcpy takes longer than the few channels of most runs.
-inline void copy(const float* from, int64_t count, float* to) {
-    constexpr int64_t kQuad = 4;
-    if (count > 64) {
-        std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-    } else if (count >= kQuad) {
-        for (int64_t i = 0; i + kQuad <= count; i += kQuad) std::memcpy(to + i, from + i, kQuad * sizeof(float));
-        std::memcpy(to + count - kQuad, from + count - kQuad, kQuad * sizeof(float));
-    } else {
-        for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+// Runs of `length` numbers, so many from one to the next. A call of memcpy takes longer than the few channels of most.
+struct Runs {
+    int64_t count, length, from_step, to_step;
+};
+
+template <int kQuads>
+void copy_short(const Runs& runs, const float* from, float* to) {
+    constexpr int kQuad = 4;
+    const int64_t last = runs.length - kQuad;
+    for (int64_t i = 0; i < runs.count; ++i, from += runs.from_step, to += runs.to_step) {
+        for (int quad = 0; quad + 1 < kQuads; ++quad) std::memcpy(to + kQuad * quad, from + kQuad * quad, 4 * kQuad);
+        std::memcpy(to + last, from + last, 4 * kQuad);
+    }
+}
+
+void copy(const Runs& runs, const float* from, float* to) {
+    switch ((runs.length + 3) / 4) {
+        case 0: return;
+        case 1:
+            if (runs.length == 4) return copy_short<1>(runs, from, to);
+            for (int64_t i = 0; i < runs.count; ++i)
+                for (int64_t k = 0; k < runs.length; ++k) to[i * runs.to_step + k] = from[i * runs.from_step + k];
+            return;
+        case 2: return copy_short<2>(runs, from, to);
+        case 3: return copy_short<3>(runs, from, to);
+        case 4: return copy_short<4>(runs, from, to);
+        case 5: return copy_short<5>(runs, from, to);
+        case 6: return copy_short<6>(runs, from, to);
+        default:
+            for (int64_t i = 0; i < runs.count; ++i)
+                std::memcpy(to + i * runs.to_step, from + i * runs.from_step, static_cast<size_t>(runs.length) * 4);
     }
 }
 
@@ -73,42 +94,56 @@ struct Pixels {
     int64_t first;
 };
 
-// The taps of one row of the kernel at a row of the image that is there: `start` is the place of the first.
-void copy_taps(const Shape& shape, const float* row, int64_t step, int64_t start, float* to) {
+// One row of the kernel at `count` outputs side by side, `to_step` apart: `row` holds the image's row that it meets,
+// and `start` is where the first tap of the first output falls.
+void copy_row(const Shape& shape, const float* row, int64_t step, int64_t start, int64_t count, int64_t to_step,
+              float* to) {
     const int64_t channels = shape.group_channels, taps = shape.kernel[2], size = shape.size[2];
-    if (shape.dilation[2] == 1 && step == channels) {
-        const int64_t begin = std::clamp<int64_t>(-start, 0, taps), end = std::clamp(size - start, begin, taps);
-        clear(to, begin * channels);
-        copy(row + (start + begin) * channels, (end - begin) * channels, to + begin * channels);
-        clear(to + end * channels, (taps - end) * channels);
-        return;
-    }
-    for (int64_t tap = 0; tap < taps; ++tap, start += shape.dilation[2], to += channels) {
-        if (start < 0 || start >= size)
-            clear(to, channels);
-        else
-            copy(row + start * step, channels, to);
+    const int64_t stride = shape.stride[2];
+    const bool joined = shape.dilation[2] == 1 && step == channels;  // taps side by side are one run
+    const int64_t num_runs = joined ? 1 : taps, length = joined ? taps : 1;
+    for (int64_t run = 0; run < num_runs; ++run, start += shape.dilation[2], to += channels) {
+        // Outputs whose run lies in the image as a whole.
+        const int64_t low = std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, -start), stride), 0, count);
+        const int64_t room = size - length - start;
+        const int64_t high = std::clamp<int64_t>(room < 0 ? 0 : room / stride + 1, low, count);
+        if (low < high)
+            copy({high - low, length * channels, stride * step, to_step}, row + (start + low * stride) * step,
+                 to + low * to_step);
+        for (int64_t i = 0; i < count; ++i) {
+            if (i == low) i = high;
+            if (i == count) break;
+            const int64_t first = start + i * stride;
+            const int64_t begin = std::clamp<int64_t>(-first, 0, length), end = std::clamp(size - first, begin, length);
+            float* const at = to + i * to_step;
+            clear(at, begin * channels);
+            if (begin < end)
+                copy({1, (end - begin) * channels, 0, 0}, row + (first + begin) * step, at + begin * channels);
+            clear(at + end * channels, (length - end) * channels);
+        }
     }
 }
 
 // The patches of the outputs [begin, end) of one image, one after the other.
 void copy_patches(const Shape& shape, const Pixels& image, int64_t begin, int64_t end, float* to) {
-    const int64_t run = shape.kernel[2] * shape.group_channels;
-    for (int64_t place = begin; place < end; ++place) {
-        const int64_t line = place / shape.out[2];
-        const int64_t start = place % shape.out[2] * shape.stride[2] - shape.before[2];
+    const int64_t length = shape.kernel[2] * shape.group_channels, width = shape.num_inputs();
+    for (int64_t place = begin, count; place < end; place += count, to += count * width) {
+        const int64_t line = place / shape.out[2], column = place % shape.out[2];
+        count = std::min(end - place, shape.out[2] - column);
+        const int64_t start = column * shape.stride[2] - shape.before[2];
         const int64_t first_slice = line / shape.out[1] * shape.stride[0] - shape.before[0];
         const int64_t first_row = line % shape.out[1] * shape.stride[1] - shape.before[1];
+        float* at = to;
         for (int64_t i = 0; i < shape.kernel[0]; ++i) {
             const int64_t slice = first_slice + i * shape.dilation[0];
-            for (int64_t j = 0; j < shape.kernel[1]; ++j, to += run) {
+            for (int64_t j = 0; j < shape.kernel[1]; ++j, at += length) {
                 const int64_t row = first_row + j * shape.dilation[1];
                 if (slice < 0 || slice >= shape.size[0] || row < 0 || row >= shape.size[1]) {
-                    clear(to, run);
+                    for (int64_t k = 0; k < count; ++k) clear(at + k * width, length);
                     continue;
                 }
-                const int64_t pixel = (slice * shape.size[1] + row) * shape.size[2];
-                copy_taps(shape, image.x + (pixel - image.first) * image.step, image.step, start, to);
+                const int64_t pixel = (slice * shape.size[1] + row) * shape.size[2] - image.first;
+                copy_row(shape, image.x + pixel * image.step, image.step, start, count, width, at);
             }
         }
     }
@@ -177,7 +212,7 @@ void convolve_strip(const Convolution& c, int64_t begin, int64_t end, bool point
         if (in_place) continue;
         if (c.channels_last) {
             float* const to = c.y + begin * all + group * outputs;
-            for (int64_t row = 0; row < num_rows; ++row) copy(y + row * outputs, outputs, to + row * all);
+            copy({num_rows, outputs, outputs, all}, y, to);
             continue;
         }
         for_images(shape, begin, end, [&](int64_t image, int64_t first, int64_t stop, int64_t before) {
