@@ -12,13 +12,11 @@ namespace rarefy::direct {
 namespace {
 
 // Rows of a strip: enough that reading the weight pays, in patches that a second-level cache holds.
-constexpr int64_t kMostRows = 512, kFewestRows = 32, kPatchFloats = int64_t{1} << 17, kStripFloats=int64_t{1}<<16;
+constexpr int64_t kMostRows = 512, kFewestRows = 32, kPatchFloats = int64_t{1} << 17, kStripFloats = int64_t{1} << 16;
 // Where the threads would get shorter strips than this, they share the outputs of a strip instead.
 constexpr int64_t kFewestShared = 24;
 // Of an image with channels in front: what a strip sees of it, with the channels last.
 constexpr int64_t kMostPixelFloats = int64_t{1} << 20;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int64_t most_rows(const Shape& shape) { return std::clamp(kPatchFloats / shape.num_inputs(), kFewestRows, kMostRows); }
 
@@ -104,9 +102,8 @@ void copy_row(const Shape& shape, const float* row, int64_t step, int64_t start,
     const int64_t num_runs = joined ? 1 : taps, length = joined ? taps : 1;
     for (int64_t run = 0; run < num_runs; ++run, start += shape.dilation[2], to += channels) {
         // Outputs whose run lies in the image as a whole.
-        const int64_t low = std::clamp<int64_t>(ceil_div(std::max<int64_t>(0, -start), stride), 0, count);
-        const int64_t room = size - length - start;
-        const int64_t high = std::clamp<int64_t>(room < 0 ? 0 : room / stride + 1, low, count);
+        const Inside whole(start, stride, count, size - length + 1);
+        const int64_t low = whole.begin, high = whole.end;
         if (low < high)
             copy({high - low, length * channels, stride * step, to_step}, row + (start + low * stride) * step,
                  to + low * to_step);
