@@ -11,14 +11,17 @@
 namespace rarefy::direct {
 namespace {
 
-// Rows of a strip: enough that reading the weight pays, in patches that a second-level cache holds.
-constexpr int64_t kMostRows = 512, kFewestRows = 32, kPatchFloats = int64_t{1} << 17, kStripFloats = int64_t{1} << 16;
+// Rows of a strip: enough that reading the weight pays, in patches and outputs that a second-level cache holds.
+constexpr int64_t kMostRows = 512, kFewestRows = 32, kPatchFloats = int64_t{1} << 17;
+constexpr int64_t kMostInputs = kPatchFloats / kFewestRows;
 // Where the threads would get shorter strips than this, they share the outputs of a strip instead.
 constexpr int64_t kFewestShared = 24;
 // Of an image with channels in front: what a strip sees of it, with the channels last.
 constexpr int64_t kMostPixelFloats = int64_t{1} << 20;
 
-int64_t most_rows(const Shape& shape) { return std::clamp(kPatchFloats / shape.num_inputs(), kFewestRows, kMostRows); }
+int64_t most_rows(const Shape& shape) {
+    return std::clamp(kPatchFloats / (shape.num_inputs() + shape.group_outputs), kFewestRows, kMostRows);
+}
 
 bool is_pointwise(const Shape& shape) {
     for (int a = 0; a < kAxes; ++a)
@@ -224,7 +227,7 @@ void convolve_strip(const Convolution& c, int64_t begin, int64_t end, bool point
 
 bool fits_strips(const Convolution& convolution) {
     const Shape& shape = convolution.shape;
-    if (shape.num_inputs() > kPatchFloats / kFewestRows) return false;
+    if (shape.num_inputs() > kMostInputs) return false;
     if (convolution.channels_last || is_pointwise(shape)) return true;
     const Cut cut(shape);
     const int64_t steps = std::min(shape.out[cut.axis], (most_rows(shape) - 2) / cut.places + 2);
