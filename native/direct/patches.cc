@@ -11,7 +11,7 @@
 namespace rarefy::direct {
 namespace {
 
-// Rows of a strip: enough that reading the weight pays, in patches and outputs that a second-level cache holds.
+// Rows of a strip: enough that reading the weight pays, in patches that a second-level cache holds.
 constexpr int64_t kMostRows = 512, kFewestRows = 32, kPatchFloats = int64_t{1} << 17;
 constexpr int64_t kMostInputs = kPatchFloats / kFewestRows;
 // Where the threads would get shorter strips than this, they share the outputs of a strip instead.
@@ -19,9 +19,7 @@ constexpr int64_t kFewestShared = 24;
 // Of an image with channels in front: what a strip sees of it, with the channels last.
 constexpr int64_t kMostPixelFloats = int64_t{1} << 20;
 
-int64_t most_rows(const Shape& shape) {
-    return std::clamp(kPatchFloats / (shape.num_inputs() + shape.group_outputs), kFewestRows, kMostRows);
-}
+int64_t most_rows(const Shape& shape) { return std::clamp(kPatchFloats / shape.num_inputs(), kFewestRows, kMostRows); }
 
 bool is_pointwise(const Shape& shape) {
     for (int a = 0; a < kAxes; ++a)

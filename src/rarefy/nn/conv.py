@@ -160,7 +160,8 @@ class PackedDepthwiseConv(ProductHolder):
 
     A product per channel would have a handful of numbers. So the taps are summed over the image as it lies, with a
     panel of 16 outputs decoded at a time, or all for the time of a call (`rarefy.kernels.convolve_direct`). Activations
-    are not rounded, whatever the format; arithmetic is in float32. An input in `torch.channels_last` gives an output in it.
+    are not rounded, whatever the format; arithmetic is in float32. An input in `torch.channels_last` gives an output in
+    it.
 
     Args:
         spec: format and metadata; the shape is (O, taps).
