@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
+#include <cstdint>
+#include <stdexcept>
 #include <tuple>
 
 #include "common/arrays.h"
@@ -51,6 +53,15 @@ void bind_common(nb::module_& module) {
     });
     module.def("set_num_threads", &common::set_num_threads, nb::arg("num_threads"));
     module.def("num_threads", &common::num_threads);
+    // Addresses of GOMP_parallel and omp_get_max_threads.
+    module.def(
+        "lend_team",
+        [](uintptr_t run, uintptr_t max_threads) {
+            if (run == 0 || max_threads == 0) throw std::invalid_argument("an address is missing");
+            common::lend_team({reinterpret_cast<decltype(common::Team::run)>(run),
+                               reinterpret_cast<decltype(common::Team::max_threads)>(max_threads)});
+        },
+        nb::arg("run"), nb::arg("max_threads"));
     module.def("measure_fork_join", &common::measure_fork_join, nb::call_guard<common::Unlocked>());
     nb::class_<common::ArrayMemory>(module, "ArrayMemory", nb::type_slots(memory_slots));
     module.def("waiting_bytes", &common::waiting_bytes);

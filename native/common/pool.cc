@@ -140,28 +140,80 @@ private:
 };
 
 std::atomic<int> wanted_threads{1};
-thread_local int num_alone = 0;  // of OneThread, in this thread
+thread_local int num_alone = 0;    // of OneThread, in this thread
+thread_local int num_on_team = 0;  // and of OnTeam
+std::atomic<const Team*> lent_team{nullptr};
 std::atomic<bool> in_use{false};
 // Never destroyed: workers may still look at it while the process ends. A forked child leaks its parent's.
 std::atomic<Pool*> pool{nullptr};
 
 void forget_pool_in_child() {
     pool.store(nullptr);
+    lent_team.store(nullptr);
     in_use.store(false);
+}
+
+void watch_forks() {
+    static std::atomic<bool> registered{false};
+    if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, forget_pool_in_child);
 }
 
 Pool& acquire_pool() {
     Pool* current = pool.load();
     if (current == nullptr) {
-        static std::atomic<bool> registered{false};
-        if (!registered.exchange(true)) pthread_atfork(nullptr, nullptr, forget_pool_in_child);
+        watch_forks();
         current = new Pool;
         pool.store(current);
     }
     return *current;
 }
 
+// A job on threads that are not ours.
+class TeamJob {
+public:
+    TeamJob(int num_chunks, ChunkFunction function, void* context)
+        : num_chunks_(num_chunks), function_(function), context_(context) {}
+
+    // What the first chunk that threw has thrown, or null.
+    std::exception_ptr run(const Team& team, int num_threads) {
+        team.run([](void* job) { static_cast<TeamJob*>(job)->work(); }, this, static_cast<unsigned>(num_threads), 0);
+        return error_;
+    }
+
+private:
+    void work() {
+        for (int chunk; (chunk = next_.fetch_add(1, std::memory_order_relaxed)) < num_chunks_;) {
+            try {
+                function_(context_, chunk);
+            } catch (...) {
+                if (!failed_.exchange(true)) error_ = std::current_exception();
+            }
+        }
+    }
+
+    const int num_chunks_;
+    const ChunkFunction function_;
+    void* const context_;
+    alignas(64) std::atomic<int> next_{0};
+    std::atomic<bool> failed_{false};
+    std::exception_ptr error_;
+};
+
+// Null where jobs of this thread run on the pool: a team of another size would have to be made anew for each.
+const Team* team_of(int num_threads) {
+    const Team* const team = num_on_team > 0 ? lent_team.load(std::memory_order_acquire) : nullptr;
+    return team != nullptr && team->max_threads() == num_threads ? team : nullptr;
+}
+
 }  // namespace
+
+void lend_team(const Team& team) {
+    watch_forks();
+    lent_team.store(new Team(team), std::memory_order_release);
+}
+
+OnTeam::OnTeam() { ++num_on_team; }
+OnTeam::~OnTeam() { --num_on_team; }
 
 void set_num_threads(int num_threads) { wanted_threads.store(std::clamp(num_threads, 1, kMaxThreads)); }
 
@@ -174,9 +226,14 @@ void parallel_run(int num_chunks, ChunkFunction function, void* context) {
     const int num_threads = common::num_threads();
     if (num_chunks > 1 && num_chunks <= kMaxChunks && num_threads > 1 &&
         !in_use.exchange(true, std::memory_order_acquire)) {
-        Pool& shared = acquire_pool();
-        shared.run(num_chunks, num_threads, function, context);
-        const std::exception_ptr error = shared.take_error();
+        std::exception_ptr error;
+        if (const Team* const team = team_of(num_threads)) {
+            error = TeamJob(num_chunks, function, context).run(*team, num_threads);
+        } else {
+            Pool& shared = acquire_pool();
+            shared.run(num_chunks, num_threads, function, context);
+            error = shared.take_error();
+        }
         in_use.store(false, std::memory_order_release);
         if (error != nullptr) std::rethrow_exception(error);
         return;

@@ -27,6 +27,24 @@ public:
     OneThread& operator=(const OneThread&) = delete;
 };
 
+// What OpenMP's runtime offers: GOMP_parallel(function, data, num_threads, flags), omp_get_max_threads().
+struct Team {
+    void (*run)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
+    int (*max_threads)();
+};
+// The runtime of another library in this process, whose threads look for work for milliseconds after their own: beside
+// them ours would wait for a core. Lent for ever; a child of fork() forgets it, since the threads are not there.
+void lend_team(const Team& team);
+
+// While this lives, jobs of its thread run on the threads of the team, if one is lent and it has as many.
+class OnTeam {
+public:
+    OnTeam();
+    ~OnTeam();
+    OnTeam(const OnTeam&) = delete;
+    OnTeam& operator=(const OnTeam&) = delete;
+};
+
 // Median time, in seconds, of a job in which every thread has one chunk that waits for the others to begin theirs.
 double measure_fork_join();
 

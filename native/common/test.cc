@@ -56,9 +56,51 @@ void test_pool() {
     check(common::measure_fork_join() > 0, "fork and join take time");
 }
 
+std::atomic<int> team_size{0}, team_jobs{0};
+
+void run_on_team(void (*function)(void*), void* data, unsigned num_threads, unsigned) {
+    ++team_jobs;
+    std::vector<std::thread> others;
+    for (unsigned i = 1; i < num_threads; ++i) others.emplace_back(function, data);
+    function(data);
+    for (std::thread& other : others) other.join();
+}
+
+void test_team() {
+    common::lend_team({run_on_team, [] { return team_size.load(); }});
+    for (const int num_threads : {1, 2, 5}) {
+        for (const int size : {2, 5}) {
+            common::set_num_threads(num_threads);
+            team_size = size;
+            team_jobs = 0;
+            std::atomic<int> total{0};
+            common::parallel_for(30, [&](int) { ++total; });
+            check(total == 30 && team_jobs == 0, "the pool does what is not meant for the team");
+            const common::OnTeam team;
+            common::parallel_for(30, [&](int) { common::parallel_for(3, [&](int) { ++total; }); });
+            check(total == 120, "every chunk runs once on a team, and what a chunk asks for");
+            check(team_jobs == (num_threads == size ? 1 : 0), "a team of another size is left alone");
+            int caught = 0;
+            try {
+                common::parallel_for(20, [&](int chunk) {
+                    if (chunk % 7 == 3) throw std::runtime_error("chunk");
+                });
+            } catch (const std::runtime_error&) {
+                ++caught;
+            }
+            check(caught == 1, "what a chunk throws on a team arrives");
+            const common::OneThread alone;
+            team_jobs = 0;
+            common::parallel_for(4, [&](int) { ++total; });
+            check(total == 124 && team_jobs == 0, "a thread that is to work alone does");
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
     test_pool();
+    test_team();
     return checks::summary();
 }

@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "common/arrays.h"
+#include "common/pool.h"
 #include "common/unlocked.h"
 #include "direct/driver.h"
+#include "direct/patches.h"
 
 namespace nb = nanobind;
 
@@ -33,15 +36,26 @@ void take(const Sizes& numbers, size_t num_axes, int64_t lowest, int64_t missing
     }
 }
 
-nb::object convolve(nb::handle x, const nb::sequence& operators, nb::handle bias, int64_t groups, const Sizes& kernel,
-                    const Sizes& stride, const Sizes& dilation, const Sizes& before, const Sizes& out,
-                    bool channels_last) {
+// A convolution of arrays that Python holds.
+struct Call {
+    common::Lent image, starts, target;
+    nb::object made;
+    direct::Convolution c{};
+
+    // Everything but the output, which is `out` places of each image.
+    void take_inputs(nb::handle x, const nb::sequence& operators, nb::handle bias, int64_t groups, const Sizes& kernel,
+                     const Sizes& stride, const Sizes& dilation, const Sizes& before, const Sizes& out,
+                     bool channels_last);
+    void make_output();
+};
+
+void Call::take_inputs(nb::handle x, const nb::sequence& operators, nb::handle bias, int64_t groups,
+                       const Sizes& kernel, const Sizes& stride, const Sizes& dilation, const Sizes& before,
+                       const Sizes& out, bool channels_last) {
     const size_t num_axes = kernel.size();
-    common::Lent image, starts;
     if (num_axes < 1 || num_axes > kAxes) throw std::invalid_argument("one to three spatial axes are needed");
     if (!image.borrow(x, false) || image.ndim() != static_cast<int>(num_axes) + 2)
         throw std::invalid_argument("the input must be contiguous float32 with a batch, channels and the spatial axes");
-    direct::Convolution c{};
     direct::Shape& shape = c.shape;
     const int channel_axis = channels_last ? static_cast<int>(num_axes) + 1 : 1;
     Sizes size;
@@ -78,28 +92,62 @@ nb::object convolve(nb::handle x, const nb::sequence& operators, nb::handle bias
         if (by->num_inputs() != num_inputs ||
             by->num_outputs() != num_outputs / static_cast<int64_t>(c.operators.size()))
             throw std::invalid_argument("shapes of input, kernel and weight do not fit");
-    if (channels_last && (shape.group_channels != 1 || shape.group_outputs != 1 || c.operators.size() != 1))
-        throw std::invalid_argument("with channels last every channel must have one output, of one weight");
     if (direct::count_floats(shape) < 0) throw std::invalid_argument("the strips are too large");
     if (!bias.is_none()) {
         if (!starts.borrow(bias, false) || starts.ndim() != 1 || starts.shape(0) != num_outputs)
             throw std::invalid_argument("the bias must be contiguous float32 with a number for each output");
         c.bias = starts.data();
     }
-    std::vector<Py_ssize_t> sizes(static_cast<size_t>(image.ndim()));
-    sizes[0] = static_cast<Py_ssize_t>(shape.batch);
-    sizes[static_cast<size_t>(channel_axis)] = static_cast<Py_ssize_t>(num_outputs);
-    for (size_t axis = 0; axis < num_axes; ++axis)
-        sizes[axis + (channels_last ? 1 : 2)] = static_cast<Py_ssize_t>(out[axis]);
-    nb::object made = common::new_floats(sizes.data(), image.ndim());
-    common::Lent target;
-    if (!target.borrow(made, true)) throw std::invalid_argument("the output is not what was asked for");
     c.x = image.data();
-    c.y = target.data();
     c.channels_last = channels_last;
-    const common::Unlocked unlocked;
-    direct::convolve(c);
-    return made;
+}
+
+void Call::make_output() {
+    const int num_axes = image.ndim() - 2, last = c.channels_last ? image.ndim() - 1 : 1;
+    std::vector<Py_ssize_t> sizes(static_cast<size_t>(image.ndim()));
+    sizes[0] = static_cast<Py_ssize_t>(c.shape.batch);
+    sizes[static_cast<size_t>(last)] = static_cast<Py_ssize_t>(c.shape.num_outputs());
+    for (int axis = 0; axis < num_axes; ++axis)
+        sizes[static_cast<size_t>(axis + (c.channels_last ? 1 : 2))] =
+            static_cast<Py_ssize_t>(c.shape.out[kAxes - num_axes + axis]);
+    made = common::new_floats(sizes.data(), image.ndim());
+    if (!target.borrow(made, true)) throw std::invalid_argument("the output is not what was asked for");
+    c.y = target.data();
+}
+
+nb::object convolve(nb::handle x, const nb::sequence& operators, nb::handle bias, int64_t groups, const Sizes& kernel,
+                    const Sizes& stride, const Sizes& dilation, const Sizes& before, const Sizes& out,
+                    bool channels_last) {
+    Call call;
+    call.take_inputs(x, operators, bias, groups, kernel, stride, dilation, before, out, channels_last);
+    const direct::Shape& shape = call.c.shape;
+    if (channels_last && (shape.group_channels != 1 || shape.group_outputs != 1 || call.c.operators.size() != 1))
+        throw std::invalid_argument("with channels last every channel must have one output, of one weight");
+    call.make_output();
+    {
+        const common::Unlocked unlocked;
+        const common::OnTeam team;
+        direct::convolve(call.c);
+    }
+    return std::move(call.made);
+}
+
+// None where a strip would need more memory than a thread should keep.
+nb::object convolve_patches(nb::handle x, const nb::sequence& operators, nb::handle bias, int64_t groups,
+                            const Sizes& kernel, const Sizes& stride, const Sizes& dilation, const Sizes& before,
+                            const Sizes& out, bool channels_last) {
+    Call call;
+    call.take_inputs(x, operators, bias, groups, kernel, stride, dilation, before, out, channels_last);
+    if (static_cast<int64_t>(call.c.operators.size()) != groups)
+        throw std::invalid_argument("a weight for each group is needed");
+    if (!direct::fits_strips(call.c)) return nb::none();
+    call.make_output();
+    {
+        const common::Unlocked unlocked;
+        const common::OnTeam team;
+        direct::convolve_patches(call.c);
+    }
+    return std::move(call.made);
 }
 
 }  // namespace
@@ -108,6 +156,9 @@ void bind_direct(nb::module_& module) {
     module.def("convolve", &convolve, nb::arg("x"), nb::arg("weights"), nb::arg("bias").none(), nb::arg("groups"),
                nb::arg("kernel"), nb::arg("stride"), nb::arg("dilation"), nb::arg("before"), nb::arg("out"),
                nb::arg("channels_last"));
+    module.def("convolve_patches", &convolve_patches, nb::arg("x"), nb::arg("weights"), nb::arg("bias").none(),
+               nb::arg("groups"), nb::arg("kernel"), nb::arg("stride"), nb::arg("dilation"), nb::arg("before"),
+               nb::arg("out"), nb::arg("channels_last"));
 }
 
 }  // namespace rarefy

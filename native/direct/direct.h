@@ -2,7 +2,8 @@
 // it lies, without a matrix of patches. float32.
 //
 // A task decodes the numbers of a panel of outputs (matmul/decode.h), copies the channels that they see, padded, into
-// memory of its own, and there every tap is a constant offset:
+// memory of its own, and there every tap is a constant offset. Of channels that lie last all panels are decoded first,
+// and the image is read where it lies:
 //   y[output][place] = bias, and then in order over channels and taps: y = fma(x[place + offset of the tap], w, y)
 // The order is that of Correlation or PixelRow and does not depend on the instruction set, the cut into tasks or the
 // threads, so neither do the bits.
@@ -44,24 +45,25 @@ struct Correlation {
     int64_t y_output_step, y_row_step;
 };
 
-// A row of places of 16 channels, each with one output. x and the weights are aligned to 64; a pixel of x has 16
-// numbers, those beyond num_channels zeros.
-struct PixelRow {
+// Rows of places, each with one output of each channel; channels lie side by side. x may be in any alignment.
+struct PixelRows {
     const float* x;
-    int64_t step;  // numbers in x from place to place
-    const int64_t* taps;
+    int64_t pixel_step;                 // numbers in x from pixel to pixel
+    int64_t step, row_step;             // and from place to place, and from row to row
+    const int64_t *taps, *tap_weights;  // where their numbers lie from x and from `weights`
     int64_t num_taps;
     int64_t run;           // so many taps at a time are pixels side by side, as the places are; 0: they need not be
-    const float* weights;  // (num_taps, 16)
-    const float* starts;   // (16)
-    int64_t num_places, num_channels;
+    const float* weights;  // of 16 channels (some taps, 16), aligned to 64
+    int64_t panel_step;    // in the weights, to the next 16 channels
+    const float* starts;   // of all channels, and of those that would fill up the last 16
+    int64_t num_rows, num_places, num_channels;
     float* y;
-    int64_t y_step;
+    int64_t y_step, y_row_step;
 };
 
 struct Kernels {
     void (*correlate)(const Correlation&);
-    void (*accumulate)(const PixelRow&);
+    void (*accumulate)(const PixelRows&);
     // to[i] = from[i * step]; nothing is read behind the last one.
     void (*gather)(const float* from, int64_t step, int64_t count, float* to);
     // Pixels of num_channels numbers, `step` apart, become pixels of 16, with zeros behind.

@@ -24,8 +24,6 @@ constexpr int64_t kMostTurnedPixels = 1 << 14;
 // What copying a number and leaving one are worth beside a product of the sum.
 constexpr int64_t kCopyProducts = 4;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Isa isa_of(const Operator& by) { return by.weights() != nullptr ? by.weights()->isa() : isa_of(by.part(0)); }
 
 const Kernels& kernels_of(Isa isa) {
@@ -158,7 +156,8 @@ std::pair<int64_t, int64_t> strip_pixels(const Shape& shape, int axis, const Str
     return {first * behind, std::clamp<int64_t>(end, first, shape.size[axis]) * behind};
 }
 
-void convolve_pixels(const Convolution& c, const Kernels& kernels) {
+// Planes of which 16 are put side by side, and what comes out put back.
+void convolve_turned(const Convolution& c, const Kernels& kernels) {
     const Shape& shape = c.shape;
     const Strips strips(shape, kPixelFloats, [&](int64_t length) {
         int64_t floats = kPanel;
@@ -174,16 +173,15 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
     const int64_t most_outputs = ceil_div(shape.out_size(), shape.out[strips.axis()]) * strips.length();
     const int64_t products = most_outputs * num_taps * kPanel + kCopyProducts * plan.num_floats;
     const int64_t run = shape.stride[2] == 1 && shape.dilation[2] == 1 ? shape.kernel[2] : 0;
-    // Where channels lie in planes, those of a panel are put side by side first, and what comes out is put back.
-    const bool turns = !c.channels_last;
-    const int64_t most_pixels = turns ? shape.image_size() : 0;
+    std::vector<int64_t> tap_weights;
+    for (int64_t tap = 0; tap < num_taps; ++tap) tap_weights.push_back(tap * kPanel);
     share_out(num_panels * per_panel, products, [&](int64_t begin, int64_t end) {
         Room& own = room();
         int64_t decoded = -1;
         float* const weights = Room::floats(own.panel, num_taps * kPanel);
         float* const buffer = Room::floats(own.buffer, plan.num_floats + kReadBeyond);
-        float* const inputs = Room::floats(own.inputs, most_pixels * kPanel);
-        float* const outputs = Room::floats(own.outputs, turns ? most_outputs * kPanel : 0);
+        float* const inputs = Room::floats(own.inputs, shape.image_size() * kPanel);
+        float* const outputs = Room::floats(own.outputs, most_outputs * kPanel);
         alignas(64) float starts[kPanel] = {};
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t panel = piece / per_panel, image = piece % per_panel / num_strips, first = panel * kPanel;
@@ -197,35 +195,132 @@ void convolve_pixels(const Convolution& c, const Kernels& kernels) {
             const Strip strip = strips.strip(piece % num_strips);
             const int64_t plane = shape.image_size();
             const bool is_clear = num_strips == 1 && piece > begin;
-            if (turns) {
-                const auto [from, to] = strip_pixels(shape, strips.axis(), strip);
-                strided::transpose(c.x + (image * num_channels + first) * plane + from, plane, inputs + from * kPanel,
-                                   kPanel, to - from, count);
-                plan.fill(kernels, shape, strip, is_clear, count, inputs, kPanel, buffer);
-            } else {
-                plan.fill(kernels, shape, strip, is_clear, count, c.x + image * plane * num_channels + first,
-                          num_channels, buffer);
-            }
+            const auto [from, to] = strip_pixels(shape, strips.axis(), strip);
+            strided::transpose(c.x + (image * num_channels + first) * plane + from, plane, inputs + from * kPanel,
+                               kPanel, to - from, count);
+            plan.fill(kernels, shape, strip, is_clear, count, inputs, kPanel, buffer);
             // Outputs of a strip follow each other.
             const int64_t place = (strip.begin[0] * shape.out[1] + strip.begin[1]) * shape.out[2] + strip.begin[2];
-            const int64_t y_step = turns ? kPanel : num_channels;
-            float* y = turns ? outputs : c.y + (image * shape.out_size() + place) * num_channels + first;
+            float* y = outputs;
             const float* slice = buffer;
             for (int64_t i = 0; i < strip.length(0); ++i, slice += shape.stride[0] * plan.slice_step) {
-                const float* row = slice;
-                for (int64_t j = 0; j < strip.length(1); ++j, row += shape.stride[1] * plan.row_step) {
-                    kernels.accumulate({row, shape.stride[2] * kPanel, plan.taps.data(), num_taps, run, weights, starts,
-                                        strip.length(2), count, y, y_step});
-                    y += strip.length(2) * y_step;
-                }
+                const int64_t width = strip.length(2), height = strip.length(1);
+                kernels.accumulate({slice, kPanel, shape.stride[2] * kPanel, shape.stride[1] * plan.row_step,
+                                    plan.taps.data(), tap_weights.data(), num_taps, run, weights, 0, starts, height,
+                                    width, count, y, kPanel, width * kPanel});
+                y += height * width * kPanel;
             }
-            if (turns)
-                strided::transpose(outputs, kPanel, c.y + (image * num_channels + first) * shape.out_size() + place,
-                                   shape.out_size(), count, strip.length(0) * strip.length(1) * strip.length(2));
+            strided::transpose(outputs, kPanel, c.y + (image * num_channels + first) * shape.out_size() + place,
+                               shape.out_size(), count, strip.length(0) * strip.length(1) * strip.length(2));
         }
         own.trim();
     });
 }
+
+// Channels that lie last, each with an output, read where they lie. Taps that fall outside of the image add nothing.
+class LastChannels {
+public:
+    LastChannels(const Convolution& c, const Kernels& kernels)
+        : c_(c),
+          kernels_(kernels),
+          shape_(c.shape),
+          channels_(c.shape.num_channels()),
+          num_taps_(c.shape.num_inputs()),
+          inner_(-shape_.before[2], shape_.stride[2], shape_.out[2], shape_.size[2] - reach(shape_, 2, 1) + 1) {}
+
+    void run() {
+        const int64_t num_panels = ceil_div(channels_, kPanel);
+        // The numbers of all panels, which every task reads, for the time of the call.
+        Room& own = room();
+        float* const weights = Room::floats(own.weights, num_panels * (num_taps_ + 1) * kPanel);
+        float* const starts = weights + num_panels * num_taps_ * kPanel;
+        weights_ = weights;
+        starts_ = starts;
+        share_out(num_panels, num_taps_ * matmul::kBlockInputs * kPanel, [&](int64_t begin, int64_t end) {
+            for (int64_t panel = begin; panel < end; ++panel)
+                room().decoder.decode(*c_.operators[0], panel, weights + panel * num_taps_ * kPanel);
+        });
+        std::fill_n(starts, num_panels * kPanel, 0.0f);
+        if (c_.bias != nullptr) std::copy_n(c_.bias, channels_, starts);
+        share_out(shape_.batch * shape_.out[0] * shape_.out[1], shape_.out[2] * (num_taps_ + kCopyProducts) * channels_,
+                  [&](int64_t begin, int64_t end) { run_rows(begin, end); });
+        own.weights.trim();
+    }
+
+private:
+    // Where the taps of an output along one axis fall from `start` on, and which of them in the image.
+    struct Along {
+        int64_t start;
+        Inside taps;
+        Along(const Shape& shape, int axis, int64_t output)
+            : start(output * shape.stride[axis] - shape.before[axis]),
+              taps(start, shape.dilation[axis], shape.kernel[axis], shape.size[axis]) {}
+        bool operator==(const Along& other) const {
+            return taps.begin == other.taps.begin && taps.end == other.taps.end;
+        }
+    };
+    // Places of which each meets the same taps, from `at` in its image on.
+    struct Taps {
+        std::vector<int64_t> pixels, weights;
+        int64_t at;
+    };
+
+    // Rows of outputs, those of an image after those of the one before.
+    void run_rows(int64_t begin, int64_t end) const {
+        Taps taps;
+        for (int64_t count; begin < end; begin += count) {
+            const int64_t first = begin % shape_.out[1], slice = begin / shape_.out[1];
+            const Along depth(shape_, 0, slice % shape_.out[0]), rows(shape_, 1, first);
+            const int64_t most = std::min({kMostRows, end - begin, shape_.out[1] - first});
+            for (count = 1; count < most && Along(shape_, 1, first + count) == rows;) ++count;
+            const int64_t image = slice / shape_.out[0];
+            const auto run_places = [&](int64_t place, int64_t end_place, const Along& columns, int64_t run) {
+                list_taps(depth, rows, columns, taps);
+                const int64_t pixel = image * shape_.image_size() + taps.at;
+                const auto num_taps = static_cast<int64_t>(taps.pixels.size());
+                kernels_.accumulate(
+                    {c_.x + (num_taps == 0 ? 0 : pixel * channels_), channels_, shape_.stride[2] * channels_,
+                     shape_.stride[1] * shape_.size[2] * channels_, taps.pixels.data(), taps.weights.data(), num_taps,
+                     run, weights_, num_taps_ * kPanel, starts_, count, end_place - place, channels_,
+                     c_.y + (begin * shape_.out[2] + place) * channels_, channels_, shape_.out[2] * channels_});
+            };
+            for (int64_t place = 0; place < shape_.out[2];) {
+                const bool is_inner = place == inner_.begin && inner_.begin < inner_.end;
+                const int64_t next = is_inner ? inner_.end : place + 1;
+                const bool is_run = is_inner && shape_.stride[2] == 1 && shape_.dilation[2] == 1;
+                run_places(place, next, Along(shape_, 2, place), is_run ? shape_.kernel[2] : 0);
+                place = next;
+            }
+        }
+    }
+
+    void list_taps(const Along& depth, const Along& rows, const Along& columns, Taps& taps) const {
+        const auto first = [&](const Along& along, int axis) {
+            return along.start + along.taps.begin * shape_.dilation[axis];
+        };
+        taps.pixels.clear();
+        taps.weights.clear();
+        taps.at = (first(depth, 0) * shape_.size[1] + first(rows, 1)) * shape_.size[2] + first(columns, 2);
+        for (int64_t i = depth.taps.begin; i < depth.taps.end; ++i)
+            for (int64_t j = rows.taps.begin; j < rows.taps.end; ++j)
+                for (int64_t k = columns.taps.begin; k < columns.taps.end; ++k) {
+                    const int64_t slice = (i - depth.taps.begin) * shape_.dilation[0] * shape_.size[1];
+                    const int64_t line = (slice + (j - rows.taps.begin) * shape_.dilation[1]) * shape_.size[2];
+                    taps.pixels.push_back((line + (k - columns.taps.begin) * shape_.dilation[2]) * channels_);
+                    taps.weights.push_back(((i * shape_.kernel[1] + j) * shape_.kernel[2] + k) * kPanel);
+                }
+    }
+
+    // Side by side, so that what one reads of an image is in a first-level cache for the next.
+    static constexpr int64_t kMostRows = 8;
+
+    const Convolution& c_;
+    const Kernels& kernels_;
+    const Shape& shape_;
+    int64_t channels_, num_taps_;
+    Inside inner_;  // outputs of a row whose taps all lie in the image
+    const float *weights_ = nullptr, *starts_ = nullptr;
+};
 
 // Whether channels in planes are better put side by side.
 bool turns_planes(const Convolution& c) {
@@ -254,8 +349,10 @@ void convolve(const Convolution& convolution) {
     const Shape& shape = convolution.shape;
     if (shape.batch == 0 || shape.groups == 0 || shape.out_size() == 0) return;
     const Kernels& kernels = kernels_of(isa_of(*convolution.operators[0]));
-    if (convolution.channels_last || turns_planes(convolution)) {
-        convolve_pixels(convolution, kernels);
+    if (convolution.channels_last) {
+        LastChannels(convolution, kernels).run();
+    } else if (turns_planes(convolution)) {
+        convolve_turned(convolution, kernels);
     } else {
         convolve_planar(convolution, kernels);
     }

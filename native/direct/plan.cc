@@ -8,17 +8,7 @@ namespace {
 
 constexpr int64_t kLine = 16;  // floats
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 void clear(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
-
-// Of numbers start + i * step, i < count, those in [0, size).
-struct Inside {
-    int64_t begin, end;
-    Inside(int64_t start, int64_t step, int64_t count, int64_t size)
-        : begin(std::min(count, start >= 0 ? 0 : ceil_div(-start, step))),
-          end(std::max(begin, std::min(count, start >= size ? 0 : (size - 1 - start) / step + 1))) {}
-};
 
 }  // namespace
 

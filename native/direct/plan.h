@@ -1,6 +1,7 @@
 // Where the taps of a convolution fall in memory that holds a strip of its input, padded.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -19,6 +20,16 @@ struct Shape {
     int64_t num_inputs() const { return kernel[0] * kernel[1] * kernel[2] * group_channels; }
     int64_t image_size() const { return size[0] * size[1] * size[2]; }
     int64_t out_size() const { return out[0] * out[1] * out[2]; }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Of numbers start + i * step, i < count, those in [0, size).
+struct Inside {
+    int64_t begin, end;
+    Inside(int64_t start, int64_t step, int64_t count, int64_t size)
+        : begin(std::min(count, start >= 0 ? 0 : ceil_div(-start, step))),
+          end(std::max(begin, std::min(count, start >= size ? 0 : (size - 1 - start) / step + 1))) {}
 };
 
 // Outputs [begin, end) along one axis, and all of the others.

@@ -86,6 +86,9 @@ inline void transpose_quad(const float* from, int64_t from_step, float* to, int6
 }  // namespace
 
 void transpose(const float* from, int64_t from_step, float* to, int64_t to_step, int64_t height, int64_t width) {
+    // Few rows at a time: the caches see their ends coming, which they do not of a hundred.
+    for (; height > kTile; height -= kTile, from += kTile, to += kTile * to_step)
+        transpose(from, from_step, to, to_step, kTile, width);
     for (int64_t j = 0; j < width; j += kTile) {
         const int64_t wide = std::min(kTile, width - j), quads = wide / kQuad * kQuad, rows = height / kQuad * kQuad;
         for (int64_t i = 0; i < rows; i += kQuad)

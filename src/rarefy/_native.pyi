@@ -14,6 +14,9 @@ Float32Array = NDArray[np.float32]
 def cpu_flags() -> dict[str, bool]: ...
 def set_num_threads(num_threads: int) -> None: ...
 def num_threads() -> int: ...
+def lend_team(run: int, max_threads: int) -> None:
+    """Addresses of GOMP_parallel and omp_get_max_threads."""
+
 def measure_fork_join() -> float: ...
 def waiting_bytes() -> int: ...
 
@@ -82,6 +85,20 @@ def convolve(
     out: Sequence[int],
     channels_last: bool,
 ) -> Float32Array: ...
+def convolve_patches(
+    x: Float32Array,
+    weights: Sequence[Weights],
+    bias: Float32Array | None,
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    out: Sequence[int],
+    channels_last: bool,
+) -> Float32Array | None:
+    """None where a strip would need more memory than a thread should keep."""
+
 def run_recurrent(
     isa: str,
     mode: int,

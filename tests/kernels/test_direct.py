@@ -5,7 +5,7 @@ import pytest
 
 from rarefy import kernels
 from rarefy.core.solution import Solution
-from rarefy.kernels import Taps, convolve_direct
+from rarefy.kernels import Taps, convolve_direct, convolve_patches
 from rarefy.layouts import LowRank, Sum, Tapwise, pack
 
 SIZES = [(1, 1), (16, 64), (17, 9), (33, 65), (5, 200), (40, 128)]
@@ -112,6 +112,32 @@ def test_what_contradicts_itself_is_refused(changes: dict[str, object]) -> None:
     assert module.convolve(*arguments()).shape == (2, 4, 5, 6)
     with pytest.raises((ValueError, TypeError, MemoryError)):
         module.convolve(*arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"groups": 4}, {"out": (1 << 31, 1 << 31)}, {"kernel": (3, 2)}, {"bias": np.ones(3)}]
+)
+def test_patches_that_contradict_the_weight_are_refused(changes: dict[str, object]) -> None:
+    module = pytest.importorskip("rarefy._native")
+    fits: dict[str, object] = {"groups": 1, "x": np.ones((2, 1, 5, 6), np.float32)}
+    assert module.convolve_patches(*arguments(**fits)).shape == (2, 4, 5, 6)
+    with pytest.raises((ValueError, TypeError, MemoryError)):
+        module.convolve_patches(*arguments(**(fits | changes)))
+
+
+def test_patches_that_would_hold_too_much_memory_are_left_to_others() -> None:
+    wide = kernels.prepare(pack(Solution.dense(np.ones((2, 5000), np.float32))))
+    taps = Taps((1,), (1,), (1,), (0,))
+    if wide.weights is None:
+        pytest.skip("numpy has no direct convolution")
+    assert convolve_patches(np.ones((1, 5000, 3), np.float32), (wide,), None, taps, (3,)) is None
+    long = kernels.prepare(pack(Solution.dense(np.ones((2, 8), np.float32))))
+    far = Taps((2, 1), (1, 1), (5000, 1), (0, 0))
+    x = np.ones((1, 4, 5001, 64), np.float32)
+    assert convolve_patches(x, (long,), None, far, (1, 64)) is None
+    last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    y = convolve_patches(last, (long,), None, far, (1, 64), channels_last=True)
+    np.testing.assert_array_equal(y, np.full((1, 1, 64, 2), 8, np.float32))
 
 
 def test_places_far_outside_of_the_input_are_zeros() -> None:

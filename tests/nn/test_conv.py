@@ -14,7 +14,7 @@ from rarefy.core.errors import LayoutError, UnsupportedModelError, UsageError
 from rarefy.kernels import Prepared, prepare
 from rarefy.kernels.extension import native
 from rarefy.layouts import FORMATS, Layout, Sum
-from rarefy.nn import PackedConv, PackedDepthwiseConv, PackedGroupedConv, patches, replace_linear
+from rarefy.nn import PackedConv, PackedDepthwiseConv, PackedGroupedConv, convolve, patches, replace_linear
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.replace import weights_of
 
@@ -212,6 +212,29 @@ def test_pixels_that_are_quantized_once_give_the_same_bits(
         written_out = layer(x)
     assert torch.equal(got, written_out)
     assert all(takes_taps) or native() is None
+
+
+@pytest.mark.parametrize("format_name", ["dense-int8-v1", "bitmask-bf16-v1", "lowrank-int8-v1", "dense-f32-v1"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_strips_of_patches_give_the_bits_of_all_patches(
+    layout_for: LayoutFor, monkeypatch: pytest.MonkeyPatch, format_name: str, mode: str, last: bool, groups: int
+) -> None:
+    if native() is None:
+        pytest.skip("the extension is not built")
+    torch.manual_seed(0)
+    for kernel, stride, padding in ((1, 1, 0), (1, 2, 0), ((3, 2), (2, 1), (1, 1))):
+        conv = nn.Conv2d(20 * groups, 32 * groups, kernel, stride, padding, 1, groups, True, mode)
+        layer, _ = packed(layout_for, conv, format_name)
+        x = torch.randn(3, 20 * groups, 23, 19)
+        x = x.to(memory_format=torch.channels_last) if last else x
+        with torch.no_grad(), monkeypatch.context() as context:
+            got = layer(x)
+            context.setattr(convolve, "_in_strips", lambda *_: None)
+            written_out = layer(x)
+        assert torch.equal(got, written_out)
+        assert got.stride() == written_out.stride()
 
 
 def test_a_sum_of_integers_takes_taps_and_one_with_floats_does_not(layout_for: LayoutFor) -> None:

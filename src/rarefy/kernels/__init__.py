@@ -1,7 +1,7 @@
 """Kernels: products of activations with packed weights, chosen at run time for the CPU."""
 
 from rarefy.kernels.cpu import CpuFlags, available_cpus, last_level_cache_bytes
-from rarefy.kernels.direct import Taps, convolve_direct, takes_direct
+from rarefy.kernels.direct import Taps, convolve_direct, convolve_patches, takes_direct
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import (
     SlowReferenceWarning,
@@ -26,6 +26,7 @@ __all__ = [
     "available_cpus",
     "compiled_kernels",
     "convolve_direct",
+    "convolve_patches",
     "copy_strided",
     "describe_cpu",
     "detect_cpu",

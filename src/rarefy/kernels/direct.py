@@ -1,4 +1,4 @@
-"""Convolutions with few outputs in a group: sums over the taps of an image as it lies, without a matrix of patches.
+"""Convolutions of an image as it lies: direct sums over the taps, and products of patches, a strip of places at a time.
 
 Legend of shape suffixes: B batch, C channels, S spatial axes, P places of the output, O outputs.
 """
@@ -49,7 +49,7 @@ def convolve_direct(
     *,
     channels_last: bool = False,
 ) -> Float32Array:
-    """A convolution in float32 with numbers that are decoded a panel at a time; activations are not rounded.
+    """A convolution in float32 with numbers that are decoded for the call; activations are not rounded.
 
     Args:
         x: (B, C, *S), C-contiguous; or (B, *S, C) with channels last, for which each channel must have one output.
@@ -70,6 +70,45 @@ def convolve_direct(
         [weight.weights for weight in weights],
         bias_O,
         groups,
+        taps.kernel,
+        taps.stride,
+        taps.dilation,
+        taps.before,
+        size,
+        channels_last,
+    )
+    return y
+
+
+def convolve_patches(
+    x: Float32Array,
+    weights: Sequence[Prepared],
+    bias_O: Float32Array | None,
+    taps: Taps,
+    size: tuple[int, ...],
+    *,
+    channels_last: bool = False,
+) -> Float32Array | None:
+    """A convolution by products of its patches, without a matrix of all of them.
+
+    Args:
+        x: (B, C, *S), or (B, *S, C) with channels last; C-contiguous.
+        weights: one for each group, (outputs, taps times channels of a group), of which the channel changes first.
+        bias_O: C-contiguous, or None.
+        taps: where they fall.
+        size: P, of the output.
+        channels_last: of x and the result.
+
+    Returns:
+        (B, O, *P) or (B, *P, O), newly allocated, with the bits of `Prepared.matmul` of the patches; None where
+        a strip of them is too large.
+    """
+    module: Any = native()
+    y: Float32Array | None = module.convolve_patches(
+        x,
+        [weight.weights for weight in weights],
+        bias_O,
+        len(weights),
         taps.kernel,
         taps.stride,
         taps.dilation,

@@ -37,7 +37,7 @@ _CONVOLUTION = (*_SUPPORTED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTran
 class PackedConv(ProductHolder):
     """A convolution of one, two or three axes, without groups: y = patches(x) W^T + bias, where W is a packed layout.
 
-    The patches are written out a piece at a time, about 4 MB, and multiplied by `rarefy.kernels`. As with torch's own
+    The patches are written out a strip of places at a time, and multiplied by `rarefy.kernels`. As with torch's own
     convolutions, an input in `torch.channels_last` gives an output in it; that saves a transposition on both sides.
 
     Args:
@@ -159,8 +159,9 @@ class PackedDepthwiseConv(ProductHolder):
     """A convolution in which each channel has a kernel of its own: one packed matrix (O, taps).
 
     A product per channel would have a handful of numbers. So the taps are summed over the image as it lies, with a
-    panel of 16 outputs decoded at a time (`rarefy.kernels.convolve_direct`). Activations are not rounded, whatever the
-    format; arithmetic is in float32. An input in `torch.channels_last` gives an output in it.
+    panel of 16 outputs decoded at a time, or all for the time of a call (`rarefy.kernels.convolve_direct`). Activations
+    are not rounded, whatever the format; arithmetic is in float32. An input in `torch.channels_last` gives an output in
+    it.
 
     Args:
         spec: format and metadata; the shape is (O, taps).

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared, convolve_direct
+from rarefy.kernels import Prepared, convolve_direct, convolve_patches, takes_direct
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
+from rarefy.nn.team import share_threads
 
 # Inputs that are quantized together.
 _BLOCK = 64
@@ -40,6 +41,8 @@ def convolve(x: Tensor, stages: Sequence[Stage], bias: Tensor | None = None) -> 
     """The convolution of x (B, C, *S), in the memory format of x."""
     require_cpu("convolution input", x)
     y, keeps_format = x.detach(), _is_channels_last(x)
+    if len(stages) == 1 and (made := _in_strips(y, stages[0], bias, keeps_format)) is not None:
+        return made
     for number, stage in enumerate(stages):
         is_last = stage is stages[-1]
         # What is handed out is new memory; what is only read again here is not.
@@ -51,18 +54,38 @@ def convolve(x: Tensor, stages: Sequence[Stage], bias: Tensor | None = None) -> 
     return (y.clone() if y.is_contiguous() else contiguous(y)).to(x.dtype)
 
 
+def _in_strips(x: Tensor, stage: Stage, bias: Tensor | None, keeps_format: bool) -> Tensor | None:
+    """The convolution without a matrix of patches; None where that cannot be, or pixels are better quantized once."""
+    geometry = stage.geometry
+    if not takes_direct(stage.weights) or _takes_taps(stage.weights[0], x.shape[1], geometry):
+        return None
+    inside, size, bias_O = _arguments(x, geometry, bias)
+    pixels = contiguous(inside.movedim(1, -1) if keeps_format else inside).numpy()
+    made = convolve_patches(pixels, stage.weights, bias_O, geometry.direct_taps, size, channels_last=keeps_format)
+    if made is None:
+        return None
+    y = torch.from_numpy(made)
+    return (y.movedim(-1, 1) if keeps_format else y).to(x.dtype)
+
+
+def _arguments(x: Tensor, geometry: Geometry, bias: Tensor | None) -> tuple[Tensor, tuple[int, ...], _Array | None]:
+    """What is convolved, padded if not with zeros, the size of the output, and the bias."""
+    share_threads()
+    size = geometry.size_of_output(x.shape[2:])
+    if min(size) < 1:
+        raise _too_small(x, geometry)
+    inside = x.detach().to(torch.float32)
+    if geometry.padding_mode != "zeros":
+        inside = geometry.pad(inside)
+    return inside, size, None if bias is None else contiguous(bias.detach().float()).numpy()
+
+
 def convolve_few(
     x: Tensor, bias: Tensor | None = None, *, geometry: Geometry, weights: Sequence[Prepared], num_outputs: int
 ) -> Tensor:
     """The convolution of x (B, C, *S) with few outputs in each group, in the memory format of x."""
     require_cpu("convolution input", x)
-    inside = x.detach().to(torch.float32)
-    if geometry.padding_mode != "zeros":
-        inside = geometry.pad(inside)
-    size = geometry.size_of_output(x.shape[2:])
-    if min(size) < 1:
-        raise _too_small(x, geometry)
-    bias_O = None if bias is None else contiguous(bias.detach().float()).numpy()
+    inside, size, bias_O = _arguments(x, geometry, bias)
     keeps_format, is_depthwise = _is_channels_last(x), num_outputs == x.shape[1] == geometry.groups
     if keeps_format and is_depthwise and len(weights) == 1:
         pixels = contiguous(inside.movedim(1, -1)).numpy()
@@ -103,7 +126,7 @@ def _multiply(
 ) -> None:
     """The rows of one group of channels times its weight, in the order of the output's places, into y."""
     num_channels = padded.shape[-1] // geometry.groups
-    if num_channels % _BLOCK == 0 and prod(geometry.kernel) > 1 and weight.takes_taps:
+    if _takes_taps(weight, padded.shape[-1], geometry):
         x_PC = padded.detach().numpy().reshape(-1, padded.shape[-1])
         own = slice(group * num_channels, (group + 1) * num_channels)
         made_TO = _room(y_TO)
@@ -117,6 +140,11 @@ def _multiply(
         weight.matmul_into(rows_TI.detach().numpy(), made_TO)
         _put(made_TO, bias_O, piece_TO)
         done += len(rows_TI)
+
+
+def _takes_taps(weight: Prepared, num_channels: int, geometry: Geometry) -> bool:
+    """Whether rows are put together out of pixels that are quantized once."""
+    return num_channels // geometry.groups % _BLOCK == 0 and prod(geometry.kernel) > 1 and weight.takes_taps
 
 
 def _room(y_TO: _Array) -> _Array:
