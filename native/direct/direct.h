@@ -2,7 +2,7 @@
 // it lies, without a matrix of patches. float32.
 //
 // A task decodes the numbers of a panel of outputs (matmul/decode.h), copies the channels that they see, padded, into
-// memory of its own, and there every tap is a constant offset. Of channels that lie last all panels are decoded first,
+// memory of its own, and there every tap is a constant offset. Of channels that lie last many panels are decoded first,
 // and the image is read where it lies:
 //   y[output][place] = bias, and then in order over channels and taps: y = fma(x[place + offset of the tap], w, y)
 // The order is that of Correlation or PixelRow and does not depend on the instruction set, the cut into tasks or the

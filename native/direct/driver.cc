@@ -217,7 +217,8 @@ void convolve_turned(const Convolution& c, const Kernels& kernels) {
     });
 }
 
-// Channels that lie last, each with an output, read where they lie. Taps that fall outside of the image add nothing.
+// Channels that lie last, each with an output, read where they lie. Taps that fall outside of the image add nothing. As
+// many panels as kMostWeights numbers hold are decoded at a time, and all outputs of theirs computed.
 class LastChannels {
 public:
     LastChannels(const Convolution& c, const Kernels& kernels)
@@ -230,24 +231,33 @@ public:
 
     void run() {
         const int64_t num_panels = ceil_div(channels_, kPanel);
-        // The numbers of all panels, which every task reads, for the time of the call.
+        const int64_t most_panels = std::max<int64_t>(1, kMostWeights / ((num_taps_ + 1) * kPanel));
         Room& own = room();
-        float* const weights = Room::floats(own.weights, num_panels * (num_taps_ + 1) * kPanel);
-        float* const starts = weights + num_panels * num_taps_ * kPanel;
-        weights_ = weights;
-        starts_ = starts;
-        share_out(num_panels, num_taps_ * matmul::kBlockInputs * kPanel, [&](int64_t begin, int64_t end) {
-            for (int64_t panel = begin; panel < end; ++panel)
-                room().decoder.decode(*c_.operators[0], panel, weights + panel * num_taps_ * kPanel);
-        });
-        std::fill_n(starts, num_panels * kPanel, 0.0f);
-        if (c_.bias != nullptr) std::copy_n(c_.bias, channels_, starts);
-        share_out(shape_.batch * shape_.out[0] * shape_.out[1], shape_.out[2] * (num_taps_ + kCopyProducts) * channels_,
-                  [&](int64_t begin, int64_t end) { run_rows(begin, end); });
+        for (int64_t panel = 0; panel < num_panels; panel += most_panels)
+            run_panels(panel, std::min(num_panels, panel + most_panels), own);
         own.weights.trim();
     }
 
 private:
+    void run_panels(int64_t first, int64_t last, Room& own) {
+        // What every task reads.
+        float* const weights = Room::floats(own.weights, (last - first) * (num_taps_ + 1) * kPanel);
+        float* const starts = weights + (last - first) * num_taps_ * kPanel;
+        weights_ = weights;
+        starts_ = starts;
+        first_channel_ = first * kPanel;
+        num_channels_ = std::min(channels_, last * kPanel) - first_channel_;
+        share_out(last - first, num_taps_ * matmul::kBlockInputs * kPanel, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                room().decoder.decode(*c_.operators[0], first + i, weights + i * num_taps_ * kPanel);
+        });
+        std::fill_n(starts, (last - first) * kPanel, 0.0f);
+        if (c_.bias != nullptr) std::copy_n(c_.bias + first_channel_, num_channels_, starts);
+        share_out(shape_.batch * shape_.out[0] * shape_.out[1],
+                  shape_.out[2] * (num_taps_ + kCopyProducts) * num_channels_,
+                  [&](int64_t begin, int64_t end) { run_rows(begin, end); });
+    }
+
     // Where the taps of an output along one axis fall from `start` on, and which of them in the image.
     struct Along {
         int64_t start;
@@ -279,10 +289,10 @@ private:
                 const int64_t pixel = image * shape_.image_size() + taps.at;
                 const auto num_taps = static_cast<int64_t>(taps.pixels.size());
                 kernels_.accumulate(
-                    {c_.x + (num_taps == 0 ? 0 : pixel * channels_), channels_, shape_.stride[2] * channels_,
+                    {c_.x + first_channel_ + (num_taps == 0 ? 0 : pixel * channels_), channels_, shape_.stride[2] * channels_,
                      shape_.stride[1] * shape_.size[2] * channels_, taps.pixels.data(), taps.weights.data(), num_taps,
-                     run, weights_, num_taps_ * kPanel, starts_, count, end_place - place, channels_,
-                     c_.y + (begin * shape_.out[2] + place) * channels_, channels_, shape_.out[2] * channels_});
+                     run, weights_, num_taps_ * kPanel, starts_, count, end_place - place, num_channels_,
+                     c_.y + first_channel_ + (begin * shape_.out[2] + place) * channels_, channels_, shape_.out[2] * channels_});
             };
             for (int64_t place = 0; place < shape_.out[2];) {
                 const bool is_inner = place == inner_.begin && inner_.begin < inner_.end;
@@ -313,6 +323,8 @@ private:
 
     // Side by side, so that what one reads of an image is in a first-level cache for the next.
     static constexpr int64_t kMostRows = 8;
+    // 256 KB, which a second-level cache holds beside the image.
+    static constexpr int64_t kMostWeights = int64_t{1} << 16;
 
     const Convolution& c_;
     const Kernels& kernels_;
@@ -320,6 +332,7 @@ private:
     int64_t channels_, num_taps_;
     Inside inner_;  // outputs of a row whose taps all lie in the image
     const float *weights_ = nullptr, *starts_ = nullptr;
+    int64_t first_channel_ = 0, num_channels_ = 0;  // of the panels that are decoded
 };
 
 // Whether channels in planes are better put side by side.

@@ -52,6 +52,24 @@ def test_compositions_are_multiplied_and_added(weight, isa) -> None:
         np.testing.assert_allclose(decoded(kernels.prepare(layout, isa=isa)), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_more_channels_than_are_decoded_at_once(isa) -> None:
+    skip_numpy(isa)
+    channels, side, height, width = 300, 15, 3, 4  # some 18 panels of 225 taps fill 256 KB
+    random = np.random.default_rng(5)
+    weights_OI = random.integers(-3, 4, (channels, side * side)).astype(np.float32)
+    x_BHWC = random.integers(-8, 9, (2, height, width, channels)).astype(np.float32)
+    bias_O = np.arange(channels, dtype=np.float32)
+    made = kernels.prepare(pack(Solution.dense(weights_OI)), isa=isa)
+    taps = Taps((side, side), (1, 1), (1, 1), (7, 7))
+    y = convolve_direct(x_BHWC, (made,), bias_O, channels, taps, (height, width), channels_last=True)
+    padded = np.pad(x_BHWC, ((0, 0), (7, 7), (7, 7), (0, 0)))
+    expected = np.broadcast_to(bias_O, y.shape).copy()
+    for i in range(side):
+        for j in range(side):
+            expected += padded[:, i : i + height, j : j + width] * weights_OI[:, i * side + j]
+    np.testing.assert_array_equal(y, expected)
+
+
 def arguments(**changes: object) -> list[object]:
     made = kernels.prepare(pack(Solution.dense(np.ones((4, 9), np.float32))))
     found: dict[str, object] = {

@@ -49,7 +49,7 @@ def convolve_direct(
     *,
     channels_last: bool = False,
 ) -> Float32Array:
-    """A convolution in float32 with numbers that are decoded for the call; activations are not rounded.
+    """A convolution in float32 with numbers that are decoded a few panels at a time; activations are not rounded.
 
     Args:
         x: (B, C, *S), C-contiguous; or (B, *S, C) with channels last, for which each channel must have one output.

@@ -159,7 +159,7 @@ class PackedDepthwiseConv(ProductHolder):
     """A convolution in which each channel has a kernel of its own: one packed matrix (O, taps).
 
     A product per channel would have a handful of numbers. So the taps are summed over the image as it lies, with a
-    panel of 16 outputs decoded at a time, or all for the time of a call (`rarefy.kernels.convolve_direct`). Activations
+    panel of 16 outputs decoded at a time, or 256 KB of them (`rarefy.kernels.convolve_direct`). Activations
     are not rounded, whatever the format; arithmetic is in float32. An input in `torch.channels_last` gives an output in
     it.
 
