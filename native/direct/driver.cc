@@ -288,11 +288,12 @@ private:
                 list_taps(depth, rows, columns, taps);
                 const int64_t pixel = image * shape_.image_size() + taps.at;
                 const auto num_taps = static_cast<int64_t>(taps.pixels.size());
-                kernels_.accumulate(
-                    {c_.x + first_channel_ + (num_taps == 0 ? 0 : pixel * channels_), channels_, shape_.stride[2] * channels_,
-                     shape_.stride[1] * shape_.size[2] * channels_, taps.pixels.data(), taps.weights.data(), num_taps,
-                     run, weights_, num_taps_ * kPanel, starts_, count, end_place - place, num_channels_,
-                     c_.y + first_channel_ + (begin * shape_.out[2] + place) * channels_, channels_, shape_.out[2] * channels_});
+                kernels_.accumulate({c_.x + first_channel_ + (num_taps == 0 ? 0 : pixel * channels_), channels_,
+                                     shape_.stride[2] * channels_, shape_.stride[1] * shape_.size[2] * channels_,
+                                     taps.pixels.data(), taps.weights.data(), num_taps, run, weights_,
+                                     num_taps_ * kPanel, starts_, count, end_place - place, num_channels_,
+                                     c_.y + first_channel_ + (begin * shape_.out[2] + place) * channels_, channels_,
+                                     shape_.out[2] * channels_});
             };
             for (int64_t place = 0; place < shape_.out[2];) {
                 const bool is_inner = place == inner_.begin && inner_.begin < inner_.end;
