@@ -10,6 +10,7 @@
 
 #include "common/pool.h"
 #include "matmul/kernels.h"
+#include "matmul/quantize_rows.h"
 #include "matmul/row_panels.h"
 
 namespace rarefy::matmul {
@@ -163,7 +164,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     const QuantizeFunction quantize = find_quantizer(needs.wide_q ? Isa::avx2 : needs.isa);  // all give the same bits
     const RoundFunction round = find_rounder(needs.isa);                                     // and these too
     const auto at_row = [stride](auto* rows, int64_t row) { return rows == nullptr ? nullptr : rows + row * stride; };
-    const auto prepare_row = [&](int64_t row) {
+    const auto prepare_floats = [&](int64_t row) {
         const float* from = x + row * num_inputs;
         if (copy) {
             std::memcpy(floats + row * stride, from, static_cast<size_t>(num_inputs) * 4);
@@ -175,24 +176,40 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
                 bf16_starts[row] = needs.bf16_bits ? find_start(bits + row * stride, padded_inputs)
                                                    : find_start(numbers + row * stride, padded_inputs);
         }
-        if (needs.integers) {
-            quantize(from, num_inputs, q + row * stride, at_row(wide_q, row), scales + row * num_blocks,
-                     sums + row * num_blocks * 2);
-            if (byte_starts != nullptr)
-                make_byte_starts(sums + row * num_blocks * 2, num_blocks, byte_starts + row * num_blocks);
-            if (needs.integer_starts) integer_starts[row] = find_start(scales + row * num_blocks, num_blocks);
+    };
+    const auto quantize_rows = [&](int64_t begin, int64_t end) {
+#if RAREFY_X86
+        if (quantize == quantize_row_avx512 && padded_inputs == num_inputs) {
+            quantize_rows_avx512(x + begin * num_inputs, end - begin, num_blocks, q + begin * stride, stride,
+                                 scales + begin * num_blocks, sums + begin * num_blocks * 2,
+                                 byte_starts + begin * num_blocks);
+            return;
         }
+#endif
+        for (int64_t row = begin; row < end; ++row) {
+            int32_t* const row_sums = sums + row * num_blocks * 2;
+            quantize(x + row * num_inputs, num_inputs, q + row * stride, at_row(wide_q, row), scales + row * num_blocks,
+                     row_sums);
+            if (byte_starts != nullptr) make_byte_starts(row_sums, num_blocks, byte_starts + row * num_blocks);
+        }
+    };
+    const auto prepare = [&](int64_t begin, int64_t end) {
+        if (needs.floats || needs.bf16_bits || needs.bf16_numbers)
+            for (int64_t row = begin; row < end; ++row) prepare_floats(row);
+        if (needs.integers) quantize_rows(begin, end);
+        if (needs.integer_starts)
+            for (int64_t row = begin; row < end; ++row)
+                integer_starts[row] = find_start(scales + row * num_blocks, num_blocks);
     };
     constexpr int64_t kChunkElements = 16384;
     const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, stride));
     if (places.num_bytes > 0) {
         if (num_rows <= rows_per_chunk) {
-            for (int64_t row = 0; row < num_rows; ++row) prepare_row(row);
+            prepare(0, num_rows);
         } else {
             const int64_t size = std::max(rows_per_chunk, ceil_div(num_rows, 4096));
-            common::parallel_for(static_cast<int>(ceil_div(num_rows, size)), [&](int chunk) {
-                for (int64_t row = chunk * size; row < std::min(num_rows, (chunk + 1) * size); ++row) prepare_row(row);
-            });
+            common::parallel_for(static_cast<int>(ceil_div(num_rows, size)),
+                                 [&](int chunk) { prepare(chunk * size, std::min(num_rows, (chunk + 1) * size)); });
         }
     }
     Rows none{};

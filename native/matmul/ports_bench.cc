@@ -61,6 +61,7 @@ double measure_clock() {
 #define PERMUTE(i) "vpermb %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define MULTISHIFT(i) "vpmultishiftqb %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define LOAD(i) "vmovdqu64 " #i "*64(%0), %%zmm" #i "\n"
+#define STORE(i) "vmovdqu64 %%zmm14, " #i "*64(%0)\n"
 #define BROADCAST(i) "vpbroadcastd " #i "*64(%0), %%zmm" #i "\n"
 #define MASK(i) "kmovq " #i "*64(%0), %%k1\n"
 #define EXPAND(i) "vmovdqa64 %%zmm14, %%zmm" #i "\nvpexpandb " #i "*64(%0), %%zmm" #i "%{%%k1%}\n"
@@ -89,6 +90,7 @@ constexpr Row kRows[] = {
     {"vpmultishiftqb", 0, BODY(TWICE(MULTISHIFT))},
     {"load of 64 bytes", 0, BODY(TWICE(LOAD))},
     {"load of 64 bytes, across lines", 40, BODY(TWICE(LOAD))},
+    {"store of 64 bytes", 0, BODY(TWICE(STORE))},
     {"vpbroadcastd from memory", 0, BODY(TWICE(BROADCAST))},
     {"vpdpbusd and a load", 0, BODY(TWICE(DOT_LOAD))},
     {"vpdpbusd and vpermb", 0, BODY(TWICE(DOT_PERMUTE))},

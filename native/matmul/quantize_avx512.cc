@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "matmul/kernels.h"
+#include "matmul/quantize_rows.h"
 
 namespace rarefy::matmul {
 
@@ -91,57 +92,76 @@ bool find_factors(const float* x, float* scales, float* factors) {
     return _mm_cmpge_epi32_mask(bits, _mm_set1_epi32(kInfinityBits)) == 0;
 }
 
-// The same blocks, multiplied and rounded.
+// The same blocks, multiplied and rounded, each to its place; `byte_starts` may be null.
 template <int kBlocks>
-void quantize_blocks(const float* x, const float* factors, int8_t* q, int32_t* sums) {
+void quantize_blocks(const float* x, const float* factors, int8_t* const (&q)[4], int32_t* sums, int32_t* byte_starts) {
+    constexpr auto kStored = static_cast<__mmask8>((1 << kBlocks) - 1);
     constexpr auto kHalves = static_cast<__mmask8>((1 << 2 * kBlocks) - 1);
+    static_assert(kByteZeroPoint == 1 << 7);
     __m512i lanes[4] = {};
     UNROLL for (int block = 0; block < kBlocks; ++block) {
         __m512 values[4];
         UNROLL for (int i = 0; i < 4; ++i) { values[i] = _mm512_loadu_ps(x + block * kBlockInputs + 16 * i); }
-        lanes[block] = quantize_block(values, _mm512_set1_ps(factors[block]), q + block * kBlockInputs);
+        lanes[block] = quantize_block(values, _mm512_set1_ps(factors[block]), q[block]);
     }
     __m512i quarters = join_quarters(lanes, [](__m512i a, __m512i b) { return _mm512_add_epi32(a, b); });
     quarters = _mm512_add_epi32(quarters, _mm512_shuffle_i64x2(quarters, quarters, _MM_PERM_CDAB));
     const __m128i first = _mm512_castsi512_si128(quarters), second = _mm512_extracti32x4_epi32(quarters, 2);
     const __m256i low = _mm256_castsi128_si256(_mm_unpacklo_epi32(first, second));
     _mm256_mask_storeu_epi32(sums, kHalves, _mm256_inserti128_si256(low, _mm_unpackhi_epi32(first, second), 1));
+    if (byte_starts == nullptr) return;
+    const __m128i minus = _mm_sub_epi32(_mm_setzero_si128(), _mm_add_epi32(first, second));
+    _mm_mask_storeu_epi32(byte_starts, kStored, _mm_slli_epi32(minus, 7));
 }
 
 }  // namespace
 
 // What waits for a factor would fill the queues, and the next blocks would wait behind it. So the factors of four
-// blocks are on their way while the four before are multiplied.
-void quantize_row_avx512(const float* x, int64_t num_inputs, int8_t* q, int16_t*, float* scales, int32_t* sums) {
+// blocks, be they of two rows, are on their way while the four before are multiplied.
+void quantize_rows_avx512(const float* x, int64_t num_rows, int64_t num_blocks, int8_t* q, int64_t stride,
+                          float* scales, int32_t* sums, int32_t* byte_starts) {
     constexpr decltype(&find_factors<1>) kFinders[] = {find_factors<1>, find_factors<2>, find_factors<3>,
                                                        find_factors<4>};
     constexpr decltype(&quantize_blocks<1>) kQuantizers[] = {quantize_blocks<1>, quantize_blocks<2>, quantize_blocks<3>,
                                                              quantize_blocks<4>};
-    const int64_t num_whole = num_inputs / kBlockInputs, left = num_inputs % kBlockInputs;
+    const int64_t total = num_rows * num_blocks, gap = stride - num_blocks * kBlockInputs;
     alignas(16) float factors[2][4];
     const auto find = [&](int64_t block) {
-        if (block >= num_whole) return true;
-        const int64_t count = num_whole - block < 4 ? num_whole - block : 4;
+        if (block >= total) return true;
+        const int64_t count = total - block < 4 ? total - block : 4;
         return kFinders[count - 1](x + block * kBlockInputs, scales + block, factors[block / 4 % 2]);
     };
     bool is_finite = find(0);
-    for (int64_t block = 0; block < num_whole; block += 4) {
-        const int64_t count = num_whole - block < 4 ? num_whole - block : 4, at = block * kBlockInputs;
+    int64_t left = num_blocks;  // of the row
+    for (int64_t block = 0; block < total; block += 4) {
+        const int64_t count = total - block < 4 ? total - block : 4;
+        int8_t* to[4];
+        for (int64_t i = 0; i < count; ++i, q += kBlockInputs) {
+            to[i] = q;
+            if (--left > 0) continue;
+            left = num_blocks;
+            q += gap;
+        }
         const bool next_is_finite = find(block + 4);
+        int32_t* const starts = byte_starts == nullptr ? nullptr : byte_starts + block;
         if (is_finite) {
-            kQuantizers[count - 1](x + at, factors[block / 4 % 2], q + at, sums + 2 * block);
+            kQuantizers[count - 1](x + block * kBlockInputs, factors[block / 4 % 2], to, sums + 2 * block, starts);
         } else {
-            for (int64_t i = block; i < block + count; ++i) {
-                const int64_t from = i * kBlockInputs;
-                quantize_one(x + from, kBlockInputs, q + from, scales + i, sums + 2 * i);
+            for (int64_t i = 0; i < count; ++i) {
+                int32_t* const halves = sums + 2 * (block + i);
+                quantize_one(x + (block + i) * kBlockInputs, kBlockInputs, to[i], scales + block + i, halves);
+                if (starts != nullptr) starts[i] = -kByteZeroPoint * (halves[0] + halves[1]);
             }
         }
         is_finite = next_is_finite;
     }
-    if (left > 0) {
-        const int64_t at = num_whole * kBlockInputs;
-        quantize_one(x + at, left, q + at, scales + num_whole, sums + 2 * num_whole);
-    }
+}
+
+void quantize_row_avx512(const float* x, int64_t num_inputs, int8_t* q, int16_t*, float* scales, int32_t* sums) {
+    const int64_t num_whole = num_inputs / kBlockInputs, left = num_inputs % kBlockInputs;
+    const int64_t at = num_whole * kBlockInputs;
+    quantize_rows_avx512(x, 1, num_whole, q, at, scales, sums, nullptr);
+    if (left > 0) quantize_one(x + at, left, q + at, scales + num_whole, sums + 2 * num_whole);
 }
 
 void round_row_avx512(const float* x, int64_t num_inputs, uint16_t* bits, float* numbers)

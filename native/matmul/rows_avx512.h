@@ -3,178 +3,30 @@
 // bits is expanded once for many rows.
 #pragma once
 
-#include "matmul/vectors_avx512.h"
+#include "matmul/tiles_avx512.h"
 
 namespace rarefy::matmul::avx512 {
 
-constexpr int kMaxRows = 8;                  // by a pair of panels: 16 sums
-constexpr int kPair = 2;                     // panels
 constexpr int64_t kFewestExpandedRows = 32;  // that pay for storing codes and loading them
 
-// The first rows that meet a pair of panels would wait for memory, and those after them read it from the L2 cache. So
-// each call fetches its share of the next pair.
-class Ahead {
-public:
-    // The first of `count` shares of `panel` and `panel + distance`, the next pair, in `num_blocks` steps; nothing
-    // unless there is `any`.
-    Ahead(const PanelWeights& w, int64_t panel, int64_t distance, int64_t count, int64_t num_blocks, bool any) {
-        for (int p = 0; p < kPair; ++p) {
-            const int64_t* offsets = w.value_offsets + panel + p * distance;
-            const auto num_bytes = static_cast<uint32_t>(any ? offsets[1] - offsets[0] : 0);
-            share_[p] = (num_bytes + static_cast<uint32_t>(count) - 1) / static_cast<uint32_t>(count);
-            from_[p] = w.values + offsets[0];
-            end_[p] = from_[p] + share_[p];
-        }
-        num_bytes_ = (share_[0] / static_cast<uint32_t>(num_blocks) + 63) / 64 * 64;
-    }
-    // Of all rows that meet the pair before.
-    bool is_first() const { return is_first_; }
-    // To the next share.
-    void advance() {
-        is_first_ = false;
-        for (int p = 0; p < kPair; ++p) {
-            from_[p] = end_[p];
-            end_[p] += share_[p];
-        }
-    }
-    // Once for each block.
-    void fetch() {
-        UNROLL for (int p = 0; p < kPair; ++p) {
-            for (int64_t offset = 0; offset < num_bytes_ && from_[p] < end_[p]; offset += 64, from_[p] += 64)
-                _mm_prefetch(reinterpret_cast<const char*>(from_[p]), _MM_HINT_T1);
-        }
-    }
-
-private:
-    const uint8_t *from_[kPair], *end_[kPair];
-    uint32_t share_[kPair];
-    int64_t num_bytes_;
-    bool is_first_ = true;
-};
-
-// A segment at once, unless the stream says how many steps.
-template <class Stream, int kSteps>
-constexpr int fetch_steps(decltype(&Stream::kFetchSteps)) {
-    return Stream::kFetchSteps;
-}
-template <class Stream, int kSteps>
-constexpr int fetch_steps(...) {
-    return kSteps;
-}
-
-// Some blocks of the panels `panel` and `panel + distance`.
-struct Stretch {
-    int64_t panel, distance, block_begin, block_end;
-};
-
-inline Lanes output_row(const PanelWeights& w, const Part& part, int64_t row, int64_t panel) {
-    return Lanes(w, panel, part.y + row * part.y_stride + panel * kPanelOutputs);
-}
-
-// Sums of a block begin with what its one zero point subtracts, a power of two; `byte_starts` of rows `stride` apart.
-// Of bytes that is a load for all lanes, which takes no port of the products.
-template <int kRows>
-inline void start_symmetric(const PanelWeights& w, const int32_t* byte_starts, int64_t stride,
-                            Sums (&dots)[kRows][kPair]) {
-    if (w.zero_point == kByteZeroPoint) {
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            dots[r][0] = dots[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(byte_starts[r * stride]));
-        }
-    } else {
-        const int shift = __builtin_ctz(static_cast<unsigned>(kByteZeroPoint / w.zero_point));
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            dots[r][0] = dots[r][1] = reinterpret_cast<Sums>(_mm512_set1_epi32(byte_starts[r * stride] >> shift));
-        }
-    }
-}
-
-// kRows rows from `row` on by a stretch, whose codes come from the streams; the sums start at 0 with block 0, else at
-// y. kSymmetric: all zero points are the same.
-template <int kRows, int kSteps, bool kSymmetric, class Stream>
-inline void add_codes(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, const Stretch& stretch,
-                      Stream (&streams)[kPair], Ahead& ahead) {
-    constexpr int kSegments = 16 / kSteps;  // of a block
-    constexpr int kPairs = kSteps / 2;
-    static_assert(!kSymmetric || kSteps == 16);
-    constexpr int kFetchSteps = fetch_steps<Stream, kSteps>(nullptr);
-    const int64_t panel = stretch.panel, distance = stretch.distance;
-    const int8_t* q = rows.q + row * rows.stride + stretch.block_begin * kBlockInputs;
-    const float* row_scales = rows.scales + row * rows.num_blocks;
-    const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
-    const int32_t* byte_starts = rows.byte_starts + row * rows.num_blocks;
-    alignas(64) float memory[kRows][kPair][kPanelOutputs] = {};
-    float (*totals)[kPair][kPanelOutputs] = memory;
-    // Of fewer than 7 rows gcc would keep them in registers, and with these numbers of rows the codes on the stack.
-    constexpr bool kTooMany = Stream::kOddShift == 0 && (kRows == 6 || (kRows == 5 && !Stream::kExpandsOnce));
-    if constexpr (kTooMany) __asm__("" : "+r"(totals) : : "memory");
-    Lanes outputs[kPair] = {output_row(w, part, row, panel), output_row(w, part, row, panel + distance)};
-    UNROLL for (int p = 0; p < kPair; ++p) {
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            if (stretch.block_begin == 0)
-                fetch_output(outputs[p].y + r * part.y_stride);
-            else
-                _mm512_store_ps(totals[r][p], outputs[p].load(r * part.y_stride));
-        }
-    }
-    const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
-    const __m512i one_pruned = pruned_codes<Stream>(one_zero_point);
-    Groups groups(w, stretch.block_begin * kSegments);
-    for (int64_t segment = stretch.block_begin * kSegments; segment < stretch.block_end * kSegments; ++segment) {
-        Sums dots[kRows][kPair];
-        __m512i pruned[kPair];
-        UNROLL for (int p = 0; p < kPair; ++p) {
-            const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
-            pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
-            if constexpr (!kSymmetric) {
-                UNROLL for (int r = 0; r < kRows; ++r) {
-                    dots[r][p] = times(zero_points, -segment_sum<kSteps>(half_sums + r * rows.num_blocks * 2, segment));
-                }
-            }
-        }
-        if constexpr (kSymmetric) start_symmetric(w, byte_starts + segment, rows.num_blocks, dots);
-        if (kSteps == 16 || segment % 2 == 0) ahead.fetch();
-        for (int pair = 0; pair < kPairs; ++pair, q += 8) {
-            __m512i even[kPair], odd[kPair];
-            UNROLL for (int p = 0; p < kPair; ++p) {
-                // Rows that are not the first to meet the pair fetch again, which costs less than asking.
-                if (2 * pair % kFetchSteps == 0 && fetches<kRows>()) streams[p].fetch(kFetchSteps);
-                streams[p].next(pruned[p], even[p], odd[p]);
-                if constexpr (Stream::kOddShift != 0) odd[p] = _mm512_srli_epi16(odd[p], Stream::kOddShift);
-            }
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                const __m512i even_q = broadcast_4(q + r * rows.stride), odd_q = broadcast_4(q + r * rows.stride + 4);
-                UNROLL for (int p = 0; p < kPair; ++p) { dots[r][p] = dot_4(dots[r][p], even[p], even_q); }
-                UNROLL for (int p = 0; p < kPair; ++p) { dots[r][p] = dot_4(dots[r][p], odd[p], odd_q); }
-            }
-        }
-        add_scaled(w, [&](auto scaling) {
-            UNROLL for (int p = 0; p < kPair; ++p) {
-                const __m512 scales = groups.scales(panel + p * distance);
-                UNROLL for (int r = 0; r < kRows; ++r) {
-                    const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
-                    const __m512 total = _mm512_load_ps(totals[r][p]);
-                    _mm512_store_ps(totals[r][p],
-                                    _mm512_fmadd_ps(to_floats(dots[r][p]), scaling.factor(row_scale, scales), total));
-                }
-            }
-        });
-        groups.advance();
-    }
-    UNROLL for (int p = 0; p < kPair; ++p) {
-        const __m512 factor = output_factor(w, panel + p * distance, stretch.block_end == w.num_blocks);
-        UNROLL for (int r = 0; r < kRows; ++r) {
-            outputs[p].store(_mm512_mul_ps(_mm512_load_ps(totals[r][p]), factor), r * part.y_stride);
-        }
-    }
-}
-
-// Whole panels, decoded for these rows alone.
+// Whole panels, decoded for each tile anew.
 template <class Stream, int kRows, int kSteps, bool kSymmetric>
-void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
-              Ahead ahead) {
+void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t num_tiles, int64_t panel,
+              int64_t distance, Ahead& ahead) {
     Stream streams[kPair];
     UNROLL for (int p = 0; p < kPair; ++p) { streams[p].start(w, panel + p * distance); }
-    add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, {panel, distance, 0, w.num_blocks}, streams, ahead);
+    add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, num_tiles, {panel, distance, 0, w.num_blocks}, streams,
+                                         ahead);
+}
+
+// Splits rows evenly into tiles of at most kMaxRows: calls run(row, rows of a tile, tiles) for one or two runs of tiles
+// of the same size.
+template <class Run>
+inline void for_runs(int64_t row, int64_t num_rows, Run run) {
+    const int64_t num_tiles = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t size = num_rows / num_tiles, num_larger = num_rows % num_tiles, num_smaller = num_tiles - num_larger;
+    run(row, size, num_smaller);
+    if (num_larger > 0) run(row + num_smaller * size, size + 1, num_larger);
 }
 
 // Expands blocks [begin, end) of one panel into plain codes or, where kLevels, codes minus zero points.
@@ -211,14 +63,14 @@ struct ExpandedCodes {
     }
 };
 
-using StretchCodesFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, const Stretch&,
-                                      const uint8_t* const (&expanded)[kPair], Ahead ahead);
+using StretchCodesFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, int64_t num_tiles,
+                                      const Stretch&, const uint8_t* const (&expanded)[kPair], Ahead& ahead);
 
 template <int kRows, int kSteps, bool kSymmetric>
-void expanded_codes_rows(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, const Stretch& stretch,
-                         const uint8_t* const (&expanded)[kPair], Ahead ahead) {
-    ExpandedCodes streams[kPair] = {{expanded[0]}, {expanded[1]}};
-    add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, stretch, streams, ahead);
+void expanded_codes_rows(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t num_tiles,
+                         const Stretch& stretch, const uint8_t* const (&expanded)[kPair], Ahead& ahead) {
+    const ExpandedCodes streams[kPair] = {{expanded[0]}, {expanded[1]}};
+    add_codes<kRows, kSteps, kSymmetric>(w, rows, part, row, num_tiles, stretch, streams, ahead);
 }
 
 template <int kSteps, bool kSymmetric>
@@ -252,13 +104,10 @@ void expand_codes_for_rows(const PanelWeights& w, const Rows& rows, const Part& 
             for (int p = 0; p <= distance; ++p)
                 expand_codes<Stream, kSteps>(w, streams[p], panel + p, begin, end, memory + p * num_bytes);
             const uint8_t* const expanded[kPair] = {memory, memory + distance * num_bytes};
-            int64_t row = part.row_begin;
-            for (int64_t group = 0; group < num_groups; ++group, ahead.advance()) {
-                const int64_t count = (num_rows + group) / num_groups;
-                kExpandedCodes<kSteps, kSymmetric>[count - 1](w, rows, part, row, {panel, distance, begin, end},
-                                                              expanded, ahead);
-                row += count;
-            }
+            for_runs(part.row_begin, num_rows, [&](int64_t row, int64_t count, int64_t num_tiles) {
+                kExpandedCodes<kSteps, kSymmetric>[count - 1](w, rows, part, row, num_tiles,
+                                                              {panel, distance, begin, end}, expanded, ahead);
+            });
             begin = end;
         }
     }
@@ -304,11 +153,13 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
     }
 }
 
+using TilesFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, int64_t num_tiles,
+                               int64_t panel, int64_t distance, Ahead& ahead);
 using RowsFunction = void (*)(const PanelWeights&, const Rows&, const Part&, int64_t row, int64_t panel,
                               int64_t distance, Ahead ahead);
 
 template <class Stream, int kSteps, bool kSymmetric>
-constexpr RowsFunction kRowsInt[kMaxRows] = {
+constexpr TilesFunction kRowsInt[kMaxRows] = {
     rows_int<Stream, 1, kSteps, kSymmetric>, rows_int<Stream, 2, kSteps, kSymmetric>,
     rows_int<Stream, 3, kSteps, kSymmetric>, rows_int<Stream, 4, kSteps, kSymmetric>,
     rows_int<Stream, 5, kSteps, kSymmetric>, rows_int<Stream, 6, kSteps, kSymmetric>,
@@ -318,28 +169,27 @@ constexpr RowsFunction kRowsFloat[kMaxRows] = {rows_float<Stream, 1>, rows_float
                                                rows_float<Stream, 4>, rows_float<Stream, 5>, rows_float<Stream, 6>,
                                                rows_float<Stream, 7>, rows_float<Stream, 8>};
 
-// Splits the rows of a part evenly, and pairs its panels.
-inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part, const RowsFunction* functions) {
+// Pairs the panels of a part, and calls run(row, rows of a tile, tiles, panel, distance, ahead).
+template <class Run>
+inline void walk_pairs(const PanelWeights& w, const Part& part, Run run) {
     const int64_t num_rows = part.row_end - part.row_begin;
-    const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t num_tiles = (num_rows + kMaxRows - 1) / kMaxRows;
     const auto all_rows = [&](int64_t panel, int64_t distance, int64_t next) {
-        int64_t row = part.row_begin;
-        Ahead ahead(w, next, distance, num_groups, w.num_blocks, next != panel && num_groups > 1);
-        for (int64_t group = 0; group < num_groups; ++group, ahead.advance()) {
-            const int64_t count = (num_rows + group) / num_groups;
-            functions[count - 1](w, rows, part, row, panel, distance, ahead);
-            row += count;
-        }
+        Ahead ahead(w, next, distance, num_tiles, w.num_blocks, next != panel && num_tiles > 1);
+        for_runs(part.row_begin, num_rows,
+                 [&](int64_t row, int64_t count, int64_t tiles) { run(row, count, tiles, panel, distance, ahead); });
     };
     // Two stretches of panels, each a sequential read of memory; or neighbours, where fetching ahead in the first
-    // stretch would only reach into the second.
+    // stretch would only reach into the second, and where there are so many rows that lines of y side by side, which
+    // come and go together, save more.
     constexpr int64_t kShortest = 32 << 10;
     if (part.distance != 0) {
         for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) all_rows(panel, part.distance, panel);
         return;
     }
     const int64_t half = (part.panel_end - part.panel_begin) / 2;
-    const bool apart = w.value_offsets[part.panel_begin + half] - w.value_offsets[part.panel_begin] >= kShortest;
+    const int64_t half_bytes = w.value_offsets[part.panel_begin + half] - w.value_offsets[part.panel_begin];
+    const bool apart = num_tiles == 1 && half_bytes >= kShortest;
     const int64_t distance = apart ? half : 1, stride = apart ? 1 : kPair;
     for (int64_t i = 0; i < half; ++i) {
         const int64_t panel = part.panel_begin + i * stride;
@@ -347,6 +197,19 @@ inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part,
     }
     // The last of an odd number of panels is computed beside itself.
     if ((part.panel_end - part.panel_begin) % 2 != 0) all_rows(part.panel_end - 1, 0, part.panel_end - 1);
+}
+
+inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part, const TilesFunction* functions) {
+    walk_pairs(w, part, [&](int64_t row, int64_t count, int64_t tiles, int64_t panel, int64_t distance, Ahead& ahead) {
+        functions[count - 1](w, rows, part, row, tiles, panel, distance, ahead);
+    });
+}
+
+inline void walk_rows(const PanelWeights& w, const Rows& rows, const Part& part, const RowsFunction* functions) {
+    walk_pairs(w, part, [&](int64_t row, int64_t count, int64_t tiles, int64_t panel, int64_t distance, Ahead& ahead) {
+        for (int64_t tile = 0; tile < tiles; ++tile, row += count, ahead.advance())
+            functions[count - 1](w, rows, part, row, panel, distance, ahead);
+    });
 }
 
 }  // namespace rarefy::matmul::avx512

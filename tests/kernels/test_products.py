@@ -206,13 +206,14 @@ def test_extreme_activations(weight, layout_format, isa) -> None:
             assert not np.any(np.isnan(y))
 
 
+@pytest.mark.parametrize("num_inputs", [130, 192])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_non_finite_activation_spoils_its_row_only(weight, layout_format, isa, bad) -> None:
-    w = weight(layout_format, 20, 130)
-    x = np.random.default_rng(5).standard_normal((4, 130)).astype(np.float32)
+def test_a_non_finite_activation_spoils_its_row_only(weight, layout_format, isa, bad, num_inputs) -> None:
+    w = weight(layout_format, 20, num_inputs)
+    x = np.random.default_rng(5).standard_normal((4, num_inputs)).astype(np.float32)
     prepared = kernels.prepare(w.layout, isa=isa)
     clean = prepared.matmul(x)
-    x[2, 129] = bad
+    x[2, -1] = bad
     y = prepared.matmul(x)
     np.testing.assert_array_equal(y[[0, 1, 3]], clean[[0, 1, 3]])
     if w.is_integer:
