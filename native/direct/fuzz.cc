@@ -177,10 +177,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
             return 0;
         }
         const Sizes sizes = direct::sizes_of_output(request, c);
-        const double copied = static_cast<double>(direct::count_floats(c.shape)) *
-                              static_cast<double>(std::max<int64_t>(1, c.shape.batch * c.shape.groups));
-        if (product_of(sizes) > kMostFloats || product_of(request.x) > kMostFloats || floats > 16 * kMostFloats)
-            return 0;
+        const double copied = static_cast<double>(direct::count_floats(c.shape)) * static_cast<double>(c.shape.groups) *
+                              static_cast<double>(c.shape.batch);
+        if (product_of(sizes) > kMostFloats || product_of(request.x) > kMostFloats || copied > kMostCopied) return 0;
         if (product_of(sizes) * static_cast<double>(c.shape.num_inputs()) > kMostSums) return 0;
         const auto count = static_cast<size_t>(product_of(sizes));
         if (x == nullptr) {
