@@ -26,7 +26,7 @@ using matmul::Operator;
 using Sizes = std::vector<int64_t>;
 
 // More floats of an array or of what is copied, sums, or numbers to decode would take seconds under a sanitizer.
-constexpr double kMostFloats = 1 << 16, kMostCopied = 1 << 18, kMostSums = 1 << 18, kMostDecoded = 1 << 14;
+constexpr double kMostFloats = 1 << 16, kMostCopied = 1 << 20, kMostSums = 1 << 19, kMostDecoded = 1 << 16;
 
 double product_of(const Sizes& sizes) {
     double product = 1;
