@@ -184,7 +184,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", help='measure settings whose JSON contains this, such as "4096"')
     parser.add_argument("--rounds", type=int, default=9)
     default_report = Path(__file__).parent.parent / "docs" / "performance.md"
-    parser.add_argument("--report", type=Path, default=default_report, help="written beside its picture")
+    report_help = "Markdown file to write; the picture of X.md goes beside it, as X-roofline.svg (default: %(default)s)"
+    parser.add_argument("--report", type=Path, default=default_report, help=report_help)
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one is not None:

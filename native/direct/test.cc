@@ -22,19 +22,12 @@ namespace {
 
 using namespace rarefy;
 using checks::check;
+using checks::random_floats;
 using direct::kAxes;
 using direct::Shape;
 using matmul::Isa;
 using matmul::Operator;
 using Floats = std::vector<float>;
-
-Floats random_floats(int64_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    Floats x(static_cast<size_t>(count));
-    for (float& value : x) value = normal(random);
-    return x;
-}
 
 Operator float_operator(const float* rows, int64_t num_outputs, int64_t num_inputs, Isa isa) {
     const auto* bytes = reinterpret_cast<const uint8_t*>(rows);

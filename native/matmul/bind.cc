@@ -90,7 +90,9 @@ nb::object multiply(const Operator& by, nb::handle x) {
     return made.empty() ? nb::none() : std::move(made[0]);
 }
 
-nb::object multiply_many(nb::handle x, const nb::sequence& weights) {
+// A sequence may make its items as they are asked for: only a tuple of them keeps them alive.
+nb::object multiply_many(nb::handle x, const nb::sequence& sequence) {
+    const nb::tuple weights(sequence);
     std::vector<const Operator*> operators;
     for (const nb::handle weight : weights) {
         const Operator* by;
@@ -105,7 +107,8 @@ nb::object multiply_many(nb::handle x, const nb::sequence& weights) {
     return results;
 }
 
-void multiply_into(const Input& x, const nb::sequence& weights, const nb::sequence& outputs) {
+void multiply_into(const Input& x, const nb::sequence& some_weights, const nb::sequence& some_outputs) {
+    const nb::tuple weights(some_weights), outputs(some_outputs);
     std::vector<matmul::Target> targets;
     const auto num_rows = static_cast<int64_t>(x.shape(0)), num_inputs = static_cast<int64_t>(x.shape(1));
     const size_t count = nb::len(weights);
@@ -120,7 +123,6 @@ void multiply_into(const Input& x, const nb::sequence& weights, const nb::sequen
             throw std::invalid_argument("shapes of x, weight and output do not fit");
         targets.push_back({by, y.data()});
     }
-    // The caller's sequences keep the weights and arrays alive.
     const common::Unlocked unlocked;
     matmul::multiply(x.data(), num_rows, num_inputs, targets);
 }

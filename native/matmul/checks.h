@@ -4,9 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -45,20 +43,6 @@ inline std::vector<std::unique_ptr<matmul::Weights>> packed_for(const std::vecto
     std::vector<std::unique_ptr<matmul::Weights>> weights;
     for (const matmul::Isa isa : isas) weights.push_back(std::make_unique<matmul::Weights>(sample.packed(), isa));
     return weights;
-}
-
-// Standard normal, the same for a seed however many: drawn once, which an emulator is slow at.
-inline std::vector<float> random_rows(int64_t count, unsigned seed) {
-    struct Drawn {
-        explicit Drawn(unsigned seed) : random(seed) {}
-        std::mt19937 random;
-        std::normal_distribution<float> normal;
-        std::vector<float> values;
-    };
-    static std::map<unsigned, Drawn> drawn;
-    Drawn& stream = drawn.try_emplace(seed, seed).first->second;
-    while (static_cast<int64_t>(stream.values.size()) < count) stream.values.push_back(stream.normal(stream.random));
-    return {stream.values.begin(), stream.values.begin() + count};
 }
 
 inline std::vector<float> product(const matmul::Weights& weights, const std::vector<float>& x, int64_t num_rows,

@@ -13,9 +13,9 @@
 
 #include "common/fuzz.h"
 #include "common/pool.h"
+#include "matmul/damage.h"
 #include "matmul/dispatch.h"
 #include "matmul/operators.h"
-#include "matmul/samples.h"
 #include "matmul/weights.h"
 
 namespace {
@@ -23,118 +23,8 @@ namespace {
 using namespace rarefy;
 using fuzz::Exact;
 using fuzz::Input;
-using matmul::Element;
 using matmul::Isa;
 using matmul::Sample;
-using matmul::SampleArray;
-
-constexpr int64_t kMax = std::numeric_limits<int64_t>::max();
-
-struct Machine {
-    std::vector<std::string> formats;
-    std::vector<Isa> isas;
-    Machine() {
-        for (const matmul::ListedKernel& kernel : matmul::list_kernels()) {
-            if (std::find(formats.begin(), formats.end(), kernel.format) == formats.end())
-                formats.push_back(kernel.format);
-            if (std::find(isas.begin(), isas.end(), kernel.isa) != isas.end()) continue;
-            try {
-                isas.push_back(matmul::runnable_isa(matmul::name(kernel.isa)));
-            } catch (const std::invalid_argument&) {
-                continue;
-            }
-        }
-    }
-    const std::string& format(Input& input) const {
-        return formats[static_cast<size_t>(input.between(0, static_cast<int64_t>(formats.size()) - 1))];
-    }
-};
-
-int64_t wild_number(Input& input) {
-    if (input.one_in(2)) return input.between(-2, 300);
-    const int64_t number =
-        input.pick<int64_t>({kMax, -kMax - 1, -1, int64_t{1} << 31, (int64_t{1} << 31) - 1, int64_t{1} << 32,
-                             (int64_t{1} << 24) - 1, int64_t{1} << 48, int64_t{1} << 62, 4096, 65536, 48, 32, 64});
-    return number == kMax || number == -kMax - 1 ? number : number + input.pick<int64_t>({0, 0, -1, 1});
-}
-
-// Wraps around instead of overflowing.
-int64_t shifted(int64_t number, int64_t by) {
-    return static_cast<int64_t>(static_cast<uint64_t>(number) + static_cast<uint64_t>(by));
-}
-
-matmul::SampleSpec random_spec(Input& input, const Machine& machine) {
-    matmul::SampleSpec spec{machine.format(input), input.size(80), input.size(400), 0, false, 0.5, 0};
-    if (input.one_in(4)) spec.num_inputs = matmul::kBlockInputs * input.between(0, 6);
-    spec.group_size = input.pick<int64_t>({0, 32, 64, 96, 128, 160, 256, 1024});
-    spec.symmetric = input.one_in(2);
-    spec.density = input.pick({0.0, 0.05, 0.125, 0.5, 0.9, 1.0});
-    spec.seed = static_cast<unsigned>(input.bits(4));
-    spec.group = input.pick({64, 64, 64, 32, 16, 8, 4, 2, 1, 12, 5});
-    spec.keep = static_cast<int>(input.between(1, spec.group));
-    return spec;
-}
-
-void damage_array(Input& input, Sample& sample) {
-    if (sample.arrays.empty()) return;
-    const auto last = static_cast<int64_t>(sample.arrays.size()) - 1;
-    const auto at = static_cast<size_t>(input.between(0, last));
-    SampleArray& array = sample.arrays[at];
-    const auto size = static_cast<int64_t>(array.bytes.size());
-    std::mt19937 random(static_cast<unsigned>(input.bits(4)));
-    switch (input.between(0, 8)) {
-        case 0:
-        case 1:  // some bytes
-            for (int64_t i = input.between(1, 8); i > 0 && size > 0; --i)
-                array.bytes[random() % array.bytes.size()] = static_cast<uint8_t>(random());
-            break;
-        case 2:  // all bytes
-            for (uint8_t& byte : array.bytes) byte = static_cast<uint8_t>(random());
-            break;
-        case 3: {  // bfloat16 or float32 that are not finite, or bits all alike
-            const uint16_t word = input.pick<uint16_t>({0x7f80, 0xff80, 0x7fc0, 0xffff, 0, 0x7f7f, 0x0001});
-            const int64_t begin = size / 2 > 0 ? 2 * input.between(0, size / 2 - 1) : size;
-            for (int64_t i = begin; i + 1 < size && (i < begin + 64 || input.one_in(4)); i += 2)
-                std::memcpy(array.bytes.data() + i, &word, 2);
-            break;
-        }
-        case 4: array.bytes.resize(static_cast<size_t>(input.between(0, size))); break;
-        case 5: array.bytes.resize(static_cast<size_t>(std::max<int64_t>(0, size + input.between(-3, 70)))); break;
-        case 6: array.element = static_cast<Element>(input.between(0, static_cast<int64_t>(Element::other))); break;
-        case 7: sample.arrays.erase(sample.arrays.begin() + static_cast<std::ptrdiff_t>(at)); break;
-        default:  // twice, or under another array's name
-            sample.arrays.push_back(array);
-            sample.arrays.back().name = sample.arrays[static_cast<size_t>(input.between(0, last))].name;
-    }
-}
-
-// The formats' integers, and their names for the arrays, are few: those of another format are worth a try.
-void damage_numbers(Input& input, Sample& sample, const Machine& machine) {
-    switch (input.between(0, 5)) {
-        case 0:
-            sample.num_outputs =
-                input.one_in(2) ? wild_number(input) : shifted(sample.num_outputs, input.between(-20, 20));
-            break;
-        case 1:
-            sample.num_inputs =
-                input.one_in(2) ? wild_number(input) : shifted(sample.num_inputs, input.between(-70, 70));
-            break;
-        case 2: sample.format = machine.format(input); break;
-        case 3:
-            sample.integers.push_back(
-                {input.pick({"group_size", "keep", "group", "scaled", "block_shape_0", "block_shape_1", "rank"}),
-                 wild_number(input)});
-            break;
-        default: {
-            if (sample.integers.empty()) break;
-            const auto at = static_cast<size_t>(input.between(0, static_cast<int64_t>(sample.integers.size()) - 1));
-            if (input.one_in(6))
-                sample.integers.erase(sample.integers.begin() + static_cast<std::ptrdiff_t>(at));
-            else
-                sample.integers[at].value = wild_number(input);
-        }
-    }
-}
 
 struct Run {
     std::vector<float> y;
@@ -170,12 +60,12 @@ Run product_of(const matmul::Operator& by, const Exact<float>& x, int64_t num_ro
 }
 
 // Each of some runs of x meets the weight, and what comes out of them meets another one, of any format.
-void chain(Input& input, const std::string& what, const Machine& machine,
+void chain(Input& input, const std::string& what, const matmul::Machine& machine,
            const std::shared_ptr<const matmul::Weights>& weight) {
     const matmul::Operator inner(weight);
     const int64_t num_runs = input.between(1, 3), num_rows = input.pick<int64_t>({1, 1, 2, 7, 20});
     if (inner.num_outputs() * num_runs > 2048 || num_rows * num_runs * inner.num_inputs() > (1 << 16)) return;
-    matmul::SampleSpec spec = random_spec(input, machine);
+    matmul::SampleSpec spec = matmul::random_spec(input, machine);
     spec.num_inputs = inner.num_outputs() * num_runs;
     const Sample sample = matmul::make_sample(spec);
     const matmul::Operator outer(std::make_shared<const matmul::Weights>(sample.packed(), weight->isa()));
@@ -253,35 +143,15 @@ void multiply_all(Input& input, const std::string& what,
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-    static const Machine machine;
+    static const matmul::Machine machine;
     Input input(data, size);
-    const matmul::SampleSpec spec = random_spec(input, machine);
-    Sample sample = matmul::make_sample(spec);
-    const auto num_damages = input.pick<int64_t>({0, 1, 1, 1, 1, 2, 2, 3, 5});
-    for (int64_t i = 0; i < num_damages; ++i) {
-        if (input.between(0, 2) == 0)
-            damage_numbers(input, sample, machine);
-        else
-            damage_array(input, sample);
-    }
-    matmul::PackedArrays packed = sample.packed();
-    std::vector<Exact<uint8_t>> exact;
-    for (size_t i = 0; i < packed.arrays.size(); ++i) {
-        exact.emplace_back(sample.arrays[i].bytes, static_cast<size_t>(input.between(0, 3)));
-        packed.arrays[i].bytes = num_damages > 0 && input.one_in(200) ? nullptr : exact.back().data();
-    }
-    const std::string what = packed.format + " " + std::to_string(spec.num_outputs) + " x " +
+    const matmul::SampleSpec spec = matmul::random_spec(input, machine);
+    const matmul::Hostile hostile(input, machine, spec, input.pick<int64_t>({0, 1, 1, 1, 1, 2, 2, 3, 5}));
+    const std::string what = hostile.packed.format + " " + std::to_string(spec.num_outputs) + " x " +
                              std::to_string(spec.num_inputs) + ", seed " + std::to_string(spec.seed);
     std::vector<std::shared_ptr<const matmul::Weights>> weights;
-    for (const Isa isa : machine.isas) {
-        try {
-            weights.push_back(std::make_shared<const matmul::Weights>(packed, isa));
-        } catch (const std::invalid_argument& error) {
-            if (num_damages == 0) fuzz::fail(what + ": refused, " + error.what());
-        } catch (const std::bad_alloc&) {
-            continue;
-        }
-    }
+    for (const Isa isa : machine.isas)
+        if (auto made = hostile.weights(isa)) weights.push_back(std::move(made));
     if (weights.empty()) return 0;
     multiply_all(input, what, weights);
     const auto& one = weights[static_cast<size_t>(input.between(0, static_cast<int64_t>(weights.size()) - 1))];

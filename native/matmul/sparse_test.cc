@@ -17,7 +17,7 @@ using checks::check;
 using checks::described;
 using checks::packed_for;
 using checks::product;
-using checks::random_rows;
+using checks::random_floats;
 using checks::TestedFormat;
 using matmul::Isa;
 using matmul::Sample;
@@ -51,7 +51,7 @@ void test_patterns() {
                 const Weights reference(sample.packed(), other);
                 const auto of_isas = packed_for(isas, sample);
                 for (const int64_t num_rows : {1, 2, 5, 17, 30}) {
-                    const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
+                    const std::vector<float> x = random_floats(num_rows * c.inputs, 5);
                     common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
                     const std::vector<float> expected = product(reference, x, num_rows, c.inputs);
                     for (const auto& weights : of_isas)
@@ -85,7 +85,7 @@ void test_masks_of_many_rows() {
             const Weights reference(sample.packed(), Isa::reference);
             const auto of_isas = packed_for(isas, sample);
             for (const int64_t num_rows : {16, 25, 61, 128, 131}) {
-                std::vector<float> x = random_rows(num_rows * c.inputs, 23);
+                std::vector<float> x = random_floats(num_rows * c.inputs, 23);
                 x[static_cast<size_t>(3 * c.inputs)] = std::numeric_limits<float>::quiet_NaN();
                 common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
                 const std::vector<float> expected = product(reference, x, num_rows, c.inputs);
@@ -119,7 +119,7 @@ void test_float_masks_of_many_rows() {
             const Sample sample = matmul::make_sample({tested.format, c.outputs, c.inputs, 0, true, c.density, 29});
             const auto of_isas = packed_for(isas, sample);
             for (const bool finite : {true, false}) {
-                std::vector<float> most = random_rows(kMostRows * c.inputs, 31);
+                std::vector<float> most = random_floats(kMostRows * c.inputs, 31);
                 if (!finite) {
                     most[static_cast<size_t>(3 * c.inputs)] = std::numeric_limits<float>::quiet_NaN();
                     most[static_cast<size_t>(5 * c.inputs + 7)] = std::numeric_limits<float>::infinity();
@@ -167,7 +167,7 @@ void test_groups_that_keep_too_many() {
                         const Weights weights(sample.packed(), isa);
                         check(isa < Isa::avx512 || weights.view().mask != nullptr,
                               std::string(format) + ": lists without room are refused");
-                        product(weights, random_rows(192 * 3, 1), 3, 192);
+                        product(weights, random_floats(192 * 3, 1), 3, 192);
                     } catch (const std::invalid_argument&) {
                         check(isa >= Isa::avx512, std::string(format) + ": others have room for every entry");
                     }

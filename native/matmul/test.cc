@@ -17,7 +17,7 @@ using namespace rarefy;
 using checks::check;
 using checks::described;
 using checks::product;
-using checks::random_rows;
+using checks::random_floats;
 using checks::TestedFormat;
 using matmul::Isa;
 using matmul::PackedArrays;
@@ -96,9 +96,9 @@ void test_products() {
                 matmul::make_sample({tested.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 3});
             const auto of_isas = checks::packed_for(tested.isas, sample);
             // Fewer rows are the first of these.
-            const Expected expected = expect(sample, *of_isas[0], random_rows(kMostRows * c.inputs, 5), kMostRows);
+            const Expected expected = expect(sample, *of_isas[0], random_floats(kMostRows * c.inputs, 5), kMostRows);
             for (const int64_t num_rows : {int64_t{0}, int64_t{1}, int64_t{2}, int64_t{7}, int64_t{13}, kMostRows}) {
-                const std::vector<float> x = random_rows(num_rows * c.inputs, 5);
+                const std::vector<float> x = random_floats(num_rows * c.inputs, 5);
                 // Integers leave no freedom: every instruction set gives the bits of the reference, which is the first.
                 std::vector<float> first;
                 for (const auto& weights : of_isas) {
@@ -122,7 +122,7 @@ void test_products() {
 // A weight large enough that each thread's share of one row is cut into pieces, of which others take some.
 void test_pieces_of_one_row() {
     constexpr int64_t kOutputs = 1063, kInputs = 2112;
-    const std::vector<float> x = random_rows(kInputs, 5);
+    const std::vector<float> x = random_floats(kInputs, 5);
     for (const TestedFormat& tested : checks::tested_formats()) {
         if (tested.isas.size() == 1) continue;
         const Sample sample = matmul::make_sample({tested.format, kOutputs, kInputs, 64, false, 0.5, 3});
@@ -200,8 +200,8 @@ void test_damaged_arrays() {
                 if (!checks::runs(isa)) continue;
                 try {
                     const Weights weights(changed.packed(), isa);
-                    product(weights, random_rows(70 * 5, 1), 5, 70);
-                    product(weights, random_rows(70, 1), 1, 70);
+                    product(weights, random_floats(70 * 5, 1), 5, 70);
+                    product(weights, random_floats(70, 1), 1, 70);
                 } catch (const std::invalid_argument&) {
                     continue;
                 }
@@ -211,7 +211,7 @@ void test_damaged_arrays() {
 }
 
 void test_non_finite_rows() {
-    std::vector<float> x = random_rows(3 * 130, 2);
+    std::vector<float> x = random_floats(3 * 130, 2);
     x[130 + 129] = std::numeric_limits<float>::quiet_NaN();
     x[2 * 130] = 1e-42f;
     for (const TestedFormat& tested : checks::tested_formats()) {
@@ -229,7 +229,7 @@ void test_taps() {
     constexpr int64_t kChannels = 128, kPixels = 1500, kRows = 1400;
     const std::vector<int64_t> offsets = {0, 1, 40, 99};
     const auto num_inputs = kChannels * static_cast<int64_t>(offsets.size());
-    const std::vector<float> pixels = random_rows(kPixels * kChannels, 5);
+    const std::vector<float> pixels = random_floats(kPixels * kChannels, 5);
     std::vector<int64_t> starts;
     std::vector<float> x;
     for (int64_t row = 0; row < kRows; ++row) {

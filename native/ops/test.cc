@@ -5,10 +5,10 @@
 #include <cstdio>
 #include <functional>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "common/checks.h"
 #include "common/cpu.h"
 #include "common/pool.h"
 #include "ops/ops.h"
@@ -16,26 +16,10 @@
 namespace {
 
 using namespace rarefy;
+using checks::check_close;
+using checks::random_floats;
 using ops::kKeyBlock;
 using Floats = std::vector<float>;
-
-int num_checks = 0;
-int num_failures = 0;
-
-Floats random_floats(int64_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    Floats x(static_cast<size_t>(count));
-    for (float& value : x) value = normal(random);
-    return x;
-}
-
-// Written so that NaN fails.
-void check_close(float found, double expected, double error, const std::string& what) {
-    ++num_checks;
-    if (std::fabs(found - expected) <= error) return;
-    if (++num_failures <= 20) std::printf("FAILED: %s: %g, expected %g\n", what.c_str(), found, expected);
-}
 
 void check_norms(const ops::Kernels& kernels, const std::string& isa) {
     for (const int64_t rows : {0, 1, 3, 700}) {
@@ -208,8 +192,8 @@ int main() {
             for (const int64_t head_dim : {1, 5, 32, 65}) check_segments(*kernels, isa, 3, head_dim);
         }
     }
-    std::printf("%d of %d checks failed, on", num_failures, num_checks);
+    std::printf("on");
     for (const auto& table : tables) std::printf(" %s", table.first.c_str());
     std::printf("\n");
-    return num_failures == 0 ? 0 : 1;
+    return checks::summary();
 }

@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <array>
 #include <cstring>
 #include <optional>
 #include <stdexcept>
@@ -11,7 +12,7 @@
 
 #include "common/arrays.h"
 #include "common/unlocked.h"
-#include "recurrent/recurrent.h"
+#include "recurrent/request.h"
 
 namespace nb = nanobind;
 
@@ -26,26 +27,29 @@ void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-void borrow(Lent& lent, nb::handle array, int num_axes) {
-    require(lent.borrow(array, false) && lent.ndim() == num_axes,
+// The sizes of an array.
+template <size_t kNumAxes>
+std::array<int64_t, kNumAxes> borrow(Lent& lent, nb::handle array) {
+    require(lent.borrow(array, false) && lent.ndim() == static_cast<int>(kNumAxes),
             "an array is not float32, not contiguous or has another number of axes");
+    std::array<int64_t, kNumAxes> sizes;
+    for (size_t axis = 0; axis < kNumAxes; ++axis) sizes[axis] = lent.shape(static_cast<int>(axis));
+    return sizes;
 }
 
-const float* borrow_bias(Lent& lent, nb::handle array, int64_t size) {
-    if (array.is_none()) return nullptr;
-    borrow(lent, array, 1);
-    require(lent.shape(0) == size, "a bias must have one value for each output of the recurrent weight");
-    return lent.data();
+// Where it is not None.
+template <size_t kNumAxes>
+std::optional<std::array<int64_t, kNumAxes>> borrow_if_any(Lent& lent, nb::handle array) {
+    if (array.is_none()) return std::nullopt;
+    return borrow<kNumAxes>(lent, array);
 }
 
-// A state (B, width) of so many sequences, and a new array that holds the same.
-nb::object copy_state(Lent& before, Lent& after, nb::handle array, int64_t num_sequences, int64_t width) {
-    borrow(before, array, 2);
-    require(before.shape(0) == num_sequences && before.shape(1) == width, "a state has another shape than the layer's");
+// A new array that holds the same.
+nb::object copy_of(const Lent& before, Lent& after) {
     nb::object made = common::new_floats(before, before.shape(1));
     require(after.borrow(made, true), "numpy made no array");
-    if (num_sequences > 0)
-        std::memcpy(after.data(), before.data(), static_cast<size_t>(num_sequences * width) * sizeof(float));
+    const auto count = static_cast<size_t>(before.shape(0) * before.shape(1));
+    if (count > 0) std::memcpy(after.data(), before.data(), count * sizeof(float));
     return made;
 }
 
@@ -53,44 +57,30 @@ nb::tuple run_recurrent(const std::string& isa, int mode, nb::handle x, nb::hand
                         const Operator& meet_hidden, const Operator* project, nb::handle hidden, nb::handle cell,
                         const std::optional<Lengths>& lengths, bool reverse) {
     const recurrent::Kernels& kernels = recurrent::find_kernels(isa.c_str());
-    require(0 <= mode && mode < recurrent::kNumModes, "unknown mode of a recurrent layer");
-    recurrent::Layer layer{static_cast<recurrent::Mode>(mode), &meet_hidden, project, nullptr, nullptr};
-    const bool is_lstm = layer.mode == recurrent::kLstm;
-    const int64_t num_gates = meet_hidden.num_outputs(), num_outputs = meet_hidden.num_inputs();
-    const int64_t width = layer.hidden_width();
-    require(width > 0 && num_gates == width * recurrent::count_gates(layer.mode) && num_outputs > 0,
-            "the recurrent weight has no outputs for each gate, or no inputs");
-    require(project == nullptr ? num_outputs == width
-                               : is_lstm && project->num_outputs() == num_outputs && project->num_inputs() == width,
-            "the recurrent weight, the projection and the mode do not fit");
     Lent gates, biases[2], states[4], outputs;
-    borrow(gates, x, 3);
-    require(gates.shape(2) == num_gates, "x must be as wide as the recurrent weight has outputs");
-    const int64_t num_steps = gates.shape(0), num_sequences = gates.shape(1);
-    layer.input_bias = borrow_bias(biases[0], input_bias, num_gates);
-    layer.hidden_bias = borrow_bias(biases[1], hidden_bias, num_gates);
-    require(cell.is_none() != is_lstm, "an LSTM has cells, and nothing else has");
-    nb::object last_hidden = copy_state(states[0], states[1], hidden, num_sequences, num_outputs);
-    nb::object last_cell = nb::none();
-    if (is_lstm) last_cell = copy_state(states[2], states[3], cell, num_sequences, width);
+    recurrent::Request request{mode, &meet_hidden, project, borrow<3>(gates, x), {}, {}, {}, {}, {}, nullptr};
+    if (const auto sizes = borrow_if_any<1>(biases[0], input_bias)) request.input_bias = (*sizes)[0];
+    if (const auto sizes = borrow_if_any<1>(biases[1], hidden_bias)) request.hidden_bias = (*sizes)[0];
+    request.hidden = borrow<2>(states[0], hidden);
+    request.cell = borrow_if_any<2>(states[2], cell);
     if (lengths.has_value()) {
-        require(static_cast<int64_t>(lengths->shape(0)) == num_sequences, "each sequence must have a length");
-        int64_t longest = num_steps;
-        for (int64_t i = 0; i < num_sequences; ++i) {
-            const int64_t length = lengths->data()[i];
-            require(0 <= length && length <= longest, "lengths must not rise, nor exceed the steps");
-            longest = length;
-        }
+        request.num_lengths = static_cast<int64_t>(lengths->shape(0));
+        request.lengths = lengths->data();
     }
-    nb::object y = common::new_floats(gates, static_cast<Py_ssize_t>(num_outputs));
+    recurrent::Layer layer = recurrent::checked(request);
+    if (request.input_bias) layer.input_bias = biases[0].data();
+    if (request.hidden_bias) layer.hidden_bias = biases[1].data();
+    nb::object last_hidden = copy_of(states[0], states[1]), last_cell = nb::none();
+    if (request.cell) last_cell = copy_of(states[2], states[3]);
+    nb::object y = common::new_floats(gates, static_cast<Py_ssize_t>(meet_hidden.num_inputs()));
     require(outputs.borrow(y, true), "numpy made no array");
-    const recurrent::Sequences sequences{num_steps,
-                                         num_sequences,
+    const recurrent::Sequences sequences{gates.shape(0),
+                                         gates.shape(1),
                                          gates.data(),
-                                         lengths.has_value() ? lengths->data() : nullptr,
+                                         request.lengths,
                                          reverse,
                                          states[1].data(),
-                                         is_lstm ? states[3].data() : nullptr,
+                                         request.cell ? states[3].data() : nullptr,
                                          outputs.data()};
     {
         // The caller's arguments keep weights and arrays alive.

@@ -25,6 +25,8 @@ namespace {
 
 using namespace rarefy;
 using checks::check;
+using checks::check_close;
+using checks::random_floats;
 using matmul::Isa;
 using matmul::Operator;
 using matmul::Sample;
@@ -34,21 +36,7 @@ using Doubles = std::vector<double>;
 
 const double kEpsilon = std::ldexp(1.0, -24);
 
-// Written so that NaN fails.
-void check_close(double found, double expected, double error, const std::string& what) {
-    check(std::fabs(found - expected) <= error,
-          what + ": " + std::to_string(found) + ", expected " + std::to_string(expected));
-}
-
 bool runs(Isa isa) { return matmul::can_run(isa, common::detect_cpu()); }
-
-Floats random_floats(int64_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    Floats x(static_cast<size_t>(count));
-    for (float& value : x) value = normal(random);
-    return x;
-}
 
 // The errors of tanh and the sigmoid, in units of the last place of the exact value.
 
@@ -356,8 +344,8 @@ int main() {
         check_case({recurrent::kGru, 3, 0 + 130, 0, 0, false, false, true}, "dense-int8-v1", isa);
         check_case({recurrent::kGru, 0, 5, 0, 3, true, false, true}, "dense-int8-v1", isa);
     }
-    std::printf("%d of %d checks failed, on", checks::num_failures, checks::num_checks);
+    std::printf("on");
     for (const Isa isa : isas) std::printf(" %s", matmul::name(isa));
     std::printf("\n");
-    return checks::num_failures == 0 ? 0 : 1;
+    return checks::summary();
 }

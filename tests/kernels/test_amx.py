@@ -18,7 +18,8 @@ def test_cpp_tests_with_emulated_tiles(
     """Proves the logic of the kernels against the oracles, not that a processor runs them."""
     if "avx512" not in kernels.runnable_isas(kernels.detect_cpu()):
         pytest.skip("the emulation needs AVX-512")
-    options = ["-DRAREFY_BUILD_TESTS=ON", "-DRAREFY_EMULATE_AMX=ON"]
+    # The passes of AVX-VNNI, which no other pass needs, are tested where a CPU has them: by the build under sanitizers.
+    options = ["-DRAREFY_BUILD_TESTS=ON", "-DRAREFY_EMULATE_AMX=ON", "-DRAREFY_HAS_AVX_VNNI=OFF"]
     if "RAREFY_HAS_AMX - Failed" in run_cmake("-S", ROOT, "-B", tmp_path, *options):
         pytest.skip("the compiler knows no AMX")
     run_cmake("--build", tmp_path, "--parallel", "2", "--target", *PROGRAMS)

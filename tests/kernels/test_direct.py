@@ -163,3 +163,17 @@ def test_places_far_outside_of_the_input_are_zeros() -> None:
     y = module.convolve(*arguments(before=(1000, 1000), out=(3, 2)))
     np.testing.assert_array_equal(y, np.ones((2, 4, 3, 2), np.float32))
     assert module.convolve(*arguments(x=np.ones((0, 4, 5, 6), np.float32))).shape == (0, 4, 5, 6)
+
+
+@pytest.mark.parametrize("stride", [(1 << 31) - 1, 1 << 30, 1 << 22])
+def test_outputs_that_lie_too_far_from_each_other_are_refused(stride: int) -> None:
+    """Padded, what they see has so many floats that 64 bits do not count them."""
+    module = pytest.importorskip("rarefy._native")
+    made = kernels.prepare(pack(Solution.dense(np.ones((1, 2), np.float32))))
+    geometry = {"kernel": (1, 2), "stride": (stride, 1), "dilation": (1, 511), "before": (0, 0), "channels_last": True}
+    x = np.ones((1, 3, 513, 1), np.float32)
+    few = {"x": x, "weights": [made.weights], "bias": None, "groups": 1} | geometry
+    y = module.convolve(*arguments(**few, out=(2, 1)))
+    np.testing.assert_array_equal(y.reshape(-1), [2, 0])
+    with pytest.raises(ValueError, match="too far"):
+        module.convolve(*arguments(**few, out=((1 << 51) // stride + 1, 1)))

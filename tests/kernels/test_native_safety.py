@@ -1,8 +1,9 @@
 """Damaged arrays straight into the extension: an exception, never an access out of bounds."""
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,6 +244,35 @@ def test_weights_outlive_their_arrays(weight) -> None:
         array.setflags(write=True)
         array[...] = 0
     np.testing.assert_array_equal(prepared.matmul(x), expected)
+
+
+class MadeAsAskedFor(Sequence[Any]):
+    """Nobody else holds its items."""
+
+    def __init__(self, make: Callable[[], Any], count: int) -> None:
+        self.make, self.count = make, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= self.count:
+            raise IndexError
+        return self.make()
+
+
+def test_weights_that_nobody_else_holds(weight) -> None:
+    made = arguments(weight("dense-f32-v1", 40, 900))
+    kept = native.prepare(**made)
+    x = np.random.default_rng(15).standard_normal((2, 900)).astype(np.float32)
+    ys = [np.zeros((2, 40), np.float32) for _ in range(2)]
+    native.matmul(x, MadeAsAskedFor(lambda: native.prepare(**made), 2), ys)
+    for y in (*native.multiply(x, MadeAsAskedFor(lambda: native.prepare(**made), 2)), *ys):
+        np.testing.assert_array_equal(y, kept.multiply(x))
+    geometry = (None, 1, (15, 15), (1, 1), (1, 1), (7, 7), (30, 30), False)
+    image = np.ones((1, 4, 30, 30), np.float32)
+    found = native.convolve(image, MadeAsAskedFor(lambda: native.prepare(**made), 1), *geometry)
+    np.testing.assert_array_equal(found, native.convolve(image, [kept], *geometry))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rarefy import kernels
 from rarefy.kernels import Prepared, detect_cpu, extension_status, runnable_isas
-from rarefy.kernels.recurrent import MODES, run_in_numpy, run_steps
+from rarefy.kernels.recurrent import MODES, Steps, run_in_numpy, run_steps
 from rarefy.layouts import Sum
 
 NATIVE = pytest.mark.skipif(not extension_status()[0], reason="the compiled extension is missing")
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def arguments(weight):
-    """Arguments of `run_steps` but `reverse`, of any shape."""
+    """Fields of `Steps` but `reverse`, of any shape."""
 
     def make(
         mode: str, num_steps: int, batch: int, hidden: int, *, isa: str | None = None, projected: int = 0
@@ -75,7 +75,7 @@ def test_the_extension_gives_what_numpy_gives(arguments, data) -> None:
         if draw(st.booleans()):
             made[name] = None
     reverse = draw(st.booleans())
-    assert_close(run_steps(**made, reverse=reverse), run_in_numpy(**made, reverse=reverse))
+    assert_close(run_steps(Steps(**made, reverse=reverse)), run_in_numpy(Steps(**made, reverse=reverse)))
 
 
 @NATIVE
@@ -90,7 +90,7 @@ def test_the_bits_do_not_depend_on_the_threads(arguments, mode: str, batch: int)
     try:
         for num_threads, reverse in itertools.product((1, 2, 3), (False, True)):
             kernels.set_num_threads(num_threads)
-            found.append(run_steps(**made, reverse=reverse))
+            found.append(run_steps(Steps(**made, reverse=reverse)))
     finally:
         kernels.set_num_threads(before)
     for i, each in enumerate(found):
@@ -100,7 +100,7 @@ def test_the_bits_do_not_depend_on_the_threads(arguments, mode: str, batch: int)
         name: a[-1:].copy() if name.endswith(("BO", "BH", "_B")) and a is not None else a for name, a in made.items()
     }
     last["x_LBG"] = np.ascontiguousarray(made["x_LBG"][:, -1:])
-    np.testing.assert_array_equal(run_steps(**last, reverse=True)[0][:, 0], found[1][0][:, -1])
+    np.testing.assert_array_equal(run_steps(Steps(**last, reverse=True))[0][:, 0], found[1][0][:, -1])
 
 
 @NATIVE
@@ -108,9 +108,9 @@ def test_results_are_new_memory(arguments) -> None:
     made = arguments("LSTM", 3, 2, 8)
     inputs = [a for a in made.values() if isinstance(a, np.ndarray)]
     copies = [a.copy() for a in inputs]
-    first = run_steps(**made, reverse=False)
+    first = run_steps(Steps(**made, reverse=False))
     kept = [a.copy() for a in first]
-    second = run_steps(**{**made, "x_LBG": made["x_LBG"] + 1}, reverse=True)
+    second = run_steps(Steps(**{**made, "x_LBG": made["x_LBG"] + 1}, reverse=True))
     for a, b in zip((*inputs, *first), (*copies, *kept), strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in itertools.product(first, (*second, *inputs)):
@@ -123,21 +123,24 @@ def test_compositions_run_inside(weight, arguments) -> None:
     parts = [weight(name, 120, 40).layout for name in ("dense-f32-v1", "bitmask-bf16-v1")]
     made["meet_hidden"] = kernels.prepare(Sum(*parts))
     assert made["meet_hidden"].weights is not None
-    assert_close(run_steps(**made, reverse=False), run_in_numpy(**made, reverse=False))
+    assert_close(run_steps(Steps(**made, reverse=False)), run_in_numpy(Steps(**made, reverse=False)))
 
 
 @NATIVE
 def test_without_kernels_numpy_runs(arguments) -> None:
     made = arguments("LSTM", 4, 3, 40, isa="numpy", projected=11)
     assert made["meet_hidden"].weights is None
-    assert_close(run_steps(**made, reverse=True), run_steps(**arguments("LSTM", 4, 3, 40, projected=11), reverse=True))
+    assert_close(
+        run_steps(Steps(**made, reverse=True)),
+        run_steps(Steps(**arguments("LSTM", 4, 3, 40, projected=11), reverse=True)),
+    )
 
 
 @NATIVE
 def test_what_is_not_finite_stays_in_its_sequence(arguments) -> None:
     made = arguments("GRU", 3, 4, 20)
     made["x_LBG"][1, 2, 5] = np.nan
-    y_LBO = run_steps(**made, reverse=False)[0]
+    y_LBO = run_steps(Steps(**made, reverse=False))[0]
     assert np.isfinite(np.delete(y_LBO, 2, axis=1)).all()
     assert np.isfinite(y_LBO[0]).all()
     assert np.isnan(y_LBO[2, 2]).all()
@@ -219,12 +222,12 @@ def test_arguments_that_do_not_fit_are_refused(arguments) -> None:
 def test_other_threads_run_meanwhile(arguments) -> None:
     """Several callers at once, each with its own memory."""
     made = arguments("LSTM", 20, 9, 64)
-    expected = run_steps(**made, reverse=False)
+    expected = run_steps(Steps(**made, reverse=False))
     wrong: list[int] = []
 
     def call() -> None:
         for i in range(30):
-            found = run_steps(**made, reverse=False)
+            found = run_steps(Steps(**made, reverse=False))
             if not all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True)):
                 wrong.append(i)
 

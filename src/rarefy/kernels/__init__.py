@@ -12,7 +12,7 @@ from rarefy.kernels.extension import (
 )
 from rarefy.kernels.machine import Bandwidth, BandwidthProbe, describe_cpu, measure_bandwidth, measure_fork_join
 from rarefy.kernels.products import Prepared, matmul, matmul_many, prepare
-from rarefy.kernels.recurrent import run_steps
+from rarefy.kernels.recurrent import Steps, run_steps
 from rarefy.kernels.strided import copy_strided
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Kernel",
     "Prepared",
     "SlowReferenceWarning",
+    "Steps",
     "Taps",
     "available_cpus",
     "compiled_kernels",

@@ -6,7 +6,8 @@ work, and which keep the processors from the threads of the products between the
 Legend of shape suffixes: L steps, B sequences, G gates times H, H hidden units, O what a step hands on.
 """
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,24 +23,14 @@ MODES: Final[dict[str, int]] = {"LSTM": 0, "GRU": 1, "RNN_TANH": 2, "RNN_RELU": 
 _HALF, _ONE = np.float32(0.5), np.float32(1)
 
 
-def run_steps(
-    mode: str,
-    x_LBG: Array,
-    input_bias_G: Array | None,
-    hidden_bias_G: Array | None,
-    meet_hidden: Prepared,
-    project: Prepared | None,
-    hidden_BO: Array,
-    cell_BH: Array | None,
-    lengths_B: npt.NDArray[np.int64] | None,
-    *,
-    reverse: bool,
-) -> tuple[Array, Array, Array | None]:
-    """Run one layer in one direction.
+@final
+@dataclass(frozen=True)
+class Steps:
+    """What one layer is to do in one direction. All arrays are C-contiguous.
 
-    Args:
+    Attributes:
         mode: a key of `MODES`.
-        x_LBG: the products with the inputs; as all arrays C-contiguous.
+        x_LBG: the products with the inputs.
         input_bias_G: their bias.
         hidden_bias_G: the bias of the products with the states.
         meet_hidden: the weight of the states, (G, O).
@@ -48,56 +39,66 @@ def run_steps(
         cell_BH: that of an LSTM's cells; else None.
         lengths_B: of the sequences if they differ, the longest first.
         reverse: from the last step to the first.
+    """
+
+    mode: str
+    x_LBG: Array
+    input_bias_G: Array | None
+    hidden_bias_G: Array | None
+    meet_hidden: Prepared
+    project: Prepared | None
+    hidden_BO: Array
+    cell_BH: Array | None
+    lengths_B: npt.NDArray[np.int64] | None
+    reverse: bool
+
+
+def run_steps(steps: Steps) -> tuple[Array, Array, Array | None]:
+    """Run one layer in one direction.
 
     Returns:
         What each step hands on (L, B, O), zeros where a sequence has ended, and the states after the last; new arrays.
     """
-    operators = meet_hidden.weights, None if project is None else project.weights
-    module = None if operators[0] is None or (project is not None and operators[1] is None) else native()
+    weight, project = steps.meet_hidden.weights, None if steps.project is None else steps.project.weights
+    module = None if weight is None or (steps.project is not None and project is None) else native()
     if module is None:
-        return run_in_numpy(
-            *(mode, x_LBG, input_bias_G, hidden_bias_G, meet_hidden, project, hidden_BO, cell_BH, lengths_B),
-            reverse=reverse,
-        )
+        return run_in_numpy(steps)
     made: tuple[Array, Array, Array | None] = module.run_recurrent(
-        *(meet_hidden.isa, MODES[mode], x_LBG, input_bias_G, hidden_bias_G, *operators, hidden_BO, cell_BH, lengths_B),
-        reverse,
+        steps.meet_hidden.isa,
+        MODES[steps.mode],
+        steps.x_LBG,
+        steps.input_bias_G,
+        steps.hidden_bias_G,
+        weight,
+        project,
+        steps.hidden_BO,
+        steps.cell_BH,
+        steps.lengths_B,
+        steps.reverse,
     )
     return made
 
 
-def run_in_numpy(
-    mode: str,
-    x_LBG: Array,
-    input_bias_G: Array | None,
-    hidden_bias_G: Array | None,
-    meet_hidden: Prepared,
-    project: Prepared | None,
-    hidden_BO: Array,
-    cell_BH: Array | None,
-    lengths_B: npt.NDArray[np.int64] | None,
-    *,
-    reverse: bool,
-) -> tuple[Array, Array, Array | None]:
+def run_in_numpy(steps: Steps) -> tuple[Array, Array, Array | None]:
     """`run_steps` without the extension, up to float32 rounding."""
-    num_steps = len(x_LBG)
-    y_LBO = np.zeros((num_steps, *hidden_BO.shape), np.float32)
-    hidden_BO, cell_BH = hidden_BO.copy(), None if cell_BH is None else cell_BH.copy()
-    for step in range(num_steps - 1, -1, -1) if reverse else range(num_steps):
-        count = len(hidden_BO) if lengths_B is None else int(np.count_nonzero(lengths_B > step))
+    num_steps = len(steps.x_LBG)
+    y_LBO = np.zeros((num_steps, *steps.hidden_BO.shape), np.float32)
+    hidden_BO, cell_BH = steps.hidden_BO.copy(), None if steps.cell_BH is None else steps.cell_BH.copy()
+    for step in range(num_steps - 1, -1, -1) if steps.reverse else range(num_steps):
+        count = len(hidden_BO) if steps.lengths_B is None else int(np.count_nonzero(steps.lengths_B > step))
         # The states of sequences that end before this step are left as they are.
-        before_BO, gates_BG = hidden_BO[:count], x_LBG[step, :count]
-        if input_bias_G is not None:
-            gates_BG = gates_BG + input_bias_G
-        recurrent_BG = meet_hidden.matmul(before_BO)
-        if hidden_bias_G is not None:
-            recurrent_BG += hidden_bias_G
+        before_BO, gates_BG = hidden_BO[:count], steps.x_LBG[step, :count]
+        if steps.input_bias_G is not None:
+            gates_BG = gates_BG + steps.input_bias_G
+        recurrent_BG = steps.meet_hidden.matmul(before_BO)
+        if steps.hidden_bias_G is not None:
+            recurrent_BG += steps.hidden_bias_G
         if cell_BH is None:
-            hidden = _step(mode, gates_BG, recurrent_BG, before_BO)
+            hidden = _step(steps.mode, gates_BG, recurrent_BG, before_BO)
         else:
             hidden = _lstm_step(gates_BG, recurrent_BG, cell_BH[:count])
-        if project is not None:
-            hidden = project.matmul(hidden)
+        if steps.project is not None:
+            hidden = steps.project.matmul(hidden)
         y_LBO[step, :count] = hidden
         before_BO[...] = hidden
     return y_LBO, hidden_BO, cell_BH

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared, run_steps
+from rarefy.kernels import Prepared, Steps, run_steps
 from rarefy.nn.holder import LayoutHolder
 from rarefy.nn.linear import CompressedLinear
 from rarefy.nn.matrices import LayerKind, Matrix, Packed, missing_parameter
@@ -242,18 +242,19 @@ class PackedRecurrent(nn.Module):
 
     def _in_kernels(self, suffix: str, gates_LBG: Tensor, state: State, lengths: Tensor | None) -> tuple[Tensor, State]:
         bias = self.shape.bias
-        y_LBO, hidden, cell = run_steps(
-            self.shape.mode,
-            _floats(gates_LBG),
-            _floats(self.get_parameter(f"bias_ih{suffix}")) if bias else None,
-            _floats(self.get_parameter(f"bias_hh{suffix}")) if bias else None,
-            self._prepared(f"weight_hh{suffix}"),
-            self._prepared(f"weight_hr{suffix}") if self.shape.proj_size else None,
-            _floats(state[0]),
-            _floats(state[1]) if self.shape.mode == "LSTM" else None,
-            None if lengths is None else lengths.numpy(),
+        steps = Steps(
+            mode=self.shape.mode,
+            x_LBG=_floats(gates_LBG),
+            input_bias_G=_floats(self.get_parameter(f"bias_ih{suffix}")) if bias else None,
+            hidden_bias_G=_floats(self.get_parameter(f"bias_hh{suffix}")) if bias else None,
+            meet_hidden=self._prepared(f"weight_hh{suffix}"),
+            project=self._prepared(f"weight_hr{suffix}") if self.shape.proj_size else None,
+            hidden_BO=_floats(state[0]),
+            cell_BH=_floats(state[1]) if self.shape.mode == "LSTM" else None,
+            lengths_B=None if lengths is None else lengths.numpy(),
             reverse=suffix.endswith("_reverse"),
         )
+        y_LBO, hidden, cell = run_steps(steps)
         last_cell = state[1] if cell is None else torch.from_numpy(cell)
         return torch.from_numpy(y_LBO), (torch.from_numpy(hidden), last_cell)
 
