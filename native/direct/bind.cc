@@ -1,4 +1,4 @@
-// Python binding of convolutions with few outputs in a group.
+// Python bindings of convolutions: by taps, with few outputs in a group, and by patches.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/vector.h>
 
