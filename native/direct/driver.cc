@@ -74,9 +74,6 @@ void share_out(int64_t num_pieces, int64_t products, Body body) {
 struct Room {
     matmul::Decoder decoder;
     matmul::Scratch panel, weights, buffer, inputs, outputs;
-    static float* floats(matmul::Scratch& scratch, int64_t count) {
-        return reinterpret_cast<float*>(scratch.reserve(count * static_cast<int64_t>(sizeof(float))));
-    }
     void trim() {
         for (matmul::Scratch* scratch : {&buffer, &inputs, &outputs}) scratch->trim();
     }
@@ -107,9 +104,9 @@ void convolve_planar(const Convolution& c, const Kernels& kernels) {
         Room& own = room();
         const Member* decoded = nullptr;
         int64_t arranged = -1;
-        float* const panel = Room::floats(own.panel, num_terms * kPanel);
-        float* const weights = Room::floats(own.weights, num_terms * kPanel);
-        float* const buffer = Room::floats(own.buffer, plan.num_floats + kReadBeyond);
+        float* const panel = own.panel.floats(num_terms * kPanel);
+        float* const weights = own.weights.floats(num_terms * kPanel);
+        float* const buffer = own.buffer.floats(plan.num_floats + kReadBeyond);
         float starts[kPanel] = {};
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t number = piece / per_member, image = piece % per_member / num_strips;
@@ -178,10 +175,10 @@ void convolve_turned(const Convolution& c, const Kernels& kernels) {
     share_out(num_panels * per_panel, products, [&](int64_t begin, int64_t end) {
         Room& own = room();
         int64_t decoded = -1;
-        float* const weights = Room::floats(own.panel, num_taps * kPanel);
-        float* const buffer = Room::floats(own.buffer, plan.num_floats + kReadBeyond);
-        float* const inputs = Room::floats(own.inputs, shape.image_size() * kPanel);
-        float* const outputs = Room::floats(own.outputs, most_outputs * kPanel);
+        float* const weights = own.panel.floats(num_taps * kPanel);
+        float* const buffer = own.buffer.floats(plan.num_floats + kReadBeyond);
+        float* const inputs = own.inputs.floats(shape.image_size() * kPanel);
+        float* const outputs = own.outputs.floats(most_outputs * kPanel);
         alignas(64) float starts[kPanel] = {};
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t panel = piece / per_panel, image = piece % per_panel / num_strips, first = panel * kPanel;
@@ -241,7 +238,7 @@ public:
 private:
     void run_panels(int64_t first, int64_t last, Room& own) {
         // What every task reads.
-        float* const weights = Room::floats(own.weights, (last - first) * (num_taps_ + 1) * kPanel);
+        float* const weights = own.weights.floats((last - first) * (num_taps_ + 1) * kPanel);
         float* const starts = weights + (last - first) * num_taps_ * kPanel;
         weights_ = weights;
         starts_ = starts;

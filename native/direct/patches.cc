@@ -150,8 +150,8 @@ void copy_patches(const Shape& shape, const Pixels& image, int64_t begin, int64_
 // Memory of a thread.
 struct Room {
     matmul::Scratch pixels, patches, outputs;
-    static float* floats(matmul::Scratch& scratch, int64_t count) {
-        return reinterpret_cast<float*>(scratch.reserve(count * static_cast<int64_t>(sizeof(float))));
+    void trim() {
+        for (matmul::Scratch* scratch : {&pixels, &patches, &outputs}) scratch->trim();
     }
 };
 
@@ -176,7 +176,7 @@ const float* rows_of(const Convolution& c, int64_t group, int64_t begin, int64_t
     const Shape& shape = c.shape;
     const int64_t channels = shape.group_channels, width = shape.num_inputs(), plane = shape.image_size();
     if (pointwise && c.channels_last && shape.groups == 1) return c.x + begin * width;
-    float* const rows = Room::floats(own.patches, (end - begin) * width);
+    float* const rows = own.patches.floats((end - begin) * width);
     for_images(shape, begin, end, [&](int64_t image, int64_t first, int64_t stop, int64_t before) {
         float* const to = rows + before * width;
         const float* const x = c.x + image * plane * shape.num_channels();
@@ -185,7 +185,7 @@ const float* rows_of(const Convolution& c, int64_t group, int64_t begin, int64_t
         const float* const planes = x + group * channels * plane;
         if (pointwise) return strided::transpose(planes + first, plane, to, channels, stop - first, channels);
         const auto [from, until] = seen_by(shape, first, stop);
-        float* const pixels = Room::floats(own.pixels, (until - from) * channels);
+        float* const pixels = own.pixels.floats((until - from) * channels);
         strided::transpose(planes + from, plane, pixels, channels, until - from, channels);
         copy_patches(shape, {pixels, channels, from}, first, stop, to);
     });
@@ -204,7 +204,7 @@ void convolve_strip(const Convolution& c, int64_t begin, int64_t end, bool point
     Room& own = room();
     for (int64_t group = 0; group < shape.groups; ++group) {
         const float* const rows = rows_of(c, group, begin, end, pointwise, own);
-        float* const y = in_place ? c.y + begin * all : Room::floats(own.outputs, num_rows * outputs);
+        float* const y = in_place ? c.y + begin * all : own.outputs.floats(num_rows * outputs);
         matmul::multiply(rows, num_rows, shape.num_inputs(), {{c.operators[static_cast<size_t>(group)], y}});
         if (c.bias != nullptr) add_bias(c.bias + group * outputs, num_rows, outputs, y);
         if (in_place) continue;
@@ -219,6 +219,7 @@ void convolve_strip(const Convolution& c, int64_t begin, int64_t end, bool point
                                outputs, stop - first);
         });
     }
+    own.trim();
 }
 
 }  // namespace

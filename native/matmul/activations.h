@@ -14,6 +14,7 @@ namespace rarefy::matmul {
 class Scratch {
 public:
     uint8_t* reserve(int64_t num_bytes);
+    float* floats(int64_t count) { return reinterpret_cast<float*>(reserve(count * int64_t{sizeof(float)})); }
     // Gives large memory back, so that one long prompt does not hold it for ever.
     void trim() {
         constexpr int64_t kKeep = int64_t{32} << 20;

@@ -151,7 +151,7 @@ void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::v
     thread_local Scratch scratch;
     int64_t num_floats = 0;
     for (const Target& target : targets) num_floats += Call::count_floats(*target.by, num_rows);
-    auto* free = reinterpret_cast<float*>(scratch.reserve(num_floats * 4));
+    auto* free = scratch.floats(num_floats);
     Call call(x, num_rows, num_inputs, free);
     for (const Target& target : targets) call.add_target(*target.by, target.y);
     call.run();

@@ -97,10 +97,10 @@ constexpr Row kRows[] = {
     {"kmovq from memory", 0, BODY(TWICE(MASK))},
     {"vpexpandb across lines", 40, BODY(TWICE(EXPAND))},
     {"the same and its kmovq", 40, BODY(TWICE(MASKED))},
-    {"and vpdpbusd", 40, BODY(TWICE(MASKED_DOT))},
-    {"vpdpbusd and kmovq from memory", 0, BODY(TWICE(MASK_DOT))},
     {"and popcnt, from memory", 40, BODY(TWICE(COUNTED))},
     {"and popcnt, of the mask register", 40, BODY(TWICE(COUNTED_ONCE))},
+    {"vpexpandb, its kmovq and vpdpbusd", 40, BODY(TWICE(MASKED_DOT))},
+    {"vpdpbusd and kmovq from memory", 0, BODY(TWICE(MASK_DOT))},
 };
 
 }  // namespace

@@ -142,7 +142,7 @@ void Program::run(const Run& run) const {
         num_floats += floats_of(slot);
         require(num_floats <= int64_t{1} << 40, "the slots take too much memory");
     }
-    auto* free = reinterpret_cast<float*>(scratch.reserve(num_floats * 4));
+    auto* free = scratch.floats(num_floats);
     std::vector<float*> slots;
     slots.reserve(widths_.size());
     for (size_t slot = 0; slot < widths_.size(); ++slot) {

@@ -1,5 +1,6 @@
 """Convolutions on torch's threads: the same bits, and children of fork() that have none of them."""
 
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,10 @@ from rarefy.core.solution import Solution
 from rarefy.kernels import set_num_threads
 from rarefy.layouts import pack
 from rarefy.nn import replace_linear
+from rarefy.nn.team import share_threads
 
+has_team = "OpenMP" in torch.__config__.parallel_info()
+assert share_threads() == (has_team and os.environ["OMP_WAIT_POLICY"] == "ACTIVE")
 model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3, groups=32))
 layouts = {
     "0": pack(Solution.dense(np.random.default_rng(0).standard_normal((32, 144), np.float32))),
@@ -44,9 +48,13 @@ print("same")
 """
 
 
+@pytest.mark.parametrize("policy", ["ACTIVE", "PASSIVE"])
 @pytest.mark.skipif(sys.platform != "linux", reason="it forks")
-def test_the_same_bits_on_threads_of_torch_and_in_a_child() -> None:
+def test_the_same_bits_on_threads_of_torch_and_in_a_child(policy: str) -> None:
     if not extension_status()[0]:
         pytest.skip("the extension is not built")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=120)
+    environment = os.environ | {"OMP_WAIT_POLICY": policy}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=120, env=environment
+    )
     assert (done.returncode, done.stdout) == (0, "same\n"), done.stderr
