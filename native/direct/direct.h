@@ -2,8 +2,8 @@
 // it lies, without a matrix of patches. float32.
 //
 // A task decodes the numbers of a panel of outputs (matmul/decode.h), copies the channels that they see, padded, into
-// memory of its own, and there every tap is a constant offset. Of channels that lie last many panels are decoded first,
-// and the image is read where it lies:
+// memory of its own, and there every tap is a constant offset. Where every channel has one output and channels lie last
+// many panels are decoded first, and the image is read where it lies:
 //   y[output][place] = bias, and then in order over channels and taps: y = fma(x[place + offset of the tap], w, y)
 // The order is that of Correlation or PixelRow and does not depend on the instruction set, the cut into tasks or the
 // threads, so neither do the bits.
@@ -45,7 +45,8 @@ struct Correlation {
     int64_t y_output_step, y_row_step;
 };
 
-// Rows of places, each with one output of each channel; channels lie side by side. x may be in any alignment.
+// Rows of places, each with one output of each channel; channels lie side by side. x may be in any alignment. Of groups
+// of several channels what is a channel here is what an output sees of one of them, and taps are channels of taps.
 struct PixelRows {
     const float* x;
     int64_t pixel_step;                 // numbers in x from pixel to pixel
@@ -61,13 +62,21 @@ struct PixelRows {
     int64_t y_step, y_row_step;
 };
 
+// Which channels of a pixel the 16 outputs of a panel see: the first `group_outputs` of them its first `group_channels`
+// channels, and so on. group_outputs divides 16, group_channels is at most as many.
+struct Spread {
+    int64_t group_channels, group_outputs, num_outputs;
+
+    int64_t num_channels() const { return num_outputs / group_outputs * group_channels; }
+};
+
 struct Kernels {
     void (*correlate)(const Correlation&);
     void (*accumulate)(const PixelRows&);
     // to[i] = from[i * step]; nothing is read behind the last one.
     void (*gather)(const float* from, int64_t step, int64_t count, float* to);
-    // Pixels of num_channels numbers, `step` apart, become pixels of 16, with zeros behind.
-    void (*gather_pixels)(const float* from, int64_t step, int64_t num_channels, int64_t count, float* to);
+    // Of pixels `step` apart: for each channel of a group 16 numbers, which the outputs see, with zeros behind.
+    void (*gather_pixels)(const float* from, int64_t step, const Spread& spread, int64_t count, float* to);
 };
 
 extern const Kernels kRefKernels;

@@ -14,7 +14,8 @@ using matmul::Isa;
 using matmul::Operator;
 
 // Of a strip: what a first-level cache holds while the taps of a channel go over it, and what a second-level one does.
-constexpr int64_t kPlanarFloats = 6 << 10, kManyChannelsFloats = 32 << 10, kPixelFloats = 8 << 10;
+constexpr int64_t kPlanarFloats = 6 << 10, kManyChannelsFloats = 32 << 10, kPixelFloats = 8 << 10,
+                  kGroupFloats = 64 << 10;
 // Products of a task, some 10 us.
 constexpr int64_t kTaskProducts = int64_t{1} << 18;
 // Wider rows fill the vectors of planes well.
@@ -153,62 +154,88 @@ std::pair<int64_t, int64_t> strip_pixels(const Shape& shape, int axis, const Str
     return {first * behind, std::clamp<int64_t>(end, first, shape.size[axis]) * behind};
 }
 
-// Planes of which 16 are put side by side, and what comes out put back.
-void convolve_turned(const Convolution& c, const Kernels& kernels) {
+// Outputs [first, first + count) of the decoded weight, side by side in the order of `terms`, and what they begin with.
+void decode_outputs(const Convolution& c, int64_t first, int64_t count, const std::vector<int64_t>& terms, Room& own,
+                    float* weights, float* starts) {
+    const int64_t outputs = c.operators[0]->num_outputs();
+    float* const panel = own.panel.floats(c.shape.num_inputs() * kPanel);
+    for (int64_t lane = 0, end; lane < count; lane = end) {
+        const int64_t row = (first + lane) % outputs, from = row % kPanel;
+        end = std::min({count, lane + outputs - row, lane + kPanel - from});
+        own.decoder.decode(*c.operators[static_cast<size_t>((first + lane) / outputs)], row / kPanel, panel);
+        for (size_t k = 0; k < terms.size(); ++k)
+            std::copy_n(panel + terms[k] * kPanel + from, end - lane,
+                        weights + static_cast<int64_t>(k) * kPanel + lane);
+    }
+    std::fill(starts, starts + kPanel, 0.0f);
+    if (c.bias != nullptr) std::copy_n(c.bias + first, count, starts);
+}
+
+// 16 outputs at a time, each with what it sees of a channel side by side. Planes are first put so, and what comes out
+// is put back.
+void convolve_pixels(const Convolution& c, const Kernels& kernels) {
     const Shape& shape = c.shape;
-    const Strips strips(shape, kPixelFloats, [&](int64_t length) {
-        int64_t floats = kPanel;
+    const bool is_plain = shape.group_channels == 1;
+    const Strips strips(shape, is_plain ? kPixelFloats : kGroupFloats, [&](int64_t length) {
+        int64_t floats = kPanel * shape.group_channels;
         int axis = 0;
         while (axis + 1 < kAxes && shape.out[axis] == 1) ++axis;
         for (int a = 0; a < kAxes; ++a) floats *= reach(shape, a, a == axis ? length : shape.out[a]);
         return floats;
     });
     const PixelPlan plan(shape, strips.axis(), strips.length());
-    const int64_t num_channels = shape.num_channels(), num_panels = ceil_div(num_channels, kPanel);
-    const int64_t num_strips = strips.count(), per_panel = num_strips * shape.batch;
-    const auto num_taps = static_cast<int64_t>(plan.taps.size());
-    const int64_t most_outputs = ceil_div(shape.out_size(), shape.out[strips.axis()]) * strips.length();
-    const int64_t products = most_outputs * num_taps * kPanel + kCopyProducts * plan.num_floats;
+    const int64_t num_channels = shape.num_channels(), num_outputs = shape.num_outputs();
+    const int64_t num_panels = ceil_div(num_outputs, kPanel), num_strips = strips.count();
+    const int64_t per_panel = num_strips * shape.batch, in_size = shape.image_size(), out_size = shape.out_size();
+    const auto num_terms = static_cast<int64_t>(plan.terms.size());
+    const int64_t most_outputs = ceil_div(out_size, shape.out[strips.axis()]) * strips.length();
+    const int64_t products = most_outputs * num_terms * kPanel + kCopyProducts * plan.num_floats;
     const int64_t run = shape.stride[2] == 1 && shape.dilation[2] == 1 ? shape.kernel[2] : 0;
     std::vector<int64_t> tap_weights;
-    for (int64_t tap = 0; tap < num_taps; ++tap) tap_weights.push_back(tap * kPanel);
+    for (int64_t term = 0; term < num_terms; ++term) tap_weights.push_back(term * kPanel);
     share_out(num_panels * per_panel, products, [&](int64_t begin, int64_t end) {
         Room& own = room();
         int64_t decoded = -1;
-        float* const weights = own.panel.floats(num_taps * kPanel);
+        float* const weights = own.weights.floats(num_terms * kPanel);
         float* const buffer = own.buffer.floats(plan.num_floats + kReadBeyond);
-        float* const inputs = own.inputs.floats(shape.image_size() * kPanel);
-        float* const outputs = own.outputs.floats(most_outputs * kPanel);
-        alignas(64) float starts[kPanel] = {};
+        float* const inputs = c.channels_last ? nullptr : own.inputs.floats(in_size * kPanel);
+        float* const outputs = c.channels_last ? nullptr : own.outputs.floats(most_outputs * kPanel);
+        alignas(64) float starts[kPanel];
         for (int64_t piece = begin; piece < end; ++piece) {
             const int64_t panel = piece / per_panel, image = piece % per_panel / num_strips, first = panel * kPanel;
-            const int64_t count = std::min<int64_t>(kPanel, num_channels - first);
-            if (decoded != panel) {
-                own.decoder.decode(*c.operators[0], panel, weights);
-                std::fill(starts, starts + kPanel, 0.0f);
-                if (c.bias != nullptr) std::copy_n(c.bias + first, count, starts);
-                decoded = panel;
-            }
+            const Spread spread{shape.group_channels, shape.group_outputs,
+                                std::min<int64_t>(kPanel, num_outputs - first)};
+            const int64_t channel = first / shape.group_outputs * shape.group_channels, count = spread.num_outputs;
+            if (decoded != panel) decode_outputs(c, first, count, plan.terms, own, weights, starts);
+            decoded = panel;
             const Strip strip = strips.strip(piece % num_strips);
-            const int64_t plane = shape.image_size();
-            const bool is_clear = num_strips == 1 && piece > begin;
-            const auto [from, to] = strip_pixels(shape, strips.axis(), strip);
-            strided::transpose(c.x + (image * num_channels + first) * plane + from, plane, inputs + from * kPanel,
-                               kPanel, to - from, count);
-            plan.fill(kernels, shape, strip, is_clear, count, inputs, kPanel, buffer);
             // Outputs of a strip follow each other.
             const int64_t place = (strip.begin[0] * shape.out[1] + strip.begin[1]) * shape.out[2] + strip.begin[2];
+            const float* x = inputs;
             float* y = outputs;
+            int64_t in_step = kPanel, out_step = kPanel;
+            if (c.channels_last) {
+                x = c.x + image * in_size * num_channels + channel;
+                y = c.y + (image * out_size + place) * num_outputs + first;
+                in_step = num_channels;
+                out_step = num_outputs;
+            } else {
+                const auto [from, to] = strip_pixels(shape, strips.axis(), strip);
+                strided::transpose(c.x + (image * num_channels + channel) * in_size + from, in_size,
+                                   inputs + from * kPanel, kPanel, to - from, spread.num_channels());
+            }
+            plan.fill(kernels, shape, strip, num_strips == 1 && piece > begin, spread, x, in_step, buffer);
             const float* slice = buffer;
             for (int64_t i = 0; i < strip.length(0); ++i, slice += shape.stride[0] * plan.slice_step) {
                 const int64_t width = strip.length(2), height = strip.length(1);
-                kernels.accumulate({slice, kPanel, shape.stride[2] * kPanel, shape.stride[1] * plan.row_step,
-                                    plan.taps.data(), tap_weights.data(), num_taps, run, weights, 0, starts, height,
-                                    width, count, y, kPanel, width * kPanel});
-                y += height * width * kPanel;
+                kernels.accumulate({slice, plan.pixel_step, shape.stride[2] * plan.pixel_step,
+                                    shape.stride[1] * plan.row_step, plan.taps.data(), tap_weights.data(), num_terms,
+                                    run, weights, 0, starts, height, width, count, y, out_step, width * out_step});
+                y += height * width * out_step;
             }
-            strided::transpose(outputs, kPanel, c.y + (image * num_channels + first) * shape.out_size() + place,
-                               shape.out_size(), count, strip.length(0) * strip.length(1) * strip.length(2));
+            if (!c.channels_last)
+                strided::transpose(outputs, kPanel, c.y + (image * num_outputs + first) * out_size + place, out_size,
+                                   count, strip.length(0) * strip.length(1) * strip.length(2));
         }
         own.trim();
     });
@@ -334,10 +361,8 @@ private:
 };
 
 // Whether channels in planes are better put side by side.
-bool turns_planes(const Convolution& c) {
-    const Shape& shape = c.shape;
-    return shape.group_channels == 1 && shape.group_outputs == 1 && c.operators.size() == 1 &&
-           shape.out[2] <= kMostTurned && shape.image_size() <= kMostTurnedPixels;
+bool turns_planes(const Shape& shape) {
+    return takes_pixels(shape) && shape.out[2] <= kMostTurned && shape.image_size() <= kMostTurnedPixels;
 }
 
 }  // namespace
@@ -360,10 +385,11 @@ void convolve(const Convolution& convolution) {
     const Shape& shape = convolution.shape;
     if (shape.batch == 0 || shape.groups == 0 || shape.out_size() == 0) return;
     const Kernels& kernels = kernels_of(isa_of(*convolution.operators[0]));
-    if (convolution.channels_last) {
+    const bool is_depthwise = shape.group_channels == 1 && shape.group_outputs == 1;
+    if (convolution.channels_last && is_depthwise && convolution.operators.size() == 1) {
         LastChannels(convolution, kernels).run();
-    } else if (turns_planes(convolution)) {
-        convolve_turned(convolution, kernels);
+    } else if (convolution.channels_last || turns_planes(shape)) {
+        convolve_pixels(convolution, kernels);
     } else {
         convolve_planar(convolution, kernels);
     }

@@ -11,7 +11,7 @@ namespace rarefy::direct {
 
 // One operator with all outputs, or one for each group with its outputs; each has Shape::num_inputs inputs, of which
 // the channel changes first and then the tap. x (B, C, *size) and y (B, O, *out), both contiguous; or, of
-// channels_last, x (B, *size, C) and y (B, *out, O), for which every group must have one channel and one output.
+// channels_last, x (B, *size, C) and y (B, *out, O), which needs takes_pixels(shape).
 struct Convolution {
     Shape shape;
     std::vector<const matmul::Operator*> operators;

@@ -39,12 +39,11 @@ double product_of(const Sizes& sizes) {
 Request random_request(Input& input) {
     Request request{};
     request.way = input.one_in(3) ? direct::Way::patches : direct::Way::taps;
-    const bool is_direct = request.way == direct::Way::taps;
     const int64_t num_axes = input.between(1, direct::kAxes);
     const bool is_depthwise = input.one_in(2);
     const int64_t group_channels = is_depthwise ? 1 : input.between(1, 6);
     request.groups = is_depthwise ? input.between(1, 40) : input.between(1, 5);
-    request.channels_last = (is_depthwise || !is_direct) && input.one_in(3);
+    request.channels_last = input.one_in(3);
     request.x = {input.pick<int64_t>({1, 1, 1, 2, 3, 0})};
     for (int64_t axis = 0; axis < num_axes; ++axis) {
         const bool is_last = axis + 1 == num_axes;
@@ -151,10 +150,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     Input input(data, size);
     Request request = random_request(input);
     const bool is_direct = request.way == direct::Way::taps;
-    const bool is_one = is_direct && (request.channels_last || input.one_in(2));
+    const bool is_one = is_direct && input.one_in(2);
     const int64_t num_taps = static_cast<int64_t>(product_of(request.kernel));
     const int64_t group_channels = request.x[request.channels_last ? request.x.size() - 1 : 1] / request.groups;
-    const int64_t group_outputs = (is_direct && request.channels_last) || input.one_in(2) ? 1 : input.between(1, 20);
+    const int64_t group_outputs = is_direct && request.channels_last ? input.pick<int64_t>({1, 2, 4, 8, 8, 16})
+                                  : input.one_in(2)                  ? 1
+                                                                     : input.between(1, 20);
     const int64_t num_weights = is_one ? 1 : request.groups;
     const int64_t num_decoded =
         num_weights * 16 * ((group_outputs * request.groups / num_weights + 15) / 16) * num_taps * group_channels;

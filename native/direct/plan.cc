@@ -109,18 +109,25 @@ void PlanarPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& s
 
 PixelPlan::PixelPlan(const Shape& shape, int axis, int64_t length) {
     for (int a = 0; a < kAxes; ++a) lengths_[a] = reach(shape, a, a == axis ? length : shape.out[a]);
-    row_step = lengths_[2] * kPanel;
+    pixel_step = shape.group_channels * kPanel;
+    row_step = lengths_[2] * pixel_step;
     slice_step = lengths_[1] * row_step;
     num_floats = lengths_[0] * slice_step;
-    for (int64_t i = 0; i < shape.kernel[0]; ++i)
-        for (int64_t j = 0; j < shape.kernel[1]; ++j)
-            for (int64_t k = 0; k < shape.kernel[2]; ++k)
-                taps.push_back(i * shape.dilation[0] * slice_step + j * shape.dilation[1] * row_step +
-                               k * shape.dilation[2] * kPanel);
+    for (int64_t channel = 0; channel < shape.group_channels; ++channel) {
+        for (int64_t i = 0; i < shape.kernel[0]; ++i) {
+            for (int64_t j = 0; j < shape.kernel[1]; ++j) {
+                for (int64_t k = 0; k < shape.kernel[2]; ++k) {
+                    taps.push_back(i * shape.dilation[0] * slice_step + j * shape.dilation[1] * row_step +
+                                   k * shape.dilation[2] * pixel_step + channel * kPanel);
+                    terms.push_back(((i * shape.kernel[1] + j) * shape.kernel[2] + k) * shape.group_channels + channel);
+                }
+            }
+        }
+    }
 }
 
 void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear,
-                     int64_t num_channels, const float* x, int64_t step, float* buffer) const {
+                     const Spread& spread, const float* x, int64_t step, float* buffer) const {
     int64_t starts[kAxes];
     for (int a = 0; a < kAxes; ++a) starts[a] = strip.begin[a] * shape.stride[a] - shape.before[a];
     const Inside inside(starts[2], 1, lengths_[2], shape.size[2]);
@@ -133,12 +140,12 @@ void PixelPlan::fill(const Kernels& kernels, const Shape& shape, const Strip& st
                 if (!is_clear) clear(to, row_step);
                 continue;
             }
-            if (!is_clear) clear(to, inside.begin * kPanel);
+            if (!is_clear) clear(to, inside.begin * pixel_step);
             if (inside.end > inside.begin)
                 kernels.gather_pixels(
-                    x + ((slice * shape.size[1] + row) * shape.size[2] + starts[2] + inside.begin) * step, step,
-                    num_channels, inside.end - inside.begin, to + inside.begin * kPanel);
-            if (!is_clear) clear(to + inside.end * kPanel, (lengths_[2] - inside.end) * kPanel);
+                    x + ((slice * shape.size[1] + row) * shape.size[2] + starts[2] + inside.begin) * step, step, spread,
+                    inside.end - inside.begin, to + inside.begin * pixel_step);
+            if (!is_clear) clear(to + inside.end * pixel_step, (lengths_[2] - inside.end) * pixel_step);
         }
     }
 }

@@ -22,6 +22,11 @@ struct Shape {
     int64_t out_size() const { return out[0] * out[1] * out[2]; }
 };
 
+// Whether 16 outputs side by side are those of whole groups, and see at most as many channels.
+inline bool takes_pixels(const Shape& shape) {
+    return kPanel % shape.group_outputs == 0 && shape.group_channels <= shape.group_outputs;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Of numbers start + i * step, i < count, those in [0, size).
@@ -96,16 +101,17 @@ private:
     int64_t lengths_[kAxes];
 };
 
-// 16 channels side by side, in the order of the padded input.
+// What 16 outputs side by side see of each channel of their groups, in the order of the padded input.
 class PixelPlan {
 public:
     PixelPlan(const Shape& shape, int axis, int64_t length);
 
-    std::vector<int64_t> taps;
-    int64_t row_step, slice_step, num_floats;
+    // Of the taps of one channel after the other, where they lie, and the row of the decoded weight.
+    std::vector<int64_t> taps, terms;
+    int64_t pixel_step, row_step, slice_step, num_floats;
 
-    // `x`: the first of the channels in one image, (*size), its pixels `step` apart. `is_clear` as above.
-    void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear, int64_t num_channels,
+    // `x`: the first channel that the outputs see, in one image, (*size), its pixels `step` apart. `is_clear` as above.
+    void fill(const Kernels& kernels, const Shape& shape, const Strip& strip, bool is_clear, const Spread& spread,
               const float* x, int64_t step, float* buffer) const;
 
 private:

@@ -80,9 +80,8 @@ Convolution checked(const Request& request) {
     for (const Operator* by : c.operators)
         require(by->num_inputs() == num_inputs && by->num_outputs() == num_outputs / num_operators,
                 "shapes of input, kernel and weight do not fit");
-    require(
-        !is_direct || !c.channels_last || (shape.group_channels == 1 && shape.group_outputs == 1 && num_operators == 1),
-        "with channels last every channel must have one output, of one weight");
+    require(!is_direct || !c.channels_last || takes_pixels(shape),
+            "with channels last the outputs of a group must divide 16, and no fewer than its channels");
     require(floats_seen(shape) <= kMostFloats, "the outputs lie too far from each other");
     require(!is_direct || count_floats(shape) >= 0, "the strips are too large");
     require(!request.num_biases || *request.num_biases == num_outputs, "the bias must have a number for each output");

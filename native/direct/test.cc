@@ -174,7 +174,9 @@ Case random_case(unsigned seed, bool of_patches) {
     };
     Case made{};
     Shape& shape = made.shape;
-    const int kind = static_cast<int>(seed % 4);  // depthwise, with channels last, several outputs of a channel, groups
+    // Depthwise, with channels last, several outputs of a channel, groups, and groups of which 16 outputs are whole
+    // ones.
+    const int kind = static_cast<int>(seed % 5);
     const bool is_long = between(0, 9) == 0, is_pointwise = of_patches && seed % 3 == 0;
     shape.batch = between(1, 3);
     shape.groups = kind < 2 ? between(1, 35) : between(1, 5);
@@ -182,6 +184,13 @@ Case random_case(unsigned seed, bool of_patches) {
     shape.group_outputs = kind < 2 ? 1 : between(1, 18);
     made.one_operator = kind < 3;
     made.channels_last = kind == 1;
+    if (kind == 4) {
+        shape.groups = between(1, 20);
+        shape.group_outputs = int64_t{1} << between(0, 4);
+        shape.group_channels = between(1, shape.group_outputs);
+        made.one_operator = between(0, 1) == 1;
+        made.channels_last = between(0, 2) > 0;
+    }
     made.of_patches = of_patches;
     if (of_patches) {
         shape.groups = kind < 3 ? 1 : between(2, 3);
@@ -228,7 +237,7 @@ int main() {
     for (const Isa isa : matmul::kIsas)
         if (matmul::can_run(isa, cpu)) std::printf(" %s", matmul::name(isa));
     std::printf("\n");
-    for (unsigned seed = 0; seed < 400; ++seed) {
+    for (unsigned seed = 0; seed < 500; ++seed) {
         const Case made = random_case(seed, false);
         common::set_num_threads(1);
         const Floats expected = made.run(Isa::reference);

@@ -31,6 +31,14 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }  // b where e
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }  // b where either is NaN
 inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+// The same, in a register that is used again: compilers put loads into the instructions that need them, each time anew.
+inline Vec held(Vec a) {
+    __asm__("" : "+x"(a.v));
+    return a;
+}
+inline Vec permute(Vec a, const int32_t* lanes) {  // lane i of the result is lane lanes[i] of a
+    return {_mm256_permutevar8x32_ps(a.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)))};
+}
 // c where a < b, else d.
 inline Vec where_less(Vec a, Vec b, Vec c, Vec d) {
     return {_mm256_blendv_ps(d.v, c.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};

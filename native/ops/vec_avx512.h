@@ -34,6 +34,14 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }  // b where e
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }  // b where either is NaN
 inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// The same, in a register that is used again: compilers put loads into the instructions that need them, each time anew.
+inline Vec held(Vec a) {
+    __asm__("" : "+v"(a.v));
+    return a;
+}
+inline Vec permute(Vec a, const int32_t* lanes) {  // lane i of the result is lane lanes[i] of a
+    return {_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), a.v)};
+}
 // c where a < b, else d.
 inline Vec where_less(Vec a, Vec b, Vec c, Vec d) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), d.v, c.v)};

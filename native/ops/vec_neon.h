@@ -31,6 +31,16 @@ inline Vec operator-(Vec a, Vec b) { return {vsubq_f32(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {vmulq_f32(a.v, b.v)}; }
 inline Vec operator/(Vec a, Vec b) { return {vdivq_f32(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+// The same, in a register that is used again: compilers put loads into the instructions that need them, each time anew.
+inline Vec held(Vec a) {
+    __asm__("" : "+w"(a.v));
+    return a;
+}
+inline Vec permute(Vec a, const int32_t* lanes) {  // lane i of the result is lane lanes[i] of a
+    const uint32x4_t first = vmulq_n_u32(vreinterpretq_u32_s32(vld1q_s32(lanes)), 0x04040404);
+    const uint8x16_t bytes = vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100)));
+    return {vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(a.v), bytes))};
+}
 // c where a < b, else d.
 inline Vec where_less(Vec a, Vec b, Vec c, Vec d) { return {vbslq_f32(vcltq_f32(a.v, b.v), c.v, d.v)}; }
 inline Vec min(Vec a, Vec b) { return where_less(a, b, a, b); }  // b where either is NaN

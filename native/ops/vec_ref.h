@@ -61,6 +61,10 @@ inline Vec round(Vec a) {
 inline Vec abs(Vec a) {
     return map([&](int i) { return std::fabs(a.v[i]); });
 }
+inline Vec held(Vec a) { return a; }
+inline Vec permute(Vec a, const int32_t* lanes) {  // lane i of the result is lane lanes[i] of a
+    return map([&](int i) { return a.v[lanes[i] & (kLanes - 1)]; });
+}
 // c where a < b, else d.
 inline Vec where_less(Vec a, Vec b, Vec c, Vec d) {
     return map([&](int i) { return a.v[i] < b.v[i] ? c.v[i] : d.v[i]; });

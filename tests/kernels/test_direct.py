@@ -5,7 +5,7 @@ import pytest
 
 from rarefy import kernels
 from rarefy.core.solution import Solution
-from rarefy.kernels import Taps, convolve_direct, convolve_patches
+from rarefy.kernels import Taps, convolve_direct, convolve_patches, takes_channels_last
 from rarefy.layouts import LowRank, Sum, Tapwise, pack
 
 SIZES = [(1, 1), (16, 64), (17, 9), (33, 65), (5, 200), (40, 128)]
@@ -68,6 +68,38 @@ def test_more_channels_than_are_decoded_at_once(isa) -> None:
         for j in range(side):
             expected += padded[:, i : i + height, j : j + width] * weights_OI[:, i * side + j]
     np.testing.assert_array_equal(y, expected)
+
+
+@pytest.mark.parametrize(("group_channels", "group_outputs"), [(8, 8), (4, 4), (3, 4), (1, 2), (16, 16)])
+@pytest.mark.parametrize("last", [False, True])
+def test_groups_of_which_16_outputs_are_whole_ones(isa, group_channels: int, group_outputs: int, last: bool) -> None:
+    skip_numpy(isa)
+    groups, height, width = 5, 6, 9  # the last panel of 16 outputs is not full
+    assert takes_channels_last(group_channels, group_outputs)
+    random = np.random.default_rng(group_outputs)
+    weights_GOTC = random.integers(-3, 4, (groups, group_outputs, 9, group_channels)).astype(np.float32)
+    x_BHWC = random.integers(-8, 9, (2, height, width, groups * group_channels)).astype(np.float32)
+    bias_O = np.arange(groups * group_outputs, dtype=np.float32)
+    made = [kernels.prepare(pack(Solution.dense(group.reshape(group_outputs, -1))), isa=isa) for group in weights_GOTC]
+    taps = Taps((3, 3), (2, 1), (1, 2), (1, 2))
+    x = x_BHWC if last else np.ascontiguousarray(np.moveaxis(x_BHWC, -1, 1))
+    y = convolve_direct(x, made, bias_O, groups, taps, (3, width), channels_last=last)
+    padded = np.pad(x_BHWC, ((0, 0), (1, 1), (2, 2), (0, 0))).reshape(2, height + 2, width + 4, groups, group_channels)
+    expected = np.broadcast_to(bias_O, (2, 3, width, groups * group_outputs)).copy()
+    for i in range(3):
+        for j in range(3):
+            seen = padded[:, i : i + 5 : 2, 2 * j : 2 * j + width]
+            expected += np.einsum("bhwgc,goc->bhwgo", seen, weights_GOTC[:, :, 3 * i + j]).reshape(expected.shape)
+    np.testing.assert_array_equal(y if last else np.moveaxis(y, 1, -1), expected)
+
+
+def test_groups_of_which_a_panel_holds_parts_are_refused_with_channels_last() -> None:
+    module = pytest.importorskip("rarefy._native")
+    made = kernels.prepare(pack(Solution.dense(np.ones((6, 9), np.float32))))
+    with pytest.raises(ValueError, match="divide 16"):
+        module.convolve(
+            *arguments(weights=[made.weights], groups=2, x=np.ones((2, 5, 6, 2), np.float32), channels_last=True)
+        )
 
 
 def arguments(**changes: object) -> list[object]:

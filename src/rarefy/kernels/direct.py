@@ -39,6 +39,11 @@ def takes_direct(weights: Sequence[Prepared]) -> bool:
     return all(weight.weights is not None for weight in weights)
 
 
+def takes_channels_last(group_channels: int, group_outputs: int) -> bool:
+    """Whether `convolve_direct` will do with channels last: 16 outputs are whole groups that see no more channels."""
+    return 16 % group_outputs == 0 and group_channels <= group_outputs
+
+
 def convolve_direct(
     x: Float32Array,
     weights: Sequence[Prepared],
@@ -52,7 +57,7 @@ def convolve_direct(
     """A convolution in float32 with numbers that are decoded a few panels at a time; activations are not rounded.
 
     Args:
-        x: (B, C, *S), C-contiguous; or (B, *S, C) with channels last, for which each channel must have one output.
+        x: (B, C, *S), C-contiguous; or (B, *S, C) with channels last, which needs `takes_channels_last`.
         weights: one for all outputs, or one for each group; (outputs, taps times channels of a group), of which the
             channel changes first.
         bias_O: C-contiguous, or None.

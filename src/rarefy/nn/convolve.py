@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared, convolve_direct, convolve_patches, takes_direct
+from rarefy.kernels import Prepared, convolve_direct, convolve_patches, takes_channels_last, takes_direct
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
@@ -86,16 +86,16 @@ def convolve_few(
     """The convolution of x (B, C, *S) with few outputs in each group, in the memory format of x."""
     require_cpu("convolution input", x)
     inside, size, bias_O = _arguments(x, geometry, bias)
-    keeps_format, is_depthwise = _is_channels_last(x), num_outputs == x.shape[1] == geometry.groups
-    if keeps_format and is_depthwise and len(weights) == 1:
-        pixels = contiguous(inside.movedim(1, -1)).numpy()
-        made = convolve_direct(pixels, weights, bias_O, geometry.groups, geometry.direct_taps, size, channels_last=True)
-        return torch.from_numpy(made).movedim(-1, 1).to(x.dtype)
+    groups, keeps_format = geometry.groups, _is_channels_last(x)
+    if stays := keeps_format and takes_channels_last(x.shape[1] // groups, num_outputs // groups):
+        inside = inside.movedim(1, -1)
     y = torch.from_numpy(
-        convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, geometry.direct_taps, size)
+        convolve_direct(
+            contiguous(inside).numpy(), weights, bias_O, groups, geometry.direct_taps, size, channels_last=stays
+        )
     )
     if keeps_format:
-        y = contiguous(y.movedim(1, -1)).movedim(-1, 1)
+        y = (y if stays else contiguous(y.movedim(1, -1))).movedim(-1, 1)
     return y.to(x.dtype)
 
 
