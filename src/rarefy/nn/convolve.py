@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared, convolve_direct, convolve_patches, takes_direct
+from rarefy.kernels import Convolution, Prepared, convolve_direct, convolve_patches, takes_direct
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
@@ -61,7 +61,9 @@ def _in_strips(x: Tensor, stage: Stage, bias: Tensor | None, keeps_format: bool)
         return None
     inside, size, bias_O = _arguments(x, geometry, bias)
     pixels = contiguous(inside.movedim(1, -1) if keeps_format else inside).numpy()
-    made = convolve_patches(pixels, stage.weights, bias_O, geometry.direct_taps, size, channels_last=keeps_format)
+    made = convolve_patches(
+        Convolution(pixels, stage.weights, bias_O, geometry.groups, geometry.direct_taps, size, keeps_format)
+    )
     if made is None:
         return None
     y = torch.from_numpy(made)
@@ -87,14 +89,16 @@ def convolve_few(
     require_cpu("convolution input", x)
     inside, size, bias_O = _arguments(x, geometry, bias)
     keeps_format, is_depthwise = _is_channels_last(x), num_outputs == x.shape[1] == geometry.groups
-    if keeps_format and is_depthwise and len(weights) == 1:
-        pixels = contiguous(inside.movedim(1, -1)).numpy()
-        made = convolve_direct(pixels, weights, bias_O, geometry.groups, geometry.direct_taps, size, channels_last=True)
-        return torch.from_numpy(made).movedim(-1, 1).to(x.dtype)
+    channels_last = keeps_format and is_depthwise and len(weights) == 1
+    pixels = contiguous(inside.movedim(1, -1) if channels_last else inside).numpy()
     y = torch.from_numpy(
-        convolve_direct(contiguous(inside).numpy(), weights, bias_O, geometry.groups, geometry.direct_taps, size)
+        convolve_direct(
+            Convolution(pixels, weights, bias_O, geometry.groups, geometry.direct_taps, size, channels_last)
+        )
     )
-    if keeps_format:
+    if channels_last:
+        y = y.movedim(-1, 1)
+    elif keeps_format:
         y = contiguous(y.movedim(1, -1)).movedim(-1, 1)
     return y.to(x.dtype)
 
