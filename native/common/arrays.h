@@ -5,7 +5,9 @@
 #include <nanobind/nanobind.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "common/recycled.h"
 
@@ -45,6 +47,13 @@ public:
 private:
     Py_buffer view_{};
 };
+
+// The numbers of an array of nanobind's. What is checked and then relied on is copied first: another thread may write
+// into an array at any time, with Python's lock or in numpy without it.
+template <class Array>
+std::vector<int64_t> copied(const Array& array) {
+    return std::vector<int64_t>(array.data(), array.data() + array.size());
+}
 
 // What `make` gives at the first call.
 template <class Make>

@@ -75,7 +75,7 @@ ReadRate BandwidthProbe::read(int64_t num_bytes, int num_streams, int64_t prefet
     const std::lock_guard<std::mutex> lock(mutex_);
     if (position_ + num_bytes > num_bytes_) position_ = 0;
     const uint8_t* begin = buffer_.get() + position_;
-    position_ += num_bytes;
+    position_ += (num_bytes + kLine - 1) / kLine * kLine;
     static const ReadFunction read_streams = fastest_read();
     std::atomic<uint64_t> total{0};
     parallel_for(num_threads(), [](int) {});  // wakes the workers, which then look for the next job for a while

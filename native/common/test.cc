@@ -1,4 +1,5 @@
-// The thread pool: every chunk runs once, whoever calls, and what a chunk throws arrives; made to run under sanitizers.
+// The thread pool: every chunk runs once, whoever calls, and what a chunk throws arrives; and reads of the bandwidth
+// probe. Made to run under sanitizers.
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
@@ -6,8 +7,10 @@
 #include <thread>
 #include <vector>
 
+#include "common/bandwidth.h"
 #include "common/checks.h"
 #include "common/pool.h"
+#include "common/read_streams.h"
 
 namespace {
 
@@ -97,10 +100,22 @@ void test_team() {
     }
 }
 
+// Passes of any size stay within the buffer and begin at whole lines, which a load of a line may rely on.
+void test_bandwidth() {
+    common::set_num_threads(2);
+    common::BandwidthProbe probe(int64_t{4} << 20);
+    for (const int64_t num_bytes :
+         {int64_t{1} << 20, (int64_t{1} << 20) + 1, (int64_t{3} << 20) - 7, probe.num_bytes()})
+        for (const int num_streams : {1, 3, common::kMaxStreams})
+            for (const int64_t prefetch_bytes : {0, 1024})
+                check(probe.read(num_bytes, num_streams, prefetch_bytes).bytes_per_s > 0, "a pass reads all words");
+}
+
 }  // namespace
 
 int main() {
     test_pool();
     test_team();
+    test_bandwidth();
     return checks::summary();
 }

@@ -18,11 +18,14 @@ namespace {
 
 using Sizes = std::vector<int64_t>;
 
-nb::object run(nb::handle x, const nb::sequence& weights, nb::handle bias, int64_t groups, const Sizes& kernel,
-               const Sizes& stride, const Sizes& dilation, const Sizes& before, const Sizes& out, bool channels_last,
-               direct::Way way) {
+// By the taps of few outputs, or by products of patches: None then where a strip would need more memory than a thread
+// should keep.
+nb::object convolve(nb::handle x, const nb::sequence& weights, nb::handle bias, int64_t groups, const Sizes& kernel,
+                    const Sizes& stride, const Sizes& dilation, const Sizes& before, const Sizes& out,
+                    bool channels_last, bool by_patches) {
     common::Lent image, starts, target;
     if (!image.borrow(x, false)) throw std::invalid_argument("the input must be contiguous float32");
+    const direct::Way way = by_patches ? direct::Way::patches : direct::Way::taps;
     direct::Request request{way, {}, {}, groups, kernel, stride, dilation, before, out, channels_last, {}};
     for (int axis = 0; axis < image.ndim(); ++axis) request.x.push_back(image.shape(axis));
     // A sequence may make its items as they are asked for: only a tuple of them keeps them alive.
@@ -34,7 +37,7 @@ nb::object run(nb::handle x, const nb::sequence& weights, nb::handle bias, int64
         request.num_biases = starts.shape(0);
     }
     direct::Convolution c = direct::checked(request);
-    if (way == direct::Way::patches && !direct::fits_strips(c)) return nb::none();
+    if (by_patches && !direct::fits_strips(c)) return nb::none();
     const Sizes sizes = direct::sizes_of_output(request, c);
     const std::vector<Py_ssize_t> shape(sizes.begin(), sizes.end());
     nb::object made = common::new_floats(shape.data(), static_cast<int>(shape.size()));
@@ -44,21 +47,8 @@ nb::object run(nb::handle x, const nb::sequence& weights, nb::handle bias, int64
     c.y = target.data();
     const common::Unlocked unlocked;
     const common::OnTeam team;
-    (way == direct::Way::patches ? direct::convolve_patches : direct::convolve)(c);
+    (by_patches ? direct::convolve_patches : direct::convolve)(c);
     return made;
-}
-
-nb::object convolve(nb::handle x, const nb::sequence& weights, nb::handle bias, int64_t groups, const Sizes& kernel,
-                    const Sizes& stride, const Sizes& dilation, const Sizes& before, const Sizes& out,
-                    bool channels_last) {
-    return run(x, weights, bias, groups, kernel, stride, dilation, before, out, channels_last, direct::Way::taps);
-}
-
-// None where a strip would need more memory than a thread should keep.
-nb::object convolve_patches(nb::handle x, const nb::sequence& weights, nb::handle bias, int64_t groups,
-                            const Sizes& kernel, const Sizes& stride, const Sizes& dilation, const Sizes& before,
-                            const Sizes& out, bool channels_last) {
-    return run(x, weights, bias, groups, kernel, stride, dilation, before, out, channels_last, direct::Way::patches);
 }
 
 }  // namespace
@@ -66,10 +56,7 @@ nb::object convolve_patches(nb::handle x, const nb::sequence& weights, nb::handl
 void bind_direct(nb::module_& module) {
     module.def("convolve", &convolve, nb::arg("x"), nb::arg("weights"), nb::arg("bias").none(), nb::arg("groups"),
                nb::arg("kernel"), nb::arg("stride"), nb::arg("dilation"), nb::arg("before"), nb::arg("out"),
-               nb::arg("channels_last"));
-    module.def("convolve_patches", &convolve_patches, nb::arg("x"), nb::arg("weights"), nb::arg("bias").none(),
-               nb::arg("groups"), nb::arg("kernel"), nb::arg("stride"), nb::arg("dilation"), nb::arg("before"),
-               nb::arg("out"), nb::arg("channels_last"));
+               nb::arg("channels_last"), nb::arg("by_patches"));
 }
 
 }  // namespace rarefy

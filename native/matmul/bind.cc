@@ -52,12 +52,17 @@ Operator prepare(const std::string& format, const std::string& isa, int64_t num_
     for (const auto& [name, value] : integers)
         packed.integers.push_back({nb::cast<std::string>(name), nb::cast<int64_t>(value)});
     std::vector<AnyArray> kept_alive;
-    for (const auto& [name, value] : arrays) {
+    std::vector<std::vector<uint8_t>> copies;  // no move of one moves its bytes
+    for (const auto& [key, value] : arrays) {
         const auto array = nb::cast<AnyArray>(value);
+        const auto name = nb::cast<std::string>(key);
         static const uint8_t nothing = 0;  // arrays without elements may have no memory
         const auto* bytes = array.size() == 0 ? &nothing : static_cast<const uint8_t*>(array.data());
-        packed.arrays.push_back(
-            {nb::cast<std::string>(name), element_of(array.dtype()), bytes, static_cast<int64_t>(array.nbytes())});
+        // The packers check these and then rely on them, while other threads may write into the array: a mask says
+        // where values are read and written. Nothing of the others does.
+        if (array.size() > 0 && (name == "mask" || name == "zero_points"))
+            bytes = copies.emplace_back(bytes, bytes + array.nbytes()).data();
+        packed.arrays.push_back({name, element_of(array.dtype()), bytes, static_cast<int64_t>(array.nbytes())});
         kept_alive.push_back(array);
     }
     const matmul::Isa runnable = matmul::runnable_isa(isa);
@@ -134,8 +139,9 @@ void multiply_taps(const Input& pixels, const Places& row_starts, const Places& 
     if (by.weights() == nullptr) throw std::invalid_argument("taps want one weight, not several");
     const Weights& weights = *by.weights();
     const auto num_pixels = static_cast<int64_t>(pixels.shape(0)), num_channels = static_cast<int64_t>(pixels.shape(1));
-    const matmul::TapRows taps{row_starts.data(), static_cast<int64_t>(row_starts.shape(0)), tap_offsets.data(),
-                               static_cast<int64_t>(tap_offsets.shape(0))};
+    const std::vector<int64_t> starts = common::copied(row_starts), offsets = common::copied(tap_offsets);
+    const matmul::TapRows taps{starts.data(), static_cast<int64_t>(starts.size()), offsets.data(),
+                               static_cast<int64_t>(offsets.size())};
     if (!weights.is_integer() || num_channels % matmul::kBlockInputs != 0)
         throw std::invalid_argument("taps want integer weights and a multiple of 64 channels");
     if (weights.view().num_inputs != taps.num_taps * num_channels ||

@@ -8,7 +8,9 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "common/arrays.h"
 #include "ops/ops.h"
 
 namespace nb = nanobind;
@@ -171,14 +173,14 @@ public:
         require_same_shape(q, v);
         const int64_t tokens = static_cast<int64_t>(q.shape(0)), width = static_cast<int64_t>(q.shape(1));
         require(num_heads > 0 && width > 0 && width % num_heads == 0, "the width must be a multiple of num_heads");
-        const int64_t* begin = offsets.data();
-        const int64_t* end = begin + offsets.shape(0);
-        require(begin < end && *begin == 0 && end[-1] == tokens && std::is_sorted(begin, end),
+        const std::vector<int64_t> own = common::copied(offsets);
+        const auto count = static_cast<int64_t>(own.size());
+        require(count > 0 && own.front() == 0 && own.back() == tokens && std::is_sorted(own.begin(), own.end()),
                 "offsets must rise from 0 to the number of tokens");
-        require((end - begin) * num_heads <= std::numeric_limits<int>::max(), "too many segments");
+        require(count * num_heads <= std::numeric_limits<int>::max(), "too many segments");
         float* out;
         Result result = new_result(q.shape(0), q.shape(1), &out);
-        ops::attention_segments(kernels_, q.data(), k.data(), v.data(), begin, end - begin - 1, num_heads,
+        ops::attention_segments(kernels_, q.data(), k.data(), v.data(), own.data(), count - 1, num_heads,
                                 width / num_heads, scale, out);
         return result;
     }

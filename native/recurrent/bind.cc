@@ -9,6 +9,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "common/arrays.h"
 #include "common/unlocked.h"
@@ -63,9 +64,11 @@ nb::tuple run_recurrent(const std::string& isa, int mode, nb::handle x, nb::hand
     if (const auto sizes = borrow_if_any<1>(biases[1], hidden_bias)) request.hidden_bias = (*sizes)[0];
     request.hidden = borrow<2>(states[0], hidden);
     request.cell = borrow_if_any<2>(states[2], cell);
+    std::vector<int64_t> own_lengths;
     if (lengths.has_value()) {
-        request.num_lengths = static_cast<int64_t>(lengths->shape(0));
-        request.lengths = lengths->data();
+        own_lengths = common::copied(*lengths);
+        request.num_lengths = static_cast<int64_t>(own_lengths.size());
+        request.lengths = own_lengths.data();
     }
     recurrent::Layer layer = recurrent::checked(request);
     if (request.input_bias) layer.input_bias = biases[0].data();

@@ -84,20 +84,9 @@ def convolve(
     before: Sequence[int],
     out: Sequence[int],
     channels_last: bool,
-) -> Float32Array: ...
-def convolve_patches(
-    x: Float32Array,
-    weights: Sequence[Weights],
-    bias: Float32Array | None,
-    groups: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    before: Sequence[int],
-    out: Sequence[int],
-    channels_last: bool,
+    by_patches: bool,
 ) -> Float32Array | None:
-    """None where a strip would need more memory than a thread should keep."""
+    """None where a strip of patches would need more memory than a thread should keep."""
 
 def run_recurrent(
     isa: str,

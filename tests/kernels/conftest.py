@@ -1,5 +1,7 @@
 """Random packed weights, packed here by plain loops, with the numbers they stand for."""
 
+import copy
+import functools
 import shutil
 import subprocess
 import sys
@@ -62,7 +64,8 @@ def bits_of(values: np.ndarray) -> np.ndarray:
 
 def packed_codes(codes: list[int], num_bits: int) -> list[int]:
     """A run of bits, least significant first, as bytes."""
-    run = sum(code << (num_bits * k) for k, code in enumerate(codes))
+    digits = [f"{code:0{num_bits}b}" for code in range(2**num_bits)]
+    run = int("".join(map(digits.__getitem__, reversed(codes))) or "0", 2)
     return list(run.to_bytes(-(-len(codes) * num_bits // 8), "little"))
 
 
@@ -136,10 +139,15 @@ def make_blocks(spec: Spec, rng: np.random.Generator) -> Weight:
     """Random blocks, stored one after the other."""
     high, wide = spec.block_shape
     stored = rng.random((-(-spec.num_outputs // high), -(-spec.num_inputs // wide))) < spec.density
-    order = [(o, i) for o in range(spec.num_outputs) for i in range(spec.num_inputs)]
-    mask_OI = np.array([stored[o // high, i // wide] for o, i in order], bool).reshape(spec.shape)
-    order.sort(key=lambda place: (place[0] // high, place[1] // wide))  # stable
-    stream = tuple(np.array([place for place in order if mask_OI[place]], np.int64).reshape(-1, 2).T)
+    mask_OI = np.zeros(spec.shape, bool)
+    stream_O, stream_I = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for down, across in np.argwhere(stored) * (high, wide):
+        inside = slice(down, down + high), slice(across, across + wide)
+        mask_OI[inside] = True
+        places_O, places_I = np.indices(mask_OI[inside].shape)
+        stream_O.append(down + places_O.reshape(-1))
+        stream_I.append(across + places_I.reshape(-1))
+    stream = np.concatenate(stream_O), np.concatenate(stream_I)
     meta: dict[str, object] = {
         "shape": list(spec.shape), "block_shape": list(spec.block_shape), "num_values": int(mask_OI.sum())
     }  # fmt: skip
@@ -247,10 +255,23 @@ COMPOSED = sorted(set(FORMATS) - set(SIMPLE))  # of others, which have the kerne
 
 
 def make_weight(layout_format: str, num_outputs: int, num_inputs: int, **options: Any) -> Weight:
-    """Make a random weight in any format; see Spec for the options."""
+    """Make a random weight in any format; see Spec for the options. A test may write into what is in its layout."""
     spec = Spec(layout_format, num_outputs, num_inputs, **options)
-    kind = layout_format.split("-", maxsplit=1)[0]
-    return MAKERS[kind](spec, np.random.default_rng([spec.seed, num_outputs, num_inputs]))
+    made = _kept(spec) if num_outputs * num_inputs <= MOST_KEPT else _made(spec)
+    return replace(made, layout=copy.deepcopy(made.layout))
+
+
+def _made(spec: Spec) -> Weight:
+    kind = spec.format.split("-", maxsplit=1)[0]
+    weight = MAKERS[kind](spec, np.random.default_rng([spec.seed, *spec.shape]))
+    for numbers in (weight.level_OI, weight.scale_OI):
+        numbers.flags.writeable = False
+    return weight
+
+
+# Each instruction set wants the same weights, after those of all grids: the loops take longer than the products do.
+_kept = functools.lru_cache(maxsize=128)(_made)
+MOST_KEPT = 1 << 17  # numbers, of which each takes some 20 bytes
 
 
 @pytest.fixture(scope="session")

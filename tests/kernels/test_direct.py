@@ -5,7 +5,7 @@ import pytest
 
 from rarefy import kernels
 from rarefy.core.solution import Solution
-from rarefy.kernels import Taps, convolve_direct, convolve_patches, takes_channels_last
+from rarefy.kernels import Convolution, Taps, convolve_direct, convolve_patches, takes_channels_last
 from rarefy.layouts import LowRank, Sum, Tapwise, pack
 
 SIZES = [(1, 1), (16, 64), (17, 9), (33, 65), (5, 200), (40, 128)]
@@ -14,9 +14,8 @@ SIZES = [(1, 1), (16, 64), (17, 9), (33, 65), (5, 200), (40, 128)]
 def decoded(prepared: kernels.Prepared) -> np.ndarray:
     """A pointwise convolution of the unit matrix: one product of 1 and zeros beside it."""
     width = prepared.shape[1]
-    return convolve_direct(
-        np.eye(width, dtype=np.float32)[None], (prepared,), None, 1, Taps((1,), (1,), (1,), (0,)), (width,)
-    )[0]
+    x_BCS, taps = np.eye(width, dtype=np.float32)[None], Taps((1,), (1,), (1,), (0,))
+    return convolve_direct(Convolution(x_BCS, (prepared,), None, 1, taps, (width,)))[0]
 
 
 def skip_numpy(isa: str) -> None:
@@ -61,7 +60,7 @@ def test_more_channels_than_are_decoded_at_once(isa) -> None:
     bias_O = np.arange(channels, dtype=np.float32)
     made = kernels.prepare(pack(Solution.dense(weights_OI)), isa=isa)
     taps = Taps((side, side), (1, 1), (1, 1), (7, 7))
-    y = convolve_direct(x_BHWC, (made,), bias_O, channels, taps, (height, width), channels_last=True)
+    y = convolve_direct(Convolution(x_BHWC, (made,), bias_O, channels, taps, (height, width), channels_last=True))
     padded = np.pad(x_BHWC, ((0, 0), (7, 7), (7, 7), (0, 0)))
     expected = np.broadcast_to(bias_O, y.shape).copy()
     for i in range(side):
@@ -83,7 +82,7 @@ def test_groups_of_which_16_outputs_are_whole_ones(isa, group_channels: int, gro
     made = [kernels.prepare(pack(Solution.dense(group.reshape(group_outputs, -1))), isa=isa) for group in weights_GOTC]
     taps = Taps((3, 3), (2, 1), (1, 2), (1, 2))
     x = x_BHWC if last else np.ascontiguousarray(np.moveaxis(x_BHWC, -1, 1))
-    y = convolve_direct(x, made, bias_O, groups, taps, (3, width), channels_last=last)
+    y = convolve_direct(Convolution(x, made, bias_O, groups, taps, (3, width), last))
     padded = np.pad(x_BHWC, ((0, 0), (1, 1), (2, 2), (0, 0))).reshape(2, height + 2, width + 4, groups, group_channels)
     expected = np.broadcast_to(bias_O, (2, 3, width, groups * group_outputs)).copy()
     for i in range(3):
@@ -115,6 +114,7 @@ def arguments(**changes: object) -> list[object]:
         "before": (1, 1),
         "out": (5, 6),
         "channels_last": False,
+        "by_patches": False,
     }
     return list((found | changes).values())
 
@@ -169,10 +169,10 @@ def test_what_contradicts_itself_is_refused(changes: dict[str, object]) -> None:
 )
 def test_patches_that_contradict_the_weight_are_refused(changes: dict[str, object]) -> None:
     module = pytest.importorskip("rarefy._native")
-    fits: dict[str, object] = {"groups": 1, "x": np.ones((2, 1, 5, 6), np.float32)}
-    assert module.convolve_patches(*arguments(**fits)).shape == (2, 4, 5, 6)
+    fits: dict[str, object] = {"groups": 1, "x": np.ones((2, 1, 5, 6), np.float32), "by_patches": True}
+    assert module.convolve(*arguments(**fits)).shape == (2, 4, 5, 6)
     with pytest.raises((ValueError, TypeError, MemoryError)):
-        module.convolve_patches(*arguments(**(fits | changes)))
+        module.convolve(*arguments(**(fits | changes)))
 
 
 def test_patches_that_would_hold_too_much_memory_are_left_to_others() -> None:
@@ -180,13 +180,13 @@ def test_patches_that_would_hold_too_much_memory_are_left_to_others() -> None:
     taps = Taps((1,), (1,), (1,), (0,))
     if wide.weights is None:
         pytest.skip("numpy has no direct convolution")
-    assert convolve_patches(np.ones((1, 5000, 3), np.float32), (wide,), None, taps, (3,)) is None
+    assert convolve_patches(Convolution(np.ones((1, 5000, 3), np.float32), (wide,), None, 1, taps, (3,))) is None
     long = kernels.prepare(pack(Solution.dense(np.ones((2, 8), np.float32))))
     far = Taps((2, 1), (1, 1), (5000, 1), (0, 0))
     x = np.ones((1, 4, 5001, 64), np.float32)
-    assert convolve_patches(x, (long,), None, far, (1, 64)) is None
+    assert convolve_patches(Convolution(x, (long,), None, 1, far, (1, 64))) is None
     last = np.ascontiguousarray(np.moveaxis(x, 1, -1))
-    y = convolve_patches(last, (long,), None, far, (1, 64), channels_last=True)
+    y = convolve_patches(Convolution(last, (long,), None, 1, far, (1, 64), channels_last=True))
     np.testing.assert_array_equal(y, np.full((1, 1, 64, 2), 8, np.float32))
 
 

@@ -1,6 +1,8 @@
 """Damaged arrays straight into the extension: an exception, never an access out of bounds."""
 
 import subprocess
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -269,7 +271,7 @@ def test_weights_that_nobody_else_holds(weight) -> None:
     native.matmul(x, MadeAsAskedFor(lambda: native.prepare(**made), 2), ys)
     for y in (*native.multiply(x, MadeAsAskedFor(lambda: native.prepare(**made), 2)), *ys):
         np.testing.assert_array_equal(y, kept.multiply(x))
-    geometry = (None, 1, (15, 15), (1, 1), (1, 1), (7, 7), (30, 30), False)
+    geometry = (None, 1, (15, 15), (1, 1), (1, 1), (7, 7), (30, 30), False, False)
     image = np.ones((1, 4, 30, 30), np.float32)
     found = native.convolve(image, MadeAsAskedFor(lambda: native.prepare(**made), 1), *geometry)
     np.testing.assert_array_equal(found, native.convolve(image, [kept], *geometry))
@@ -318,3 +320,41 @@ def test_taps_outside_of_the_pixels_and_shapes_that_do_not_fit(weight) -> None:
         with pytest.raises(ValueError):  # noqa: PT011 (several messages)
             native.matmul_taps(*damaged)
     native.matmul_taps(pixels, rows[:0], taps, prepared, y[:0])
+
+
+def changed_meanwhile(call: Callable[[], None], array: np.ndarray, before: int, after: int) -> None:
+    """Runs `call` in a thread, and sets the array from `before` to `after` as soon as that lets go of Python's lock."""
+    array[:] = before
+    begun, interval = threading.Event(), sys.getswitchinterval()
+    thread = threading.Thread(target=lambda: (begun.set(), call()))
+    sys.setswitchinterval(60)  # seconds: Python takes the lock from nobody
+    try:
+        thread.start()
+        begun.wait()
+        array[:] = after
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_places_that_change_meanwhile_are_those_that_were_checked(weight) -> None:
+    prepared = native.prepare(**arguments(weight("dense-int8-v1", 64, 128)))
+    pixels = np.arange(1.0, 1001.0, dtype=np.float32)[:, None] * np.ones((1, 64), np.float32)
+    rows, taps, y = np.empty(20000, np.int64), np.array([0, 1]), np.zeros((20000, 64), np.float32)
+    for _ in range(10):
+        changed_meanwhile(lambda: native.matmul_taps(pixels, rows, taps, prepared, y), rows, 3, 900)
+        assert (y == y[0]).all()
+
+
+def test_masks_that_change_meanwhile_are_those_that_were_checked(weight) -> None:
+    good = arguments(weight("bitmask-int8-v1", 1, 512, group_size=None), "reference") | {"num_outputs": 4096}
+    mask, scales = np.empty((4096, 64), np.uint8), np.full((4096, 1), 0x3F80, np.uint16)
+    codes = np.full(4096 * 256, 129, np.uint8)  # 1, of every second input
+    good["arrays"] = {"mask": mask, "codes": codes, "scales": scales}
+    good["integers"] = good["integers"] | {"num_values": codes.size}
+    made: list[Any] = []
+    x = np.tile(np.array([1.0, 2.0], np.float32), 256)[None]
+    for _ in range(10):
+        changed_meanwhile(lambda: made.append(native.prepare(**good)), mask, 0x55, 0xAA)
+        y = made[-1].multiply(x)
+        assert (y == y[0, 0]).all(), y

@@ -1,7 +1,14 @@
 """Kernels: products of activations with packed weights, chosen at run time for the CPU."""
 
 from rarefy.kernels.cpu import CpuFlags, available_cpus, last_level_cache_bytes
-from rarefy.kernels.direct import Taps, convolve_direct, convolve_patches, takes_channels_last, takes_direct
+from rarefy.kernels.direct import (
+    Convolution,
+    Taps,
+    convolve_direct,
+    convolve_patches,
+    takes_channels_last,
+    takes_direct,
+)
 from rarefy.kernels.dispatch import Kernel, compiled_kernels, runnable_isas, select
 from rarefy.kernels.extension import (
     SlowReferenceWarning,
@@ -18,6 +25,7 @@ from rarefy.kernels.strided import copy_strided
 __all__ = [
     "Bandwidth",
     "BandwidthProbe",
+    "Convolution",
     "CpuFlags",
     "Kernel",
     "Prepared",

@@ -34,8 +34,32 @@ class Taps:
     before: tuple[int, ...]
 
 
+@final
+@dataclass(frozen=True)
+class Convolution:
+    """What is convolved with what.
+
+    Attributes:
+        x: (B, C, *S), or (B, *S, C) with channels last; C-contiguous.
+        weights: (outputs, taps times channels of a group), of which the channel changes first.
+        bias_O: C-contiguous, or None.
+        groups: so many parts of the channels, each with outputs of its own.
+        taps: where they fall.
+        size: P, of the output.
+        channels_last: of x and the result.
+    """
+
+    x: Float32Array
+    weights: Sequence[Prepared]
+    bias_O: Float32Array | None
+    groups: int
+    taps: Taps
+    size: tuple[int, ...]
+    channels_last: bool = False
+
+
 def takes_direct(weights: Sequence[Prepared]) -> bool:
-    """Whether `convolve_direct` will do: the extension multiplies with all of them."""
+    """Whether the functions below will do: the extension multiplies with all of them."""
     return all(weight.weights is not None for weight in weights)
 
 
@@ -44,81 +68,47 @@ def takes_channels_last(group_channels: int, group_outputs: int) -> bool:
     return 16 % group_outputs == 0 and group_channels <= group_outputs
 
 
-def convolve_direct(
-    x: Float32Array,
-    weights: Sequence[Prepared],
-    bias_O: Float32Array | None,
-    groups: int,
-    taps: Taps,
-    size: tuple[int, ...],
-    *,
-    channels_last: bool = False,
-) -> Float32Array:
+def convolve_direct(convolution: Convolution) -> Float32Array:
     """A convolution in float32 with numbers that are decoded a few panels at a time; activations are not rounded.
 
     Args:
-        x: (B, C, *S), C-contiguous; or (B, *S, C) with channels last, which needs `takes_channels_last`.
-        weights: one for all outputs, or one for each group; (outputs, taps times channels of a group), of which the
-            channel changes first.
-        bias_O: C-contiguous, or None.
-        groups: so many parts of the channels, each with outputs of its own.
-        taps: where they fall.
-        size: P, of the output.
-        channels_last: of x and the result.
+        convolution: its weights are one for all outputs, or one for each group; channels last needs
+            `takes_channels_last`.
 
     Returns:
         (B, O, *P) or (B, *P, O), newly allocated. The same bits for every number of threads and instruction set.
     """
-    module: Any = native()
-    y: Float32Array = module.convolve(
-        x,
-        [weight.weights for weight in weights],
-        bias_O,
-        groups,
-        taps.kernel,
-        taps.stride,
-        taps.dilation,
-        taps.before,
-        size,
-        channels_last,
-    )
+    y: Float32Array = _run(convolution, by_patches=False)
     return y
 
 
-def convolve_patches(
-    x: Float32Array,
-    weights: Sequence[Prepared],
-    bias_O: Float32Array | None,
-    taps: Taps,
-    size: tuple[int, ...],
-    *,
-    channels_last: bool = False,
-) -> Float32Array | None:
+def convolve_patches(convolution: Convolution) -> Float32Array | None:
     """A convolution by products of its patches, without a matrix of all of them.
 
     Args:
-        x: (B, C, *S), or (B, *S, C) with channels last; C-contiguous.
-        weights: one for each group, (outputs, taps times channels of a group), of which the channel changes first.
-        bias_O: C-contiguous, or None.
-        taps: where they fall.
-        size: P, of the output.
-        channels_last: of x and the result.
+        convolution: its weights are one for each group.
 
     Returns:
         (B, O, *P) or (B, *P, O), newly allocated, with the bits of `Prepared.matmul` of the patches; None where
         a strip of them is too large.
     """
+    y: Float32Array | None = _run(convolution, by_patches=True)
+    return y
+
+
+def _run(c: Convolution, *, by_patches: bool) -> Any:
     module: Any = native()
-    y: Float32Array | None = module.convolve_patches(
-        x,
-        [weight.weights for weight in weights],
-        bias_O,
-        len(weights),
+    taps, weights = c.taps, [weight.weights for weight in c.weights]
+    return module.convolve(
+        c.x,
+        weights,
+        c.bias_O,
+        c.groups,
         taps.kernel,
         taps.stride,
         taps.dilation,
         taps.before,
-        size,
-        channels_last,
+        c.size,
+        c.channels_last,
+        by_patches,
     )
-    return y

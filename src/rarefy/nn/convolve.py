@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from rarefy.core.errors import UsageError
-from rarefy.kernels import Prepared, convolve_direct, convolve_patches, takes_channels_last, takes_direct
+from rarefy.kernels import (
+    Convolution,
+    Prepared,
+    convolve_direct,
+    convolve_patches,
+    takes_channels_last,
+    takes_direct,
+)
 from rarefy.nn.patches import Geometry, contiguous
 from rarefy.nn.product import require_cpu
 from rarefy.nn.scratch import scratch
@@ -61,7 +68,9 @@ def _in_strips(x: Tensor, stage: Stage, bias: Tensor | None, keeps_format: bool)
         return None
     inside, size, bias_O = _arguments(x, geometry, bias)
     pixels = contiguous(inside.movedim(1, -1) if keeps_format else inside).numpy()
-    made = convolve_patches(pixels, stage.weights, bias_O, geometry.direct_taps, size, channels_last=keeps_format)
+    made = convolve_patches(
+        Convolution(pixels, stage.weights, bias_O, geometry.groups, geometry.direct_taps, size, keeps_format)
+    )
     if made is None:
         return None
     y = torch.from_numpy(made)
@@ -87,12 +96,10 @@ def convolve_few(
     require_cpu("convolution input", x)
     inside, size, bias_O = _arguments(x, geometry, bias)
     groups, keeps_format = geometry.groups, _is_channels_last(x)
-    if stays := keeps_format and takes_channels_last(x.shape[1] // groups, num_outputs // groups):
-        inside = inside.movedim(1, -1)
+    stays = keeps_format and takes_channels_last(x.shape[1] // groups, num_outputs // groups)
+    pixels = contiguous(inside.movedim(1, -1) if stays else inside).numpy()
     y = torch.from_numpy(
-        convolve_direct(
-            contiguous(inside).numpy(), weights, bias_O, groups, geometry.direct_taps, size, channels_last=stays
-        )
+        convolve_direct(Convolution(pixels, weights, bias_O, groups, geometry.direct_taps, size, stays))
     )
     if keeps_format:
         y = (y if stays else contiguous(y.movedim(1, -1))).movedim(-1, 1)
