@@ -185,39 +185,58 @@ void expand_float(Stream& stream, int64_t num_blocks, uint8_t* out) {
     }
 }
 
-template <class Stream, int kSteps>
-void expanded_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
-    alignas(64) uint8_t expanded[kIntTileBlocks * 16 * kStepBytes<kAsBytes<Stream>>];
-    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
-        Stream stream;
-        stream.start(w, panel);
-        Ahead<1> ahead;
-        ahead.start(w, panel);
-        for (int64_t begin = 0; begin < w.num_blocks; begin += kIntTileBlocks) {
-            const int64_t end = begin + kIntTileBlocks < w.num_blocks ? begin + kIntTileBlocks : w.num_blocks;
-            for (int64_t block = begin; block < end; ++block) ahead.fetch(block);
-            expand_int<Stream, kSteps>(w, stream, panel, begin, end, expanded);
-            multiply_tile(kIntTiles<kAsBytes<Stream>, kSteps>, kIntTileRows, w, rows, part,
-                          {expanded, panel, begin, end});
+// Calls expand(stream, panel, begin, end) and then multiply(panel, begin, end, totals, next) for stretches of panels.
+template <class Stream, class Expand, class Multiply>
+void walk_stretches(const PanelWeights& w, const Part& part, int64_t num_blocks, const Expand& expand,
+                    const Multiply& multiply) {
+    alignas(64) float totals[kTilePanels][kTaskRows][kPanelOutputs];
+    for (int64_t first = part.panel_begin; first < part.panel_end; first += kTilePanels) {
+        const int64_t last = first + kTilePanels < part.panel_end ? first + kTilePanels : part.panel_end;
+        Stream streams[kTilePanels];
+        for (int64_t panel = first; panel < last; ++panel) streams[panel - first].start(w, panel);
+        for (int64_t begin = 0; begin < w.num_blocks; begin += num_blocks) {
+            const int64_t end = begin + num_blocks < w.num_blocks ? begin + num_blocks : w.num_blocks;
+            for (int64_t panel = first; panel < last; ++panel) {
+                expand(streams[panel - first], panel, begin, end);
+                const auto multiply_before = [&](const NextValues& next) {
+                    multiply(panel, begin, end, totals[panel - first], next);
+                };
+                if (panel + 1 < last)
+                    multiply_before(NextValues(w, panel + 1, begin, end));
+                else if (end < w.num_blocks)
+                    multiply_before(NextValues(w, first, end, end + num_blocks));
+                else
+                    multiply_before(NextValues(w, last < w.num_panels ? last : first, 0, num_blocks));
+            }
         }
     }
 }
 
+template <class Stream, int kSteps>
+void expanded_rows_int(const PanelWeights& w, const Rows& rows, const Part& part) {
+    constexpr bool kBytes = kAsBytes<Stream>;
+    alignas(64) uint8_t expanded[kExpandedBytes];
+    walk_stretches<Stream>(
+        w, part, kIntTileBlocks<kBytes>,
+        [&](Stream& stream, int64_t panel, int64_t begin, int64_t end) {
+            expand_int<Stream, kSteps>(w, stream, panel, begin, end, expanded);
+        },
+        [&](int64_t panel, int64_t begin, int64_t end, float (*totals)[kPanelOutputs], const NextValues& next) {
+            multiply_tile(kIntTiles<kBytes, kSteps>, kIntTileRows, Tile(w, expanded, panel, begin, end, totals),
+                          Groups(w, begin * (16 / kSteps)), rows, part, next);
+        });
+}
+
 template <class Stream>
 void expanded_rows_float(const PanelWeights& w, const Rows& rows, const Part& part) {
-    alignas(64) uint8_t expanded[kFloatTileBlocks * kBlockInputs * 64];
-    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
-        Stream stream;
-        stream.start(w, panel);
-        Ahead<1> ahead;
-        ahead.start(w, panel);
-        for (int64_t begin = 0; begin < w.num_blocks; begin += kFloatTileBlocks) {
-            const int64_t end = begin + kFloatTileBlocks < w.num_blocks ? begin + kFloatTileBlocks : w.num_blocks;
-            for (int64_t block = begin; block < end; ++block) ahead.fetch(block);
-            expand_float(stream, end - begin, expanded);
-            multiply_tile(kFloatTiles, kFloatTileRows, w, rows, part, {expanded, panel, begin, end});
-        }
-    }
+    alignas(64) uint8_t expanded[kExpandedBytes];
+    walk_stretches<Stream>(
+        w, part, kFloatTileBlocks,
+        [&](Stream& stream, int64_t, int64_t begin, int64_t end) { expand_float(stream, end - begin, expanded); },
+        [&](int64_t panel, int64_t begin, int64_t end, float (*totals)[kPanelOutputs], const NextValues& next) {
+            multiply_tile(kFloatTiles, kFloatTileRows, Tile(w, expanded, panel, begin, end, totals), Groups(w, 0), rows,
+                          part, next);
+        });
 }
 
 template <class Stream, int kSteps>

@@ -135,6 +135,16 @@ inline __m256i fold(__m256i dots, __m256i sums_16) {
     return _mm256_add_epi32(dots, _mm256_madd_epi16(sums_16, _mm256_set1_epi16(1)));
 }
 #endif
+// Adds in the register of the sum: gcc takes the one of the product, and moves it back in every round of a loop.
+inline void add_in_place_16(__m256i& sum, __m256i product) { __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(product)); }
+inline void add_in_place_32(__m256i& sum, __m256i product) { __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(product)); }
+// Loads once what gcc would load again for every product.
+inline __m256i load_once(const void* from) {
+    __m256i values = load(from);
+    __asm__("" : "+x"(values));
+    return values;
+}
+
 // Whether codes meet activations as bytes.
 template <class Stream>
 constexpr bool kAsBytes = kVnni || Stream::kSmallCodes;
