@@ -1,6 +1,7 @@
 // What the dense encodings of 1, 2 and 3 bits share. Every panel has the same bytes, in order; half a block, 8 steps of
-// four columns, is a few vectors of 64 bytes, and in each of their bytes lie bits of several steps. An encoding says in
-// `Bits` which:
+// four columns, is a few vectors of 64 bytes, and in each of their bytes lie bits of several steps. For AVX-512 and AMX
+// the scales and zero points of a group stand in front of its first half block: a second stream of memory with so few
+// bytes costs one row more than its bytes do. An encoding says in `Bits` which:
 //   reference   static uint8_t code(const uint8_t* half, int step, int byte)    the code of a byte of a step
 //               static void place(uint8_t* half, int step, int byte, uint8_t code)    zeroes before
 //   AVX2        static void expand(const uint8_t* half, uint8_t* out)    8 steps of 64 codes
@@ -26,12 +27,17 @@ namespace rarefy::matmul {
 // Lays out all panels; read(row, column) gives the codes.
 template <class Bits, class Read>
 void pack_bits(Packing& packing, Read read) {
-    const int64_t num_inputs = packing.view.num_inputs;
-    const int64_t panel_bytes = packing.view.num_blocks * 2 * Bits::kHalfBytes;
-    uint8_t* values = packing.place_values([&](int64_t) { return panel_bytes; });
+    const PanelWeights& view = packing.view;
+    const int64_t num_inputs = view.num_inputs, halves_per_segment = view.steps_per_segment / kHalfSteps;
+    const bool beside = packing.isa() >= Isa::avx512;
+    uint8_t* const values = beside
+                                ? packing.place_segments(halves_per_segment * Bits::kHalfBytes)
+                                : packing.place_values([&](int64_t) { return view.num_blocks * 2 * Bits::kHalfBytes; });
+    const int64_t group_inputs = view.segments_per_group * halves_per_segment * kHalfSteps * 4;
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
-        uint8_t* half = values + panel * panel_bytes;
+        uint8_t* half = values + view.value_offsets[panel];
         for (int64_t begin = 0; begin < num_inputs; begin += kHalfSteps * 4, half += Bits::kHalfBytes) {
+            if (beside && begin % group_inputs == 0) half += view.group_bytes;
             const int64_t left = num_inputs - begin;
             const int count = static_cast<int>(left < kHalfSteps * 4 ? left : kHalfSteps * 4);
             for (int row = 0; row < num_rows; ++row)
@@ -104,11 +110,24 @@ template <class Bits>
 struct BitStream : PanelStream {
     static constexpr int kOddShift = 0;
     static constexpr bool kExpandsOnce = true;
-    void fetch(int num_steps) const { prefetch<2048>(values, num_steps * Bits::kHalfBytes / kHalfSteps); }
     alignas(64) uint8_t steps[kHalfSteps * 64];
+    int64_t group_bytes, group_halves, left = 0;  // left: half blocks of the group
     int next_step = 0;
+    void start(const PanelWeights& w, int64_t panel) {
+        PanelStream::start(w, panel);
+        group_bytes = w.group_bytes;
+        group_halves = w.segments_per_group * (w.steps_per_segment / kHalfSteps);
+    }
+    void fetch(int num_steps) const {
+        prefetch<2048>(values, num_steps * Bits::kHalfBytes / kHalfSteps + (left == 0 ? group_bytes : 0));
+    }
     void next(__m512i, __m512i& even, __m512i& odd) {
         if (next_step == 0) {
+            if (left == 0) {
+                left = group_halves;
+                values += group_bytes;
+            }
+            --left;
             Bits::expand(values, steps);
             values += Bits::kHalfBytes;
         }
@@ -127,21 +146,28 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
     const int8_t* q = rows.q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
-    const uint8_t* values[kPanels];
+    const uint8_t *values[kPanels], *groups[kPanels];
     __m512 totals[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
         values[p] = w.values + w.value_offsets[panel + p * distance];
         totals[p] = _mm512_setzero_ps();
     }
-    const __m512i one_zero_point = _mm512_set1_epi32(w.zero_point);
-    Groups groups(w, 0);
-    for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment) {
+    int64_t left = 0;  // segments of the group
+    for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment, --left) {
+        if (left == 0) {
+            left = w.segments_per_group;
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                if (fetches<1>()) prefetch<4096>(values[p], 64);
+                groups[p] = values[p];
+                values[p] += w.group_bytes;
+            }
+        }
         const int32_t sum = segment_sum<kSteps>(half_sums, segment);
         Sums sums[kPanels][Bits::kSums];
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            sums[p][0] = times(kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance), -sum);
+            sums[p][0] = kSymmetric ? reinterpret_cast<Sums>(_mm512_set1_epi32(-w.zero_point * sum))
+                                    : times(widen_bytes(groups[p] + 2 * kPanelOutputs), -sum);
             UNROLL for (int k = 1; k < Bits::kSums; ++k) { sums[p][k] = Sums{}; }
-            if (fetches<1>()) groups.fetch(panel + p * distance);
         }
         UNROLL for (int half = 0; half < kSteps / kHalfSteps; ++half) {
             __m512i half_q[kHalfSteps];
@@ -156,10 +182,9 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
         UNROLL for (int p = 0; p < kPanels; ++p) {
             Sums dots = sums[p][0];
             UNROLL for (int k = 1; k < Bits::kSums; ++k) { dots += sums[p][k] >> Bits::kShifts[k]; }
-            const __m512 scales = _mm512_mul_ps(row_scale, groups.scales(panel + p * distance));
+            const __m512 scales = _mm512_mul_ps(row_scale, widen_bf16(groups[p]));
             totals[p] = _mm512_fmadd_ps(to_floats(dots), scales, totals[p]);
         }
-        groups.advance();
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
         const int64_t output = (panel + p * distance) * kPanelOutputs;

@@ -116,50 +116,64 @@ struct ColumnPair {
 
 // kRows rows from `row` on by two panels, `distance` apart. A Lookup holds the table:
 //   static constexpr int kPairs, kBytes    pairs of columns that it reads at once, and their bytes
+//   static constexpr bool kInterleaved    whether what it reads of the two halves of a block lies in turns
 //   void read(const uint8_t* from, __m512i (&pairs)[kPairs])
-// Looking up again for every 8 rows costs less than storing what was found and loading it.
+// Looking up again for every 8 rows costs less than storing what was found and loading it. One row adds up both halves
+// at once where they lie in turns, since each sum waits for the product before it.
 template <class Lookup, bool kScaled, int kRows>
 void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t row, int64_t panel, int64_t distance,
               Ahead ahead) {
+    constexpr int kHalves = kRows == 1 && kScaled && Lookup::kInterleaved ? 2 : 1;        // at once
+    constexpr int kReads = 16 / Lookup::kPairs;                                           // for half a block
+    constexpr int64_t kHalfBytes = Lookup::kBytes * (Lookup::kInterleaved ? 1 : kReads);  // from one half to the other
+    constexpr int64_t kReadBytes = Lookup::kBytes * (Lookup::kInterleaved ? 2 : 1);
     const auto* x = ColumnPair::row(rows, row);
     const Lookup lookup(w.table);
     const uint8_t* values[kPair];
     alignas(64) float totals[kRows][kPair][kPanelOutputs] = {};
-    __m512 sums[kRows][kPair];
-    UNROLL for (int p = 0; p < kPair; ++p) {
-        values[p] = w.values + w.value_offsets[panel + p * distance];
-        UNROLL for (int r = 0; r < kRows; ++r) { sums[r][p] = _mm512_setzero_ps(); }
-    }
+    __m512 sums[kHalves][kRows][kPair] = {};
+    UNROLL for (int p = 0; p < kPair; ++p) { values[p] = w.values + w.value_offsets[panel + p * distance]; }
     const bool fetch = fetches<kRows>() && (kRows < kMaxRows || ahead.is_first());
     Groups groups(w, 0);
-    for (int64_t half_block = 0; half_block < 2 * w.num_blocks; ++half_block) {
+    for (int64_t half_block = 0; half_block < 2 * w.num_blocks; half_block += kHalves) {
         if (half_block % 2 == 0) ahead.fetch();
         if (kScaled && fetch) {
             UNROLL for (int p = 0; p < kPair; ++p) { groups.fetch(panel + p * distance); }
         }
-        for (int i = 0; i < 16 / Lookup::kPairs; ++i, x += 2 * Lookup::kPairs) {
-            __m512i pairs[kPair][Lookup::kPairs];
-            UNROLL for (int p = 0; p < kPair; ++p) {
-                if (fetch) prefetch<4096>(values[p], Lookup::kBytes);
-                lookup.read(values[p], pairs[p]);
-                values[p] += Lookup::kBytes;
-            }
-            UNROLL for (int s = 0; s < Lookup::kPairs; ++s) {
-                UNROLL for (int r = 0; r < kRows; ++r) {
-                    const ColumnPair columns(x + r * rows.stride + 2 * s);
-                    UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = columns.add(sums[r][p], pairs[p][s]); }
+        const int64_t first = half_block % 2 * kHalfBytes;
+        for (int i = 0; i < kReads; ++i, x += 2 * Lookup::kPairs) {
+            UNROLL for (int h = 0; h < kHalves; ++h) {
+                __m512i pairs[kPair][Lookup::kPairs];
+                UNROLL for (int p = 0; p < kPair; ++p) {
+                    const uint8_t* from = values[p] + first + i * kReadBytes + h * kHalfBytes;
+                    if (fetch) prefetch<4096>(from, Lookup::kBytes);
+                    lookup.read(from, pairs[p]);
+                }
+                UNROLL for (int s = 0; s < Lookup::kPairs; ++s) {
+                    UNROLL for (int r = 0; r < kRows; ++r) {
+                        const ColumnPair columns(x + r * rows.stride + 2 * s + h * (kBlockInputs / 2));
+                        UNROLL for (int p = 0; p < kPair; ++p) {
+                            sums[h][r][p] = columns.add(sums[h][r][p], pairs[p][s]);
+                        }
+                    }
                 }
             }
         }
-        if (!kScaled && half_block % 2 == 0) continue;
-        UNROLL for (int p = 0; p < kPair; ++p) {
-            const __m512 scales = kScaled ? groups.scales(panel + p * distance) : _mm512_set1_ps(1.0f);
-            UNROLL for (int r = 0; r < kRows; ++r) {
-                _mm512_store_ps(totals[r][p], _mm512_fmadd_ps(sums[r][p], scales, _mm512_load_ps(totals[r][p])));
-                sums[r][p] = _mm512_setzero_ps();
-            }
+        if (kHalves == 2) x += kBlockInputs / 2;
+        if (kHalves == 2 || half_block % 2 == 1) {
+            UNROLL for (int p = 0; p < kPair; ++p) { values[p] += 2 * kReads * Lookup::kBytes; }
         }
-        if (kScaled && (half_block % 2 == 1 || w.steps_per_segment == 8)) groups.advance();
+        if (!kScaled && half_block % 2 == 0) continue;
+        UNROLL for (int h = 0; h < kHalves; ++h) {
+            UNROLL for (int p = 0; p < kPair; ++p) {
+                const __m512 scales = kScaled ? groups.scales(panel + p * distance) : _mm512_set1_ps(1.0f);
+                UNROLL for (int r = 0; r < kRows; ++r) {
+                    _mm512_store_ps(totals[r][p], _mm512_fmadd_ps(sums[h][r][p], scales, _mm512_load_ps(totals[r][p])));
+                    sums[h][r][p] = _mm512_setzero_ps();
+                }
+            }
+            if (kScaled && ((half_block + h) % 2 == 1 || w.steps_per_segment == 8)) groups.advance();
+        }
     }
     UNROLL for (int p = 0; p < kPair; ++p) {
         const Lanes outputs = output_row(w, part, row, panel + p * distance);

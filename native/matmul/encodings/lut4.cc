@@ -1,7 +1,7 @@
 // Codes of a table of 16 float32, rounded to bfloat16 as activations are. 8 vectors per block, each with 8 columns:
-// lane = output, the even columns are the nibbles of its lower half and the odd ones those of its upper half.
-// PanelWeights::table: the entries as float32, then as bfloat16, twice: a permutation of 32 reads five bits, of which
-// the last is another code's.
+// lane = output, the even columns are the nibbles of its lower half and the odd ones those of its upper half. For
+// AVX-512 and AMX the vectors of the two halves of a block lie in turns. PanelWeights::table: the entries as float32,
+// then as bfloat16, twice: a permutation of 32 reads five bits, of which the last is another code's.
 #include "matmul/encodings/lut.h"
 
 #if RAREFY_PASS_REFERENCE
@@ -35,13 +35,15 @@ void packers::lut4(Packing& packing) {
     std::memcpy(table + 64, bits, 32);
     std::memcpy(table + 96, bits, 32);
     packing.view.table = table;
+    const bool in_turns = packing.isa() >= Isa::avx512;
     const int64_t row_bytes = ceil_div(packing.view.num_inputs, 2);
     const uint8_t* codes = packing.take("codes", Element::u8, packing.view.num_outputs * row_bytes);
     pack_lut_codes(
         packing, Coder::kBlockBytes,
         [&](int64_t row, int64_t column) { return nibble(codes + row * row_bytes, column); },
-        [](uint8_t* block, int column, int output, uint8_t code) {
-            const int position = Coder::position(column, output);
+        [in_turns](uint8_t* block, int column, int output, uint8_t code) {
+            const int vector = column / 8, place = in_turns ? vector % 4 * 2 + vector / 4 : vector;
+            const int position = Coder::position(place * 8 + column % 8, output);
             block[position / 2] |= static_cast<uint8_t>(code << (position % 2 * 4));
         });
 }
@@ -93,6 +95,7 @@ namespace {
 
 struct Lookup {
     static constexpr int kPairs = 4, kBytes = 64;
+    static constexpr bool kInterleaved = true;
     __m512i table;
     explicit Lookup(const uint8_t* entries) : table(load(entries + 64)) {}
     void read(const uint8_t* from, __m512i (&pairs)[kPairs]) const {

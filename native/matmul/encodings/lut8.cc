@@ -85,6 +85,7 @@ namespace {
 
 struct Lookup {
     static constexpr int kPairs = 2, kBytes = 64;
+    static constexpr bool kInterleaved = false;
     __m512i low[4], high[4];
     explicit Lookup(const uint8_t* entries) {
         UNROLL for (int i = 0; i < 4; ++i) {
