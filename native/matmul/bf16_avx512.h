@@ -20,7 +20,10 @@ void walk_bf16(const PanelWeights& w, const Rows& rows, const Part& part, int64_
     }
     for (int64_t block = 0; block < w.num_blocks; ++block) {
         __m512 sums[kPanels];
-        UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = _mm512_setzero_ps(); }
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            begin_segment(streams[p], kBlockInputs);
+            sums[p] = _mm512_setzero_ps();
+        }
         for (int eighth = 0; eighth < 4; ++eighth) {
             if (fetches<1>()) {
                 UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(16); }
@@ -52,6 +55,7 @@ struct ExpandedPairs {
 template <class Stream>
 void expand_pairs(Stream& stream, int64_t num_blocks, uint8_t* out) {
     for (int64_t step = 0; step < num_blocks * kBlockInputs / 2; ++step, out += 64) {
+        if (step % (kBlockInputs / 2) == 0) begin_segment(stream, kBlockInputs);
         if (step % 8 == 0) stream.fetch(16);
         _mm512_store_si512(out, stream.pairs());
     }
@@ -77,6 +81,7 @@ inline void add_stretch(const PanelWeights& w, const Rows& rows, const Part& par
     for (int64_t block = stretch.block_begin; block < stretch.block_end; ++block) {
         __m512 sums[kRows][kPair];
         ahead.fetch();
+        UNROLL for (int p = 0; p < kPair; ++p) { begin_segment(streams[p], kBlockInputs); }
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_setzero_ps(); }
         }

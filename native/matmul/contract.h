@@ -45,7 +45,7 @@ struct PanelWeights {
     int64_t num_panels, num_blocks;
     const uint8_t* values;         // aligned to 64, as is the first value of each panel
     const int64_t* value_offsets;  // bytes from `values` to each panel, (num_panels + 1)
-    const uint8_t* mask;           // (num_panels, num_blocks, bytes of the encoding)
+    const uint8_t* mask;           // free for the encoding: its file says what it is
     // Of weights with scales: 16 of each group as bfloat16 bits, and the group's 16 zero points behind them, or null:
     // all are `zero_point`. (num_panels, num_groups) such pieces of group_bytes, group_stride and panel_stride bytes
     // apart; the pointers are at the first.

@@ -3,6 +3,7 @@
 //
 // An encoding gives a `Stream` that reads a panel from its start, two steps at a time:
 //   void start(w, panel)
+//   void begin_segment(int num_columns)  if there is one: before the first step of a segment, or of a block of floats
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
 //           static constexpr bool kExpandsOnce    for many rows: decoding again for every 8 of them takes longer
@@ -53,6 +54,7 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(panel + p * distance);
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
             evens[p] = times(zero_points, -sum);
+            begin_segment(streams[p], 4 * kSteps);
             odds[p] = Sums{};
             if (fetches<1>()) groups.fetch(panel + p * distance);
         }
@@ -93,7 +95,10 @@ void walk_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
     }
     for (int64_t block = 0; block < w.num_blocks; ++block) {
         __m512 sums[kPanels];
-        UNROLL for (int p = 0; p < kPanels; ++p) { sums[p] = _mm512_setzero_ps(); }
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            begin_segment(streams[p], kBlockInputs);
+            sums[p] = _mm512_setzero_ps();
+        }
         for (int pair = 0; pair < kBlockInputs / 2; ++pair, x += 2) {
             if (pair % 8 == 0 && fetches<1>()) {
                 UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].fetch(16); }

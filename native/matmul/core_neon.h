@@ -4,6 +4,8 @@
 //
 // An encoding gives a `Stream` that reads a panel from its start, two steps at a time:
 //   void start(w, panel)
+//   void begin_segment(int num_columns)    if there is one: comes before the first step of each segment, or block of
+//           floats
 //   codes:  static constexpr bool kSmallCodes    below 128
 //           void set_zero_points(const Bytes (&)[kQuarters])    in every byte; comes before the first step of each
 //           group void next(Bytes (&even)[kQuarters], Bytes (&odd)[kQuarters])
@@ -101,6 +103,7 @@ void tile_int(const PanelWeights& w, const Rows& rows, const Part& part, const S
     bool new_group = true;
     for (int64_t segment = stretch.begin * kSegments; segment < stretch.end * kSegments; ++segment) {
         if (new_group) groups.give_zero_points(stream, stretch.panel);
+        begin_segment(stream, 4 * kSteps);
         int32x4_t dots[kRows][kQuarters];
         UNROLL for (int r = 0; r < kRows; ++r) {
             const int32_t sum = segment_sum<kSteps>(half_sums + r * rows.num_blocks * 2, segment);
@@ -145,6 +148,7 @@ void tile_float(const PanelWeights& w, const Rows& rows, const Part& part, const
     Floats totals[kRows][kQuarters];
     load_totals(w, part, stretch, row, totals);
     for (int64_t block = stretch.begin; block < stretch.end; ++block) {
+        begin_segment(stream, kBlockInputs);
         Floats sums[kRows][kQuarters];
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int i = 0; i < kQuarters; ++i) { sums[r][i] = vdupq_n_f32(0.0f); }
@@ -176,6 +180,7 @@ void expand(const PanelWeights& w, Stream& stream, const Stretch& stretch, uint8
     bool new_group = true;
     for (int64_t segment = stretch.begin * kSegments; segment < stretch.end * kSegments; ++segment) {
         if (new_group) groups.give_zero_points(stream, stretch.panel);
+        begin_segment(stream, 4 * kSteps);
         for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
             Bytes even[kQuarters], odd[kQuarters];
             stream.next(even, odd);
@@ -191,6 +196,7 @@ void expand(const PanelWeights& w, Stream& stream, const Stretch& stretch, uint8
 template <class Stream>
 void expand(Stream& stream, const Stretch& stretch, float* out) {
     for (int64_t pair = 0; pair < (stretch.end - stretch.begin) * kBlockInputs / 2; ++pair, out += 2 * kPanelOutputs) {
+        if (pair % (kBlockInputs / 2) == 0) begin_segment(stream, kBlockInputs);
         Floats even[kQuarters], odd[kQuarters];
         stream.next(even, odd);
         UNROLL for (int i = 0; i < kQuarters; ++i) {

@@ -38,6 +38,7 @@ void expand_codes(const PanelWeights& w, Stream& stream, int64_t panel, int64_t 
         const __m512i zero_points = groups.zero_points(panel);
         const __m512i pruned = pruned_codes<Stream>(zero_points);
         const __m512i subtracted = _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(kLevels ? 0x01010101 : 0));
+        begin_segment(stream, 4 * kSteps);
         stream.fetch(kSteps);
         for (int pair = 0; pair < kSteps / 2; ++pair, out += 128) {
             __m512i even, odd;
@@ -123,6 +124,7 @@ void rows_float(const PanelWeights& w, const Rows& rows, const Part& part, int64
     for (int64_t block = 0; block < w.num_blocks; ++block) {
         __m512 sums[kRows][kPair];
         ahead.fetch();
+        UNROLL for (int p = 0; p < kPair; ++p) { begin_segment(streams[p], kBlockInputs); }
         UNROLL for (int r = 0; r < kRows; ++r) {
             UNROLL for (int p = 0; p < kPair; ++p) { sums[r][p] = _mm512_setzero_ps(); }
         }

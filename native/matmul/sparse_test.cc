@@ -1,5 +1,6 @@
 // The kernels of N:M and of masks where their patterns matter: lists of entries, many rows, groups that keep too many;
 // against the reference, which matmul_test checks. Made to run under sanitizers; prints the failures and counts.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -147,6 +148,53 @@ void test_float_masks_of_many_rows() {
     }
 }
 
+// Where a segment begins depends on what those before it keep. Rows that are 127 in one column and 0 in the others show
+// each element by itself, exactly: the largest code of an activation, whose scale is 1.
+void test_segments_of_masks() {
+    constexpr struct {
+        int64_t outputs, inputs;
+    } kShapes[] = {{1, 1}, {17, 31}, {16, 64}, {33, 97}, {18, 460}};
+    for (const TestedFormat& tested : checks::tested_formats()) {
+        if (tested.format.rfind("bitmask-", 0) != 0) continue;
+        for (const auto& shape : kShapes) {
+            const auto num_columns = static_cast<size_t>(shape.inputs);
+            const auto num_outputs = static_cast<size_t>(shape.outputs);
+            std::vector<float> x(num_columns * num_columns, 0.0f);
+            for (size_t column = 0; column < num_columns; ++column) x[column * num_columns + column] = 127.0f;
+            for (const int group_size : {0, 32, 64, 96, 128}) {
+                for (const double density : {-1.0, 0.0, 0.5, 1.0}) {  // -1: of another kind in each block
+                    SampleSpec spec{
+                        tested.format, shape.outputs, shape.inputs, group_size, group_size != 64, density, 19};
+                    spec.uneven = density < 0;
+                    const Sample sample = matmul::make_sample(spec);
+                    for (const auto& weights : packed_for(tested.isas, sample)) {
+                        for (const size_t most_rows : {size_t{1}, size_t{3}, size_t{13}, num_columns}) {
+                            bool same = true;
+                            for (size_t first = 0; first < num_columns; first += most_rows) {
+                                const size_t last = std::min(first + most_rows, num_columns);
+                                const std::vector<float> rows(x.data() + first * num_columns,
+                                                              x.data() + last * num_columns);
+                                const std::vector<float> y =
+                                    product(*weights, rows, static_cast<int64_t>(last - first), shape.inputs);
+                                for (size_t i = 0; i < y.size(); ++i) {
+                                    const size_t at = i % num_outputs * num_columns + first + i / num_outputs;
+                                    const float value = weights->is_integer() ? static_cast<float>(sample.levels[at]) *
+                                                                                    sample.level_scales[at]
+                                                                              : sample.floats[at];
+                                    same = same && y[i] == 127.0f * value;
+                                }
+                            }
+                            check(same, "each element under a mask, " + described(tested.format, weights->isa(),
+                                                                                  shape.outputs, shape.inputs,
+                                                                                  static_cast<int64_t>(most_rows)));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 // As many entries as there should be, but a group has one too many and another one too few.
 void test_groups_that_keep_too_many() {
     for (const char* const format : {"nm-int3-v1", "nm-int4-v1", "nm-int8-v1"}) {
@@ -165,7 +213,7 @@ void test_groups_that_keep_too_many() {
                     if (!checks::runs(isa)) continue;
                     try {
                         const Weights weights(sample.packed(), isa);
-                        check(isa < Isa::avx512 || weights.view().mask != nullptr,
+                        check(isa < Isa::avx512 || weights.view().parameter == 0,
                               std::string(format) + ": lists without room are refused");
                         product(weights, random_floats(192 * 3, 1), 3, 192);
                     } catch (const std::invalid_argument&) {
@@ -183,6 +231,7 @@ int main() {
     test_patterns();
     test_masks_of_many_rows();
     test_float_masks_of_many_rows();
+    test_segments_of_masks();
     test_groups_that_keep_too_many();
     return checks::summary_of_isas();
 }

@@ -179,6 +179,7 @@ inline void add_tile(const Tiles& t, const Stream (&starts)[kPair]) {
         UNROLL for (int p = 0; p < kPair; ++p) {
             const __m512i zero_points = kSymmetric ? one_zero_point : groups.zero_points(t.panel + p * t.distance);
             pruned[p] = kSymmetric ? one_pruned : pruned_codes<Stream>(zero_points);
+            begin_segment(streams[p], 4 * kSteps);
             if constexpr (!kSymmetric) {
                 UNROLL for (int r = 0; r < kRows; ++r) {
                     dots[r][p] = times(zero_points, -segment_sum<kSteps>(half_sums + r * num_blocks * 2, 0));

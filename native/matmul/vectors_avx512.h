@@ -179,6 +179,14 @@ inline __m512i pruned_codes(__m512i zero_points) {
     return _mm512_mullo_epi32(zero_points, _mm512_set1_epi32(Stream::kOddShift == 4 ? 0x11111111 : 0x01010101));
 }
 
+// Tells a stream that the next columns are a segment, or a block of floats, where it wants to know.
+template <class Stream>
+inline auto begin_segment(Stream& stream, int num_columns) -> decltype(stream.begin_segment(num_columns)) {
+    stream.begin_segment(num_columns);
+}
+template <class... Others>
+inline void begin_segment(const Others&...) {}
+
 template <int kSteps>
 inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
     return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];

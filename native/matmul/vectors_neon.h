@@ -99,6 +99,14 @@ inline Floats half_block_scales(const PanelWeights& w, int64_t panel, int64_t ha
 // Without scales sums go on to the end of the block.
 inline bool sums_go_on(const PanelWeights& w, int half_of_block) { return half_of_block == 0 && w.scales == nullptr; }
 
+// Tells a stream that the next columns are a segment, or a block of floats, where it wants to know.
+template <class Stream>
+inline auto begin_segment(Stream& stream, int num_columns) -> decltype(stream.begin_segment(num_columns)) {
+    stream.begin_segment(num_columns);
+}
+template <class... Others>
+inline void begin_segment(const Others&...) {}
+
 template <int kSteps>
 inline int32_t segment_sum(const int32_t* half_sums, int64_t segment) {
     return kSteps == 8 ? half_sums[segment] : half_sums[2 * segment] + half_sums[2 * segment + 1];

@@ -1,5 +1,6 @@
-// What the encodings under a mask share. A block has 128 bytes of mask, one bit per element, step by step in the order
-// of the steps' vectors. The values of a panel are a stream of the kept elements in the order of the bits.
+// What the encodings under a mask share. A panel is one stream of its segments, of bfloat16 its blocks: each has first
+// its mask, one bit per element, step by step in the order of the steps' vectors, and then its kept elements in the
+// order of the bits.
 // `extra`, of codes whose segments are blocks: an int32 for each panel, how many steps lists of its blocks take
 // (mask_lists_avx512.h).
 #pragma once
@@ -8,7 +9,7 @@
 
 namespace rarefy::matmul {
 
-constexpr int kMaskBytes = 128;  // of one block of one panel
+constexpr int kMaskBytes = kPanelOutputs / 8;  // of a column of a panel
 
 }  // namespace rarefy::matmul
 
@@ -74,7 +75,7 @@ struct DiskMask {
 };
 
 // kBits: of a value, 4, 8 or 16. 4-bit codes: two streams in the same bytes, the low nibbles for all even steps of the
-// panel and the high nibbles for all odd ones, each from the first byte on. They may be stored as codes of fewer bits.
+// segment and the high nibbles for all odd ones, each behind its mask. They may be stored as codes of fewer bits.
 template <int kBits>
 void pack_masked(Packing& packing, const char* name, Element element, int stored_bits = kBits);
 
@@ -127,14 +128,15 @@ template <int kBits>
 void pack_masked(Packing& packing, const char* name, Element element, int stored_bits) {
     constexpr int kColumns = kBits < 8 ? 4 : 32 / kBits;  // per step
     constexpr int kSteps = kBlockInputs / kColumns;
-    constexpr int kStepBytes = kMaskBytes / kSteps;
+    constexpr int kStepBytes = kColumns * kMaskBytes;
     constexpr uint64_t kStepBits = (uint64_t{1} << kColumns) - 1;
     const DiskMask mask(packing);
     const NamedArray& stored = packing.take(name, element);
     require(stored.num_bytes == ceil_div(mask.row_starts.back() * stored_bits, 8), "the mask does not fit the values");
     const int64_t num_blocks = packing.view.num_blocks, num_outputs = packing.view.num_outputs;
-    uint8_t* const packed_mask = packing.allocate(packing.view.num_panels * num_blocks * kMaskBytes);
-    packing.view.mask = packed_mask;
+    const int segment_steps = kBits == 16 ? kSteps : packing.view.steps_per_segment;
+    const int segment_columns = segment_steps * kColumns;
+    const uint64_t segment_bits = segment_columns == kBlockInputs ? ~uint64_t{0} : (uint64_t{1} << segment_columns) - 1;
     int32_t* list_steps = nullptr;
     if (packing.view.steps_per_segment == 16) {
         uint8_t* const extra = packing.allocate(packing.view.num_panels * static_cast<int64_t>(sizeof(int32_t)));
@@ -144,23 +146,32 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
     uint8_t* const values = packing.place_values([&](int64_t panel) {
         const int64_t first = panel * kPanelOutputs;
         const int64_t last = first + kPanelOutputs < num_outputs ? first + kPanelOutputs : num_outputs;
+        int64_t num_bytes = num_blocks * kBlockInputs * kMaskBytes;
         if (kBits != 4)
-            return (mask.row_starts[static_cast<size_t>(last)] - mask.row_starts[static_cast<size_t>(first)]) * kBits /
-                   8;
+            return num_bytes +
+                   (mask.row_starts[static_cast<size_t>(last)] - mask.row_starts[static_cast<size_t>(first)]) * kBits /
+                       8;
         // Columns 0-3 of each 8 are in an even step, 4-7 in an odd one.
-        int64_t even = 0, odd = 0;
-        for (int64_t i = first * mask.row_bytes; i < last * mask.row_bytes; ++i) {
-            even += popcount(mask.bytes[i] & 15);
-            odd += popcount(mask.bytes[i] >> 4);
+        constexpr uint64_t kEven = 0x0f0f0f0f0f0f0f0f;
+        for (int64_t block = 0; block < num_blocks; ++block) {
+            for (int column = 0; column < kBlockInputs; column += segment_columns) {
+                int even = 0, odd = 0;
+                for (int64_t row = first; row < last; ++row) {
+                    const uint64_t kept = mask.block(row, block) >> column & segment_bits;
+                    even += popcount(kept & kEven);
+                    odd += popcount(kept & ~kEven);
+                }
+                num_bytes += even > odd ? even : odd;
+            }
         }
-        return even > odd ? even : odd;
+        return num_bytes;
     });
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         int64_t cursors[kPanelOutputs];
         for (int row = 0; row < num_rows; ++row) cursors[row] = mask.row_starts[static_cast<size_t>(first + row)];
-        uint8_t* const begin = values + packing.view.value_offsets[panel];
-        uint8_t* streams[2] = {begin, begin};  // 4-bit codes: next byte of the low and of the high nibbles
-        uint8_t* out = packed_mask + panel * num_blocks * kMaskBytes;
+        uint8_t* step_masks = nullptr;
+        // 4-bit codes: next byte of the low and of the high nibbles.
+        uint8_t* streams[2] = {values + packing.view.value_offsets[panel], nullptr};
         for (int64_t block = 0; block < num_blocks; ++block) {
             uint64_t row_masks[kPanelOutputs];
             for (int row = 0; row < num_rows; ++row) row_masks[row] = mask.block(first + row, block);
@@ -168,7 +179,11 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
             int zero_points[kPanelOutputs];
             for (int row = 0; list_steps != nullptr && row < num_rows; ++row)
                 zero_points[row] = zero_point_of(packing.view, panel, block, row);
-            for (int step = 0; step < kSteps; ++step, out += kStepBytes) {
+            for (int step = 0; step < kSteps; ++step, step_masks += kStepBytes) {
+                if (step % segment_steps == 0) {
+                    step_masks = kBits == 4 && streams[1] > streams[0] ? streams[1] : streams[0];
+                    streams[0] = streams[1] = step_masks + segment_columns * kMaskBytes;
+                }
                 uint64_t step_mask = 0;
                 for (int row = 0; row < num_rows; ++row) {
                     const uint64_t kept = row_masks[row] >> (step * kColumns) & kStepBits;
@@ -187,7 +202,7 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
                         }
                     }
                 }
-                std::memcpy(out, &step_mask, kStepBytes);
+                std::memcpy(step_masks, &step_mask, kStepBytes);
             }
             int most = 0;
             for (const int count : counts) most = count > most ? count : most;
@@ -199,9 +214,12 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
 namespace reference {
 
 struct MaskedStream {
-    const uint8_t *values, *mask;
-    MaskedStream(const PanelWeights& w, int64_t panel)
-        : values(w.values + w.value_offsets[panel]), mask(w.mask + panel * w.num_blocks * kMaskBytes) {}
+    const uint8_t *values, *mask = nullptr;  // values: at first the end of those before
+    MaskedStream(const PanelWeights& w, int64_t panel) : values(w.values + w.value_offsets[panel]) {}
+    void begin_segment(int num_columns) {
+        mask = values;
+        values += num_columns * kMaskBytes;
+    }
 };
 
 inline uint64_t step_mask(const uint8_t* mask, int step, int bytes) {
@@ -212,11 +230,18 @@ inline uint64_t step_mask(const uint8_t* mask, int step, int bytes) {
 
 template <bool kInt4>
 struct CodeStream : MaskedStream {
+    const int steps_per_segment;
     const uint8_t* high;  // 4-bit codes: where the high nibbles are
-    CodeStream(const PanelWeights& w, int64_t panel) : MaskedStream(w, panel), high(values) {}
+    CodeStream(const PanelWeights& w, int64_t panel)
+        : MaskedStream(w, panel), steps_per_segment(w.steps_per_segment), high(values) {}
     void block(const uint8_t* pruned, uint8_t* out) {
         for (int step = 0; step < 16; ++step) {
-            const uint64_t bits = step_mask(mask, step, 8);
+            if (step % steps_per_segment == 0) {
+                if (kInt4) values = std::max(values, high);
+                begin_segment(steps_per_segment * 4);
+                high = values;
+            }
+            const uint64_t bits = step_mask(mask, step % steps_per_segment, 8);
             for (int i = 0; i < 64; ++i) {
                 uint8_t code = pruned[step / 8 * kPanelOutputs + i / 4];
                 if (bits >> i & 1) {
@@ -229,36 +254,22 @@ struct CodeStream : MaskedStream {
                 out[(step * 4 + i % 4) * kPanelOutputs + i / 4] = code;
             }
         }
-        mask += kMaskBytes;
     }
 };
 
 }  // namespace reference
 }  // namespace rarefy::matmul
 
-#elif RAREFY_PASS_AVX2
-
-namespace rarefy::matmul::avx2 {
-
-struct MaskedStream {
-    const uint8_t *values, *mask;
-    void start(const PanelWeights& w, int64_t panel) {
-        values = w.values + w.value_offsets[panel];
-        mask = w.mask + panel * w.num_blocks * kMaskBytes;
-    }
-};
-
-}  // namespace rarefy::matmul::avx2
-
 #elif RAREFY_PASS_AVX512
 
 namespace rarefy::matmul::avx512 {
 
 struct MaskedStream {
-    const uint8_t *values, *mask;
-    void start(const PanelWeights& w, int64_t panel) {
-        values = w.values + w.value_offsets[panel];
-        mask = w.mask + panel * w.num_blocks * kMaskBytes;
+    const uint8_t *values, *mask = nullptr;  // values: at first the end of those before
+    void start(const PanelWeights& w, int64_t panel) { values = w.values + w.value_offsets[panel]; }
+    void begin_segment(int num_columns) {
+        mask = values;
+        values += num_columns * kMaskBytes;
     }
 };
 
@@ -268,10 +279,11 @@ struct MaskedStream {
 
 namespace rarefy::matmul::neon {
 struct MaskedStream {
-    const uint8_t *values, *mask;
-    void start(const PanelWeights& w, int64_t panel) {
-        values = w.values + w.value_offsets[panel];
-        mask = w.mask + panel * w.num_blocks * kMaskBytes;
+    const uint8_t *values, *mask = nullptr;  // values: at first the end of those before
+    void start(const PanelWeights& w, int64_t panel) { values = w.values + w.value_offsets[panel]; }
+    void begin_segment(int num_columns) {
+        mask = values;
+        values += num_columns * kMaskBytes;
     }
 };
 
@@ -310,6 +322,11 @@ struct CodeStream : MaskedStream {
     Bytes pruned[kQuarters];
     void start(const PanelWeights& w, int64_t panel) {
         MaskedStream::start(w, panel);
+        high = values;
+    }
+    void begin_segment(int num_columns) {
+        if (kInt4 && high > values) values = high;
+        MaskedStream::begin_segment(num_columns);
         high = values;
     }
     void set_zero_points(const Bytes (&codes)[kQuarters]) {

@@ -47,6 +47,7 @@ namespace {
 struct Stream : MaskedStream {
     using MaskedStream::MaskedStream;
     void block(float* out) {
+        begin_segment(kBlockInputs);
         for (int step = 0; step < 32; ++step) {
             const uint64_t bits = step_mask(mask, step, 4);
             for (int i = 0; i < 32; ++i) {
@@ -58,7 +59,6 @@ struct Stream : MaskedStream {
                 out[(step * 2 + i % 2) * kPanelOutputs + i / 2] = widen(value);
             }
         }
-        mask += kMaskBytes;
     }
 };
 
@@ -87,10 +87,7 @@ namespace {
 
 struct Stream : MaskedStream {
     static constexpr bool kIsPlain = false;
-    void fetch(int num_columns) const {
-        prefetch<4096>(values, num_columns * 16);
-        prefetch<4096>(mask, num_columns * 2);
-    }
+    void fetch(int num_columns) const { prefetch<4096>(values, num_columns * 18); }
     __m512i pairs() {
         const uint32_t kept = _cvtmask32_u32(_load_mask32(reinterpret_cast<__mmask32*>(const_cast<uint8_t*>(mask))));
         const __m512i expanded = _mm512_mask_expand_epi16(unknown_zero(), kept, load(values));

@@ -1,6 +1,6 @@
 // Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns, 64 bits of mask each. The kept codes are
-// two streams in the same bytes, the low nibbles for all even steps of the panel and the high nibbles for all odd ones,
-// each from the panel's first byte on.
+// two streams in the same bytes, the low nibbles for all even steps of a segment and the high nibbles for all odd ones,
+// each from the end of the segment's mask on.
 #include "matmul/encodings/lists.h"
 
 #if RAREFY_PASS_REFERENCE
@@ -50,10 +50,12 @@ struct Stream : MaskedStream {
         MaskedStream::start(w, panel);
         high = values;
     }
-    void fetch(int num_steps) const {
-        prefetch<4096>(values, num_steps * 16);
-        prefetch<4096>(mask, num_steps * 8);
+    void begin_segment(int num_columns) {
+        if (high > values) values = high;
+        MaskedStream::begin_segment(num_columns);
+        high = values;
     }
+    void fetch(int num_steps) const { prefetch<4096>(values, num_steps * 24); }
     void next(__m512i pruned, __m512i& even, __m512i& odd) {
         const uint64_t even_mask = load_mask<kOneRow>(mask), odd_mask = load_mask<kOneRow>(mask + 8);
         // Both nibbles are expanded, and the one of the other stream dropped after.

@@ -42,10 +42,7 @@ struct Stream : MaskedStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 0;
     static constexpr bool kExpandsOnce = true;
-    void fetch(int num_steps) const {
-        prefetch<4096>(values, num_steps * 32);
-        prefetch<4096>(mask, num_steps * 8);
-    }
+    void fetch(int num_steps) const { prefetch<4096>(values, num_steps * 40); }
     void next(__m512i pruned, __m512i& even, __m512i& odd) {
         const uint64_t even_mask = load_mask<kOneRow>(mask), odd_mask = load_mask<kOneRow>(mask + 8);
         even = _mm512_mask_expand_epi8(pruned, even_mask, load(values));

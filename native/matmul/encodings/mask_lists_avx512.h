@@ -47,6 +47,7 @@ template <class Stream>
 inline uint8_t* put_lists(Stream& stream, __m512i zero_points, __m512 scales, int& num_steps, uint8_t* out) {
     const __m512i pruned = pruned_codes<Stream>(zero_points), zeros = every_byte(zero_points);
     __m512i steps[16], outputs[16], columns[16];
+    stream.begin_segment(kBlockInputs);
     stream.fetch(16);
     UNROLL for (int pair = 0; pair < 8; ++pair) {
         stream.next(pruned, steps[2 * pair], steps[2 * pair + 1]);

@@ -142,7 +142,7 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&), int stored_bits =
                 uint8_t* steps = out;
                 if (plan.index_bits == 0) {
                     std::memcpy(out + row * 8, &bits, 8);
-                    steps += kMaskBytes;
+                    steps += kBlockInputs * kMaskBytes;
                 }
                 for (int i = 0; i < 4 * plan.steps; ++i) {
                     uint8_t* step = steps + i / 4 * step_bytes;
