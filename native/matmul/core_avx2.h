@@ -222,8 +222,11 @@ void expanded_rows_int(const PanelWeights& w, const Rows& rows, const Part& part
             expand_int<Stream, kSteps>(w, stream, panel, begin, end, expanded);
         },
         [&](int64_t panel, int64_t begin, int64_t end, float (*totals)[kPanelOutputs], const NextValues& next) {
-            multiply_tile(kIntTiles<kBytes, kSteps>, kIntTileRows, Tile(w, expanded, panel, begin, end, totals),
-                          Groups(w, begin * (16 / kSteps)), rows, part, next);
+            const Tile tile(w, expanded, panel, begin, end, totals);
+            const Groups groups(w, begin * (16 / kSteps));
+            for_groups_of_rows(part, kIntTileRows, next, [&](int64_t row, int64_t count) {
+                kIntTiles<kBytes, kSteps>[count - 1](tile, groups, rows, part, row);
+            });
         });
 }
 
@@ -234,8 +237,9 @@ void expanded_rows_float(const PanelWeights& w, const Rows& rows, const Part& pa
         w, part, kFloatTileBlocks,
         [&](Stream& stream, int64_t, int64_t begin, int64_t end) { expand_float(stream, end - begin, expanded); },
         [&](int64_t panel, int64_t begin, int64_t end, float (*totals)[kPanelOutputs], const NextValues& next) {
-            multiply_tile(kFloatTiles, kFloatTileRows, Tile(w, expanded, panel, begin, end, totals), Groups(w, 0), rows,
-                          part, next);
+            const Tile tile(w, expanded, panel, begin, end, totals);
+            for_groups_of_rows(part, kFloatTileRows, next,
+                               [&](int64_t row, int64_t count) { kFloatTiles[count - 1](tile, rows, part, row); });
         });
 }
 

@@ -174,7 +174,7 @@ void tile_int(const Tile& tile, const Groups& first_groups, const Rows& rows, co
 }
 
 template <int kRows>
-void tile_float(const Tile& tile, const Groups&, const Rows& rows, const Part& part, int64_t part_row) {
+void tile_float(const Tile& tile, const Rows& rows, const Part& part, int64_t part_row) {
     const float* x = rows.x + (part.row_begin + part_row) * rows.stride + tile.block_begin * kBlockInputs;
     TileTotals<kRows> totals(tile, part_row);
     const uint8_t* values = tile.values;
@@ -208,14 +208,15 @@ void tile_float(const Tile& tile, const Groups&, const Rows& rows, const Part& p
     totals.finish(tile, part, part_row);
 }
 
-using TileFunction = void (*)(const Tile&, const Groups&, const Rows&, const Part&, int64_t row);
+using IntTileFunction = void (*)(const Tile&, const Groups&, const Rows&, const Part&, int64_t row);
+using FloatTileFunction = void (*)(const Tile&, const Rows&, const Part&, int64_t row);
 
 template <bool kBytes, int kSteps>
-inline constexpr TileFunction kIntTiles[kIntTileRows] = {tile_int<kBytes, 1, kSteps>, tile_int<kBytes, 2, kSteps>,
-                                                         tile_int<kBytes, 3, kSteps>, tile_int<kBytes, 4, kSteps>,
-                                                         tile_int<kBytes, 5, kSteps>, tile_int<kBytes, 6, kSteps>};
-inline constexpr TileFunction kFloatTiles[kFloatTileRows] = {tile_float<1>, tile_float<2>, tile_float<3>,
-                                                             tile_float<4>, tile_float<5>, tile_float<6>};
+inline constexpr IntTileFunction kIntTiles[kIntTileRows] = {tile_int<kBytes, 1, kSteps>, tile_int<kBytes, 2, kSteps>,
+                                                            tile_int<kBytes, 3, kSteps>, tile_int<kBytes, 4, kSteps>,
+                                                            tile_int<kBytes, 5, kSteps>, tile_int<kBytes, 6, kSteps>};
+inline constexpr FloatTileFunction kFloatTiles[kFloatTileRows] = {tile_float<1>, tile_float<2>, tile_float<3>,
+                                                                  tile_float<4>, tile_float<5>, tile_float<6>};
 
 // What the next stretch is made of, as Ahead takes it: each group of rows asks for a share of it.
 struct NextValues {
@@ -233,16 +234,16 @@ struct NextValues {
     }
 };
 
-// Splits the rows of a part evenly.
-inline void multiply_tile(const TileFunction* functions, int max_rows, const Tile& tile, const Groups& groups,
-                          const Rows& rows, const Part& part, const NextValues& next) {
+// Splits the rows of a part evenly into groups of at most max_rows: calls run(row, rows of the group).
+template <class Run>
+inline void for_groups_of_rows(const Part& part, int max_rows, const NextValues& next, const Run& run) {
     const int64_t num_rows = part.row_end - part.row_begin;
     const int64_t num_groups = (num_rows + max_rows - 1) / max_rows;
     int64_t row = 0;
     for (int64_t group = 0; group < num_groups; ++group) {
         const int64_t count = (num_rows + group) / num_groups;
         next.fetch(group, num_groups);
-        functions[count - 1](tile, groups, rows, part, row);
+        run(row, count);
         row += count;
     }
 }
