@@ -74,7 +74,9 @@ inline __m512i quadruple_bytes(const uint8_t* from) {
 }
 
 inline uint64_t load_u64(const uint8_t* from) {
-    return _cvtmask64_u64(_load_mask64(reinterpret_cast<__mmask64*>(const_cast<uint8_t*>(from))));
+    uint64_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);  // in any alignment
+    return bits;
 }
 
 // The same, read once: gcc would read bits that are a mask and are counted too a second time to count them. One row

@@ -89,7 +89,8 @@ struct Stream : MaskedStream {
     static constexpr bool kIsPlain = false;
     void fetch(int num_columns) const { prefetch<4096>(values, num_columns * 18); }
     __m512i pairs() {
-        const uint32_t kept = _cvtmask32_u32(_load_mask32(reinterpret_cast<__mmask32*>(const_cast<uint8_t*>(mask))));
+        uint32_t kept;
+        __builtin_memcpy(&kept, mask, sizeof kept);
         const __m512i expanded = _mm512_mask_expand_epi16(unknown_zero(), kept, load(values));
         values += 2 * _mm_popcnt_u32(kept);
         mask += 4;
