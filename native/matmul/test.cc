@@ -85,10 +85,11 @@ void test_products() {
         int64_t outputs, inputs, group_size;
         bool symmetric;
         double density;
-    } kCases[] = {{1, 1, 0, true, 1.0},       {15, 63, 32, false, 0.5},  {16, 64, 64, true, 0.5},
-                  {17, 65, 64, false, 0.1},   {66, 129, 96, false, 0.9}, {97, 601, 0, false, 0.5},
-                  {131, 1100, 32, true, 0.3}, {40, 100, 128, true, 0.0}, {0, 64, 64, true, 0.5},
-                  {5, 0, 0, true, 0.5},       {18, 4170, 0, true, 0.5},  {33, 700, 0, true, 0.2}};
+    } kCases[] = {{1, 1, 0, true, 1.0},       {15, 63, 32, false, 0.5},   {16, 64, 64, true, 0.5},
+                  {17, 65, 64, false, 0.1},   {66, 129, 96, false, 0.9},  {97, 601, 0, false, 0.5},
+                  {131, 1100, 32, true, 0.3}, {40, 100, 128, true, 0.0},  {0, 64, 64, true, 0.5},
+                  {5, 0, 0, true, 0.5},       {18, 4170, 0, true, 0.5},   {33, 700, 0, true, 0.2},
+                  {290, 700, 96, true, 0.5},  {399, 1024, 128, true, 0.5}};
     constexpr int64_t kMostRows = 100;
     for (const TestedFormat& tested : checks::tested_formats()) {
         for (const auto& c : kCases) {

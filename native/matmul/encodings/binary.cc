@@ -1,5 +1,8 @@
 // Binary weights, as codes 0 and 2 with zero point 1. 2 vectors per block: step s is bit s % 8 of vector s / 8.
 #include "matmul/encodings/bits.h"
+#if RAREFY_PASS_AVX512
+#include "matmul/encodings/bit_sums_avx512.h"
+#endif
 
 namespace rarefy::matmul {
 
@@ -92,9 +95,89 @@ struct Bits {
     }
 };
 
+// One row by kPanels panels, `distance` apart, whose sums of four columns are looked up; see walk_bits. They are the
+// BitSums in w.table.
+template <int kPanels, int kSteps>
+void walk_bit_sums(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
+    constexpr int kHalves = kSteps / kHalfSteps, kAndOr = 0xea;  // (a & b) | c
+    const float* row_scales = rows.scales + part.row_begin * rows.num_blocks;
+    const auto* bit_sums = reinterpret_cast<const BitSums*>(w.table);
+    const __m512i mask = bytes(0x33), places = _mm512_set1_epi32(0x0c080400);  // each of four columns has its own sums
+    const __m512i ones = bytes(1), units = bytes(1 << kLowBits);
+    const uint8_t* values[kPanels];
+    __m512 totals[kPanels], scales[kPanels];
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        values[p] = w.values + w.value_offsets[panel + p * distance];
+        totals[p] = _mm512_setzero_ps();
+    }
+    int64_t left = 0;  // segments of the group
+    for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment, --left) {
+        if (left == 0) {
+            left = w.segments_per_group;
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                if (fetches<1>()) prefetch<4096>(values[p], 64);
+                scales[p] = widen_bf16(values[p]);
+                values[p] += w.group_bytes;
+            }
+        }
+        const BitSums& sums = bit_sums[segment * kSteps / 16];
+        const int first = kSteps == 16 ? 0 : static_cast<int>(segment % 2 * 2);
+        __m512i low[kPanels], high[kPanels];
+        UNROLL for (int half = 0; half < kHalves; ++half) {
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                if (fetches<1>()) prefetch<4096>(values[p], Bits::kHalfBytes);
+                const __m512i bits = load(values[p]);
+                values[p] += Bits::kHalfBytes;
+                UNROLL for (int i = 0; i < 2; ++i) {
+                    const int quarter = first + 2 * half + i;
+                    const __m512i moved = i == 0 ? bits : _mm512_srli_epi16(bits, 2);
+                    const __m512i index = _mm512_ternarylogic_epi32(moved, mask, places, kAndOr);
+                    const __m512i more_low = _mm512_permutexvar_epi8(index, load(sums.low[quarter]));
+                    const __m512i more_high = _mm512_permutexvar_epi8(index, load(sums.high[quarter]));
+                    low[p] = half + i == 0 ? more_low : _mm512_add_epi8(low[p], more_low);
+                    high[p] = half + i == 0 ? more_high : _mm512_add_epi8(high[p], more_high);
+                }
+            }
+        }
+        const __m512 row_scale = _mm512_set1_ps(row_scales[segment * kSteps / 16]);
+        UNROLL for (int p = 0; p < kPanels; ++p) {
+            const auto start = reinterpret_cast<Sums>(_mm512_set1_epi32(-kBitSumStart * kSteps));
+            const Sums dots = dot_4(dot_4(start, low[p], ones), high[p], units);
+            totals[p] = _mm512_fmadd_ps(to_floats(dots), _mm512_mul_ps(row_scale, scales[p]), totals[p]);
+        }
+    }
+    float* const y = part.y + part.row_begin * part.y_stride;
+    UNROLL for (int p = 0; p < kPanels; ++p) {
+        const int64_t of = panel + p * distance;
+        Lanes(w, of, y + of * kPanelOutputs).store(_mm512_mul_ps(totals[p], output_factor(w, of, true)));
+    }
+}
+
+// Of more blocks the L1 cache does not hold the sums beside the weights that pass through it; and so many panels pay
+// for making them.
+constexpr int64_t kMostSummedBlocks = 16, kFewestSummedPanels = 8;
+
+// Every thread makes sums of its own: from another core they would come more slowly.
+void one_row_by_bit_sums(const PanelWeights& w, const Rows& rows, const Part& part) {
+    BitSums sums[kMostSummedBlocks];
+    make_bit_sums(rows.q + part.row_begin * rows.stride, w.num_blocks, sums);
+    PanelWeights with_sums = w;
+    with_sums.table = reinterpret_cast<const uint8_t*>(sums);
+    if (w.steps_per_segment == 16)
+        walk_panels(with_sums, rows, part, walk_bit_sums<2, 16>, walk_bit_sums<1, 16>);
+    else
+        walk_panels(with_sums, rows, part, walk_bit_sums<2, 8>, walk_bit_sums<1, 8>);
+}
+
 }  // namespace
 
-void binary(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_bits<Bits>(w, rows, part); }
+void binary(const PanelWeights& w, const Rows& rows, const Part& part) {
+    const int64_t num_panels = (part.panel_end - part.panel_begin) * (part.distance == 0 ? 1 : 2);
+    if (part.row_end - part.row_begin == 1 && w.num_blocks <= kMostSummedBlocks && num_panels >= kFewestSummedPanels)
+        one_row_by_bit_sums(w, rows, part);
+    else
+        multiply_bits<Bits>(w, rows, part);
+}
 
 }  // namespace rarefy::matmul::avx512
 
