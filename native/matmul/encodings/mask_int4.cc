@@ -209,6 +209,7 @@ struct Singles : MaskedStream {
     }
 };
 
+template <bool kOneRow>
 struct Pairs : MaskedStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
@@ -216,7 +217,7 @@ struct Pairs : MaskedStream {
     void begin_segment(int num_columns) { MaskedStream::begin_segment(num_columns / 2); }
     void fetch(int num_steps) const { prefetch<4096>(values, num_steps * 28); }
     void next(__m512i pruned, __m512i& even, __m512i& odd) {
-        const uint64_t kept = load_mask<false>(mask);  // half as many masks leave loads to spare
+        const uint64_t kept = load_mask<!kOneRow>(mask);  // half as many masks leave one row loads to spare
         const __m512i both = _mm512_mask_expand_epi8(pruned, kept, load(values));
         even = _mm512_and_si512(both, _mm512_set1_epi8(0x0f));
         odd = _mm512_and_si512(both, _mm512_set1_epi8(static_cast<char>(0xf0)));
@@ -231,7 +232,7 @@ void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (w.parameter == kAllCodes)
         dense_int4(w, rows, part);
     else if (w.parameter == kPairs)
-        multiply_masked<Pairs, Pairs>(w, rows, part);
+        multiply_masked<Pairs<true>, Pairs<false> >(w, rows, part);
     else
         multiply_masked<Singles<true>, Singles<false> >(w, rows, part);
 }
