@@ -68,7 +68,8 @@ CpuFlags detect_cpu() {
     return flags;
 }
 
-bool fetches_best_alone() {
+// Zen 3 and Zen 4.
+static bool is_amd_family_19h() {
 #if RAREFY_X86
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid(0, &a, &b, &c, &d)) return false;
@@ -80,5 +81,9 @@ bool fetches_best_alone() {
     return false;
 #endif
 }
+
+bool fetches_best_alone() { return is_amd_family_19h(); }
+
+bool has_half_width_units() { return is_amd_family_19h(); }
 
 }  // namespace rarefy::common

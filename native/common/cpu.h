@@ -18,6 +18,9 @@ CpuFlags detect_cpu();
 // family 19h, of which Zen 4 was measured (docs/limits.md); on Zen 5 asking gains. Only kernels of AVX-512 look here.
 bool fetches_best_alone();
 
+// Whether AVX-512 goes through units of half its width, so that arithmetic takes twice the cycles: the same family.
+bool has_half_width_units();
+
 // The flags that the files and passes named so are compiled for.
 inline bool can_run_avx2(const CpuFlags& cpu) { return cpu.avx2 && cpu.fma && cpu.f16c && cpu.bmi2; }
 inline bool can_run_avx_vnni(const CpuFlags& cpu) { return can_run_avx2(cpu) && cpu.avx_vnni; }

@@ -1,9 +1,10 @@
 // Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
 // NAME] [--format PART] [--group COLUMNS, which share a scale, 0: all] [--nm KEEP:GROUP] [--block HxW] [--zeros
-// FRACTION] [--zero-points] [--fetch 0 or 1, which is the processor's choice by default] [--warm]. Cold (the default)
-// rotates over more copies of the weight than any cache holds, and shows how long a pass over as many bytes takes that
-// only reads them, in two streams per thread as one row does. Warm has one copy: of a shape that fits into a cache,
-// what the arithmetic takes.
+// FRACTION] [--zero-points] [--masked singles, pairs or all, which is the fastest of them by default] [--fetch 0 or 1,
+// which is the processor's choice by default]
+// [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds, and shows how long a pass
+// over as many bytes takes that only reads them, in two streams per thread as one row does. Warm has one copy: of a
+// shape that fits into a cache, what the arithmetic takes.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -30,6 +31,7 @@ struct Options {
     int keep = 32, group = 64, block_rows = 16, block_columns = 64;
     double zeros = 0.5;
     bool zero_points = false, warm = false;
+    matmul::MaskedCodes masked = matmul::MaskedCodes::fastest;
 };
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
@@ -74,13 +76,13 @@ void bench(const matmul::ListedKernel& kernel, const Options& options, common::B
     for (int repeat = 0; repeat < 5; ++repeat) {
         copies.clear();
         const auto start = std::chrono::steady_clock::now();
-        copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa));
+        copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa, options.masked));
         packing = std::min(packing, seconds_since(start));
     }
     const long num_bytes = copies[0]->num_read_bytes();
     const long num_copies = options.warm ? 1 : std::max(2L, (128L << 20) / num_bytes);
     while (static_cast<long>(copies.size()) < num_copies)
-        copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa));
+        copies.push_back(std::make_unique<matmul::Weights>(packed, kernel.isa, options.masked));
     std::vector<float> x(static_cast<size_t>(options.rows * options.inputs)),
         y(static_cast<size_t>(options.rows * options.outputs));
     for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(static_cast<int>(i * 7919 % 201) - 100) / 50.0f;
@@ -133,6 +135,12 @@ int main(int argc, char** argv) {
             options.rows = std::atol(value);
         } else if (name == "--fetch") {
             matmul::fetches_ahead = std::atoi(value) != 0;
+        } else if (name == "--masked" && std::strcmp(value, "singles") == 0) {
+            options.masked = matmul::MaskedCodes::singles;
+        } else if (name == "--masked" && std::strcmp(value, "pairs") == 0) {
+            options.masked = matmul::MaskedCodes::pairs;
+        } else if (name == "--masked" && std::strcmp(value, "all") == 0) {
+            options.masked = matmul::MaskedCodes::all;
         } else if (name == "--group") {
             options.group_size = std::atol(value);
         } else if (name == "--isa") {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/checks.h"
@@ -38,11 +39,22 @@ inline std::vector<TestedFormat> tested_formats() {
     return formats;
 }
 
+// In every arrangement that an instruction set has for codes under a mask.
 inline std::vector<std::unique_ptr<matmul::Weights>> packed_for(const std::vector<matmul::Isa>& isas,
                                                                 const matmul::Sample& sample) {
-    std::vector<std::unique_ptr<matmul::Weights>> weights;
-    for (const matmul::Isa isa : isas) weights.push_back(std::make_unique<matmul::Weights>(sample.packed(), isa));
-    return weights;
+    using matmul::MaskedCodes;
+    std::vector<std::unique_ptr<matmul::Weights>> all;
+    for (const matmul::Isa isa : isas) {
+        std::vector<int64_t> seen;
+        for (const MaskedCodes masked : {MaskedCodes::singles, MaskedCodes::pairs, MaskedCodes::all}) {
+            auto weights = std::make_unique<matmul::Weights>(sample.packed(), isa, masked);
+            const int64_t parameter = weights->view().parameter;
+            if (std::find(seen.begin(), seen.end(), parameter) != seen.end()) break;
+            seen.push_back(parameter);
+            all.push_back(std::move(weights));
+        }
+    }
+    return all;
 }
 
 inline std::vector<float> product(const matmul::Weights& weights, const std::vector<float>& x, int64_t num_rows,

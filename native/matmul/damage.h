@@ -146,9 +146,9 @@ struct Hostile {
         }
     }
     // Null where it is refused.
-    std::shared_ptr<const Weights> weights(Isa isa) const {
+    std::shared_ptr<const Weights> weights(Isa isa, MaskedCodes masked = MaskedCodes::fastest) const {
         try {
-            return std::make_shared<const Weights>(packed, isa);
+            return std::make_shared<const Weights>(packed, isa, masked);
         } catch (const std::invalid_argument& error) {
             if (!is_damaged) fuzz::fail(packed.format + ": refused, " + error.what());
         } catch (const std::bad_alloc&) {

@@ -24,6 +24,7 @@ using namespace rarefy;
 using fuzz::Exact;
 using fuzz::Input;
 using matmul::Isa;
+using matmul::MaskedCodes;
 using matmul::Sample;
 
 struct Run {
@@ -150,8 +151,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const std::string what = hostile.packed.format + " " + std::to_string(spec.num_outputs) + " x " +
                              std::to_string(spec.num_inputs) + ", seed " + std::to_string(spec.seed);
     std::vector<std::shared_ptr<const matmul::Weights>> weights;
-    for (const Isa isa : machine.isas)
-        if (auto made = hostile.weights(isa)) weights.push_back(std::move(made));
+    for (const Isa isa : machine.isas) {
+        const auto masked = static_cast<MaskedCodes>(input.between(0, static_cast<int64_t>(MaskedCodes::all)));
+        if (auto made = hostile.weights(isa, masked)) weights.push_back(std::move(made));
+    }
     if (weights.empty()) return 0;
     multiply_all(input, what, weights);
     const auto& one = weights[static_cast<size_t>(input.between(0, static_cast<int64_t>(weights.size()) - 1))];

@@ -20,8 +20,8 @@ void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-Packing::Packing(const PackedArrays& packed, Isa isa, PanelWeights& weights)
-    : view(weights), packed_(packed), isa_(isa), taken_(packed.arrays.size(), false) {
+Packing::Packing(const PackedArrays& packed, Isa isa, MaskedCodes masked_codes, PanelWeights& weights)
+    : view(weights), packed_(packed), isa_(isa), masked_codes_(masked_codes), taken_(packed.arrays.size(), false) {
     const int64_t num_outputs = packed.num_outputs, num_inputs = packed.num_inputs;
     require(num_outputs >= 0 && num_outputs < kMaxSize && num_inputs >= 0 && num_inputs < kMaxSize &&
                 num_outputs * num_inputs < kMaxElements,

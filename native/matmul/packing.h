@@ -42,6 +42,12 @@ struct PackedArrays {
 // Throws std::invalid_argument.
 void require(bool condition, const std::string& message);
 
+// How codes of 4 bits or fewer under a mask lie in memory for AVX-512 (encodings/mask_int4.cc). `fastest` is whichever
+// fastest_masked_codes() says; the others are for tests and for timing.
+enum class MaskedCodes { fastest, singles, pairs, all };
+// For one row by so many weights; of singles and pairs the bytes of masks and codes. half_width: common/cpu.h.
+MaskedCodes fastest_masked_codes(int64_t num_weights, int64_t single_bytes, int64_t pair_bytes, bool half_width);
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -61,10 +67,11 @@ class Packing {
 public:
     // `view` has the sizes, and scales and zero points where the values are integers. No product of its two axes
     // overflows, not even times the bits of a float.
-    Packing(const PackedArrays& packed, Isa isa, PanelWeights& weights);
+    Packing(const PackedArrays& packed, Isa isa, MaskedCodes masked_codes, PanelWeights& weights);
 
     // Whose kernel will read the weight.
     Isa isa() const { return isa_; }
+    MaskedCodes masked_codes() const { return masked_codes_; }
     const std::string& format() const { return packed_.format; }
     // Throw std::invalid_argument where there is no such array, or one of other elements. take_optional: or gives null.
     const NamedArray& take(const std::string& name, Element element);
@@ -106,6 +113,7 @@ public:
 private:
     const PackedArrays& packed_;
     const Isa isa_;
+    const MaskedCodes masked_codes_;
     std::vector<bool> taken_;
     std::vector<common::AlignedBytes> memory_;
     size_t pieces_ = 0;  // of memory_: the scales and zero points

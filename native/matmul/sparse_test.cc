@@ -195,6 +195,69 @@ void test_segments_of_masks() {
     }
 }
 
+// Which arrangement of codes under a mask is taken: what each takes, counted from the mask bit by bit, and the rule.
+void test_arrangements_of_masks() {
+    using matmul::fastest_masked_codes;
+    using matmul::MaskedCodes;
+    const auto rule = [](int64_t singles, int64_t pairs, bool half_width) {  // bytes for 64 weights
+        return fastest_masked_codes(64 * 1024, singles * 1024, pairs * 1024, half_width);
+    };
+    check(rule(24, 28, true) == MaskedCodes::pairs, "half zeros, units of half the width");
+    check(rule(24, 28, false) == MaskedCodes::singles, "half zeros, units of full width");
+    check(rule(30, 31, true) == MaskedCodes::pairs, "pairs while they take less than all codes");
+    check(rule(30, 32, true) == MaskedCodes::all, "as many bytes and less arithmetic");
+    check(rule(30, 32, false) == MaskedCodes::singles, "bytes decide where arithmetic is hidden");
+    check(rule(32, 34, false) == MaskedCodes::all, "as many bytes for all codes as for singles");
+    check(rule(18, 21, false) == MaskedCodes::pairs, "more bytes are free where arithmetic takes longer");
+    check(rule(18, 22, false) == MaskedCodes::singles, "but not all of them");
+    check(rule(12, 11, false) == MaskedCodes::pairs, "fewer bytes");
+    for (const char* const format : {"bitmask-int4-v1", "bitmask-int2-v1"}) {
+        for (const int group_size : {0, 32, 64}) {
+            for (const double density : {0.0, 0.1, 0.3, 0.5, 0.6, 0.9}) {
+                constexpr int64_t kOutputs = 46, kInputs = 570, kBlocks = 9, kRowBytes = 72;
+                const Sample sample = matmul::make_sample({format, kOutputs, kInputs, group_size, false, density, 19});
+                const auto kept = [&](int64_t row, int64_t column) {
+                    if (row >= kOutputs || column >= kInputs) return 0;
+                    return sample.arrays[0].bytes[static_cast<size_t>(row * kRowBytes + column / 8)] >> column % 8 & 1;
+                };
+                const int64_t width = group_size == 32 ? 32 : 64;
+                int64_t singles = 0, pairs = 0;
+                for (int64_t panel = 0; panel < 3; ++panel) {
+                    int64_t panel_singles = 0, panel_pairs = 0;
+                    for (int64_t begin = 0; begin < 64 * kBlocks; begin += width) {
+                        int64_t even = 0, odd = 0;
+                        for (int64_t row = 16 * panel; row < 16 * panel + 16; ++row) {
+                            for (int64_t column = begin; column < begin + width; ++column) {
+                                (column % 8 < 4 ? even : odd) += kept(row, column);
+                                if (column % 8 < 4) panel_pairs += kept(row, column) | kept(row, column + 4);
+                            }
+                        }
+                        panel_singles += 2 * width + std::max(even, odd);
+                        panel_pairs += width;
+                    }
+                    for (int64_t* const bytes : {&panel_singles, &panel_pairs}) *bytes = (*bytes + 63) / 64 * 64;
+                    singles += panel_singles;
+                    pairs += panel_pairs;
+                }
+                constexpr int64_t kAll = 3 * kBlocks * 512;
+                for (const Isa isa : {Isa::avx512, Isa::amx}) {
+                    if (!checks::runs(isa)) continue;
+                    const auto bytes = [&](MaskedCodes masked) {
+                        return Weights(sample.packed(), isa, masked).view().value_offsets[3];
+                    };
+                    check(bytes(MaskedCodes::singles) == singles, "bytes of singles");
+                    check(bytes(MaskedCodes::pairs) == pairs, "bytes of pairs");
+                    check(bytes(MaskedCodes::all) == kAll, "bytes of all codes");
+                    const int64_t taken = bytes(MaskedCodes::fastest);
+                    check(taken == singles || taken == pairs || taken == kAll, "one of the three");
+                    check(density != 0.9 || taken == kAll, "few zeros: all codes");
+                    check(density > 0.1 || taken == pairs, "many zeros: pairs");
+                }
+            }
+        }
+    }
+}
+
 // As many entries as there should be, but a group has one too many and another one too few.
 void test_groups_that_keep_too_many() {
     for (const char* const format : {"nm-int3-v1", "nm-int4-v1", "nm-int8-v1"}) {
@@ -213,7 +276,7 @@ void test_groups_that_keep_too_many() {
                     if (!checks::runs(isa)) continue;
                     try {
                         const Weights weights(sample.packed(), isa);
-                        check(isa < Isa::avx512 || weights.view().parameter == 0,
+                        check(isa < Isa::avx512 || weights.view().parameter <= 0,
                               std::string(format) + ": lists without room are refused");
                         product(weights, random_floats(192 * 3, 1), 3, 192);
                     } catch (const std::invalid_argument&) {
@@ -232,6 +295,7 @@ int main() {
     test_masks_of_many_rows();
     test_float_masks_of_many_rows();
     test_segments_of_masks();
+    test_arrangements_of_masks();
     test_groups_that_keep_too_many();
     return checks::summary_of_isas();
 }

@@ -33,12 +33,12 @@ Description describe(const std::string& format) {
 
 }  // namespace
 
-Weights::Weights(const PackedArrays& arrays, Isa isa) : isa_(isa) {
+Weights::Weights(const PackedArrays& arrays, Isa isa, MaskedCodes masked_codes) : isa_(isa) {
     const Description description = describe(arrays.format);
     encoding_ = description.encoding;
     values_ = description.values;
     kernel_ = find_kernel(encoding_, isa);
-    Packing packing(arrays, isa, view_);
+    Packing packing(arrays, isa, masked_codes, view_);
     if (is_integer()) packing.pack_scales(code_bits());
     description.pack(packing);
     packing.check_all_taken();

@@ -20,7 +20,7 @@ enum class Encoding {
 class Weights {
 public:
     // Throws std::invalid_argument where the arrays contradict each other or the format is unknown.
-    Weights(const PackedArrays& arrays, Isa isa);
+    Weights(const PackedArrays& arrays, Isa isa, MaskedCodes masked_codes = MaskedCodes::fastest);
     Weights(const Weights&) = delete;
     Weights& operator=(const Weights&) = delete;
 

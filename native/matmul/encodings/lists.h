@@ -1,6 +1,7 @@
 // Codes under a mask for AVX2 and AVX-VNNI, which have no vpexpandb: all codes (dense.h), or lists of what is kept
 // where those save 30 % of the bytes. Less is read and less multiplied, the more zeros there are; nothing is expanded.
 // Many rows are multiplied by what is kept alone (lanes_avx2.h), from lists as from all codes.
+// AVX-512 takes all codes of 4 bits from here where few are pruned (mask_int4.cc).
 //
 // The lists of a segment have as many steps as the fullest of the panel's 16 outputs needs, four entries a step.
 // Entries that are the zero point are left out; places that no entry takes have the zero point as their code. `extra`
@@ -28,36 +29,29 @@ struct KeptEntries {
 // The segments of a masked weight with codes of so many bits on disk.
 struct MaskedSegments {
     const PanelWeights& view;
-    const DiskMask mask;
-    const uint8_t* codes = nullptr;
-    int stored_bits, columns;
+    const DiskValues stored;
+    int columns;
     int64_t num_segments;  // of an output
 
     MaskedSegments(Packing& packing, int num_bits)
         : view(packing.view),
-          mask(packing),
-          stored_bits(num_bits),
+          stored(packing, "codes", Element::u8, num_bits),
           columns(4 * packing.view.steps_per_segment),
-          num_segments(packing.view.num_blocks * (kBlockInputs / columns)) {
-        const NamedArray& stored = packing.take("codes", Element::u8);
-        require(stored.num_bytes == ceil_div(mask.row_starts.back() * stored_bits, 8),
-                "the mask does not fit the values");
-        codes = stored.bytes;
-    }
+          num_segments(packing.view.num_blocks * (kBlockInputs / columns)) {}
 
     // Calls function(row, segment, entries, zero point) for all segments of a panel, row by row.
     template <class Function>
     void of_panel(int64_t panel, int64_t first, int num_rows, Function&& function) const {
         for (int row = 0; row < num_rows; ++row) {
-            int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
+            int64_t cursor = stored.mask.row_starts[static_cast<size_t>(first + row)];
             for (int64_t segment = 0; segment < num_segments; ++segment) {
                 const int first_column = static_cast<int>(segment * columns % kBlockInputs);
-                uint64_t bits = mask.block(first + row, segment * columns / kBlockInputs) >> first_column;
+                uint64_t bits = stored.mask.block(first + row, segment * columns / kBlockInputs) >> first_column;
                 if (columns < kBlockInputs) bits &= (uint64_t{1} << columns) - 1;
                 const int zero_point = zero_point_of(view, panel, segment, row);
                 KeptEntries kept;
                 for (; bits != 0; bits &= bits - 1) {
-                    const uint8_t code = code_of_run(codes, cursor++, stored_bits);
+                    const uint8_t code = stored.code(cursor++);
                     if (code == zero_point) continue;
                     kept.columns[kept.count] = static_cast<uint8_t>(__builtin_ctzll(bits));
                     kept.codes[kept.count++] = code;

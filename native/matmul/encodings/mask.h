@@ -1,6 +1,7 @@
 // What the encodings under a mask share. A panel is one stream of its segments, of bfloat16 its blocks: each has first
 // its mask, one bit per element, step by step in the order of the steps' vectors, and then its kept elements in the
 // order of the bits.
+// Codes of 4 bits have arrangements of their own (mask_int4.cc).
 // `extra`, of codes whose segments are blocks: an int32 for each panel, how many steps lists of its blocks take
 // (mask_lists_avx512.h).
 #pragma once
@@ -74,10 +75,41 @@ struct DiskMask {
     uint64_t block(int64_t row, int64_t block) const;
 };
 
-// kBits: of a value, 4, 8 or 16. 4-bit codes: two streams in the same bytes, the low nibbles for all even steps of the
-// segment and the high nibbles for all odd ones, each behind its mask. They may be stored as codes of fewer bits.
+// Codes or bfloat16 as they are on disk, row by row behind their mask: as many as it says. Throws otherwise.
+struct DiskValues {
+    const DiskMask mask;
+    const uint8_t* bytes;
+    int stored_bits;  // of each
+    DiskValues(Packing& packing, const char* name, Element element, int num_bits)
+        : mask(packing), stored_bits(num_bits) {
+        const NamedArray& stored = packing.take(name, element);
+        require(stored.num_bytes == ceil_div(mask.row_starts.back() * stored_bits, 8),
+                "the mask does not fit the values");
+        bytes = stored.bytes;
+    }
+    uint8_t code(int64_t index) const {
+        return stored_bits == 4 ? nibble(bytes, index) : code_of_run(bytes, index, stored_bits);
+    }
+};
+
+// Allocates what `extra` is, or gives null.
+inline int32_t* allocate_list_steps(Packing& packing) {
+    if (packing.view.steps_per_segment != 16) return nullptr;
+    uint8_t* const extra = packing.allocate(packing.view.num_panels * static_cast<int64_t>(sizeof(int32_t)));
+    packing.view.extra = extra;
+    return reinterpret_cast<int32_t*>(extra);
+}
+
+// Of a block, from how many codes of each output are not the zero point.
+inline int steps_of_lists(const int (&counts)[kPanelOutputs]) {
+    int most = 0;
+    for (const int count : counts) most = count > most ? count : most;
+    return (most + 3) / 4;
+}
+
+// kBits: of a value, 8 or 16.
 template <int kBits>
-void pack_masked(Packing& packing, const char* name, Element element, int stored_bits = kBits);
+void pack_masked(Packing& packing, const DiskValues& stored);
 
 // The bits of the stored codes, after which the zero points are those of so many bits.
 inline int take_stored_bits(Packing& packing) {
@@ -125,53 +157,27 @@ inline int zero_point_of(const PanelWeights& w, int64_t panel, int64_t segment, 
 }
 
 template <int kBits>
-void pack_masked(Packing& packing, const char* name, Element element, int stored_bits) {
-    constexpr int kColumns = kBits < 8 ? 4 : 32 / kBits;  // per step
+void pack_masked(Packing& packing, const DiskValues& stored) {
+    constexpr int kColumns = 32 / kBits;  // per step
     constexpr int kSteps = kBlockInputs / kColumns;
     constexpr int kStepBytes = kColumns * kMaskBytes;
+    constexpr int kValueBytes = kBits / 8;
     constexpr uint64_t kStepBits = (uint64_t{1} << kColumns) - 1;
-    const DiskMask mask(packing);
-    const NamedArray& stored = packing.take(name, element);
-    require(stored.num_bytes == ceil_div(mask.row_starts.back() * stored_bits, 8), "the mask does not fit the values");
+    const DiskMask& mask = stored.mask;
     const int64_t num_blocks = packing.view.num_blocks, num_outputs = packing.view.num_outputs;
     const int segment_steps = kBits == 16 ? kSteps : packing.view.steps_per_segment;
-    const int segment_columns = segment_steps * kColumns;
-    const uint64_t segment_bits = segment_columns == kBlockInputs ? ~uint64_t{0} : (uint64_t{1} << segment_columns) - 1;
-    int32_t* list_steps = nullptr;
-    if (packing.view.steps_per_segment == 16) {
-        uint8_t* const extra = packing.allocate(packing.view.num_panels * static_cast<int64_t>(sizeof(int32_t)));
-        packing.view.extra = extra;
-        list_steps = reinterpret_cast<int32_t*>(extra);
-    }
+    int32_t* const list_steps = allocate_list_steps(packing);
     uint8_t* const values = packing.place_values([&](int64_t panel) {
         const int64_t first = panel * kPanelOutputs;
         const int64_t last = first + kPanelOutputs < num_outputs ? first + kPanelOutputs : num_outputs;
-        int64_t num_bytes = num_blocks * kBlockInputs * kMaskBytes;
-        if (kBits != 4)
-            return num_bytes +
-                   (mask.row_starts[static_cast<size_t>(last)] - mask.row_starts[static_cast<size_t>(first)]) * kBits /
-                       8;
-        // Columns 0-3 of each 8 are in an even step, 4-7 in an odd one.
-        constexpr uint64_t kEven = 0x0f0f0f0f0f0f0f0f;
-        for (int64_t block = 0; block < num_blocks; ++block) {
-            for (int column = 0; column < kBlockInputs; column += segment_columns) {
-                int even = 0, odd = 0;
-                for (int64_t row = first; row < last; ++row) {
-                    const uint64_t kept = mask.block(row, block) >> column & segment_bits;
-                    even += popcount(kept & kEven);
-                    odd += popcount(kept & ~kEven);
-                }
-                num_bytes += even > odd ? even : odd;
-            }
-        }
-        return num_bytes;
+        return num_blocks * kBlockInputs * kMaskBytes +
+               (mask.row_starts[static_cast<size_t>(last)] - mask.row_starts[static_cast<size_t>(first)]) * kValueBytes;
     });
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         int64_t cursors[kPanelOutputs];
         for (int row = 0; row < num_rows; ++row) cursors[row] = mask.row_starts[static_cast<size_t>(first + row)];
         uint8_t* step_masks = nullptr;
-        // 4-bit codes: next byte of the low and of the high nibbles.
-        uint8_t* streams[2] = {values + packing.view.value_offsets[panel], nullptr};
+        uint8_t* out = values + packing.view.value_offsets[panel];
         for (int64_t block = 0; block < num_blocks; ++block) {
             uint64_t row_masks[kPanelOutputs];
             for (int row = 0; row < num_rows; ++row) row_masks[row] = mask.block(first + row, block);
@@ -181,32 +187,23 @@ void pack_masked(Packing& packing, const char* name, Element element, int stored
                 zero_points[row] = zero_point_of(packing.view, panel, block, row);
             for (int step = 0; step < kSteps; ++step, step_masks += kStepBytes) {
                 if (step % segment_steps == 0) {
-                    step_masks = kBits == 4 && streams[1] > streams[0] ? streams[1] : streams[0];
-                    streams[0] = streams[1] = step_masks + segment_columns * kMaskBytes;
+                    step_masks = out;
+                    out += segment_steps * kStepBytes;
                 }
                 uint64_t step_mask = 0;
                 for (int row = 0; row < num_rows; ++row) {
                     const uint64_t kept = row_masks[row] >> (step * kColumns) & kStepBits;
                     step_mask |= kept << (row * kColumns);
                     for (int i = popcount(kept); i > 0; --i) {
-                        const int64_t cursor = cursors[row]++;
-                        if (kBits == 4) {
-                            const uint8_t code = stored_bits == 4 ? nibble(stored.bytes, cursor)
-                                                                  : code_of_run(stored.bytes, cursor, stored_bits);
-                            *streams[step % 2]++ |= code << (step % 2 * 4);
-                            if (list_steps != nullptr) counts[row] += code != zero_points[row];
-                        } else {
-                            if (list_steps != nullptr) counts[row] += stored.bytes[cursor] != zero_points[row];
-                            std::memcpy(streams[0], stored.bytes + cursor * (kBits / 8), kBits / 8);
-                            streams[0] += kBits / 8;
-                        }
+                        const uint8_t* const value = stored.bytes + cursors[row]++ * kValueBytes;
+                        if (list_steps != nullptr) counts[row] += *value != zero_points[row];
+                        std::memcpy(out, value, kValueBytes);
+                        out += kValueBytes;
                     }
                 }
                 std::memcpy(step_masks, &step_mask, kStepBytes);
             }
-            int most = 0;
-            for (const int count : counts) most = count > most ? count : most;
-            if (list_steps != nullptr) list_steps[panel] += (most + 3) / 4;
+            if (list_steps != nullptr) list_steps[panel] += steps_of_lists(counts);
         }
     });
 }

@@ -38,7 +38,7 @@ void packers::mask_bf16(Packing& packing) {
     if (has_no_expand(packing.isa()))
         pack_all_values(packing);
     else
-        pack_masked<16>(packing, "values", Element::u16);
+        pack_masked<16>(packing, DiskValues(packing, "values", Element::u16, 16));
 }
 
 namespace reference {

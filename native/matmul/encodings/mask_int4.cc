@@ -1,18 +1,159 @@
-// Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns, 64 bits of mask each. The kept codes are
-// two streams in the same bytes, the low nibbles for all even steps of a segment and the high nibbles for all odd ones,
-// each from the end of the segment's mask on.
+// Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns. Even steps have the low nibbles of
+// bytes, odd ones the high nibbles. AVX-512 and AMX have the fastest of three arrangements, the reference and NEON
+// singles:
+// - singles: 64 bits of mask for each step. The kept codes are two streams in the same bytes, the low nibbles for all
+//   even steps of a segment and the high nibbles for all odd ones, each from the end of the segment's mask on.
+// - pairs: 64 bits of mask for two steps. A bit is a byte: a code of the even step and the one in the same place of the
+//   odd step beside it. It is kept where either is; the other then is its zero point. `parameter` is kPairs.
+// - all: every code, as dense_int4.cc has them. `parameter` is kAllCodes.
 #include "matmul/encodings/lists.h"
-
-#if RAREFY_PASS_REFERENCE
 
 namespace rarefy::matmul {
 
+constexpr int64_t kPairs = -1, kAllCodes = -2;  // lists of nm.h have positive ones
+
+}  // namespace rarefy::matmul
+
+#if RAREFY_PASS_REFERENCE
+
+#include "common/cpu.h"
+
+namespace rarefy::matmul {
+
+// One row takes as long as memory takes for its bytes, but singles no less than as long as their arithmetic, which is
+// given in bytes that memory delivers meanwhile, for 64 weights, without scales (docs/limits.md): on Zen 4 more than
+// the 32 of all codes, so that singles are never faster than these. The arithmetic of the others takes less than
+// memory.
+MaskedCodes fastest_masked_codes(int64_t num_weights, int64_t single_bytes, int64_t pair_bytes, bool half_width) {
+    constexpr int64_t kSingles = 21, kSinglesHalfWidth = 33;
+    const int64_t arithmetic = num_weights * (half_width ? kSinglesHalfWidth : kSingles) / 64;
+    const int64_t singles = single_bytes > arithmetic ? single_bytes : arithmetic;
+    const int64_t all = num_weights / 2;
+    if (all <= singles && all <= pair_bytes) return MaskedCodes::all;
+    return pair_bytes <= singles ? MaskedCodes::pairs : MaskedCodes::singles;
+}
+
+namespace {
+
+// Of masks and codes.
+struct MaskedBytes {
+    int64_t singles = 0, pairs = 0;
+};
+
+MaskedBytes count_bytes(const PanelWeights& view, const DiskMask& mask, int64_t first, int num_rows) {
+    constexpr uint64_t kEven = 0x0f0f0f0f0f0f0f0f;  // columns 0-3 of each 8 are in an even step, 4-7 in an odd one
+    const int segment_columns = 4 * view.steps_per_segment;
+    MaskedBytes bytes;
+    bytes.singles = view.num_blocks * kBlockInputs * kMaskBytes;
+    bytes.pairs = bytes.singles / 2;
+    for (int64_t block = 0; block < view.num_blocks; ++block) {
+        int even[2] = {}, odd[2] = {};  // of the segments
+        for (int64_t row = first; row < first + num_rows; ++row) {
+            const uint64_t kept = mask.block(row, block);
+            bytes.pairs += popcount((kept | kept >> 4) & kEven);
+            for (int column = 0; column < kBlockInputs; column += segment_columns) {
+                const uint64_t of_segment = segment_columns == kBlockInputs ? kept : kept >> column & 0xffffffff;
+                even[column != 0] += popcount(of_segment & kEven);
+                odd[column != 0] += popcount(of_segment & ~kEven);
+            }
+        }
+        for (int i = 0; i < 2; ++i) bytes.singles += even[i] > odd[i] ? even[i] : odd[i];
+    }
+    return bytes;
+}
+
+// Lays a panel out in zeroed memory. Gives the steps that lists of all blocks take, where these are segments.
+template <bool kInPairs>
+int put_panel(const PanelWeights& view, const DiskValues& stored, int64_t panel, int num_rows, uint8_t* out) {
+    constexpr int kPairMaskBytes = kInPairs ? 8 : 16;  // of a pair of steps
+    const int segment_pairs = view.steps_per_segment / 2, segments = 8 / segment_pairs;
+    const int64_t first = panel * kPanelOutputs;
+    int64_t cursors[kPanelOutputs];
+    for (int row = 0; row < num_rows; ++row) cursors[row] = stored.mask.row_starts[static_cast<size_t>(first + row)];
+    uint8_t *masks = nullptr, *low = out, *high = out;  // where the next nibbles are
+    int list_steps = 0;
+    for (int64_t block = 0; block < view.num_blocks; ++block) {
+        uint64_t row_masks[kPanelOutputs];
+        for (int row = 0; row < num_rows; ++row) row_masks[row] = stored.mask.block(first + row, block);
+        uint8_t zero_points[kPanelOutputs];
+        int counts[kPanelOutputs] = {};  // of codes that are not the zero point
+        for (int pair = 0; pair < 8; ++pair, masks += kPairMaskBytes) {
+            if (pair % segment_pairs == 0) {
+                masks = high > low ? high : low;
+                low = high = masks + segment_pairs * kPairMaskBytes;
+                const int64_t segment = block * segments + pair / segment_pairs;
+                for (int row = 0; row < num_rows; ++row)
+                    zero_points[row] = static_cast<uint8_t>(zero_point_of(view, panel, segment, row));
+            }
+            uint64_t step_masks[2] = {};
+            for (int row = 0; row < num_rows; ++row) {
+                const auto bits = static_cast<unsigned>(row_masks[row] >> (8 * pair) & 0xff);
+                const unsigned even = bits & 15, odd = bits >> 4;
+                uint8_t codes[8];
+                std::memset(codes, zero_points[row], sizeof(codes));
+                for (unsigned left = bits; left != 0; left &= left - 1) {
+                    const uint8_t code = stored.code(cursors[row]++);
+                    codes[__builtin_ctz(left)] = code;
+                    counts[row] += code != zero_points[row];
+                }
+                if (kInPairs) {
+                    step_masks[0] |= static_cast<uint64_t>(even | odd) << (4 * row);
+                    for (unsigned left = even | odd; left != 0; left &= left - 1) {
+                        const int i = __builtin_ctz(left);
+                        *low++ = static_cast<uint8_t>(codes[i] | codes[4 + i] << 4);
+                    }
+                    continue;
+                }
+                step_masks[0] |= static_cast<uint64_t>(even) << (4 * row);
+                step_masks[1] |= static_cast<uint64_t>(odd) << (4 * row);
+                for (unsigned left = even; left != 0; left &= left - 1) *low++ |= codes[__builtin_ctz(left)];
+                for (unsigned left = odd; left != 0; left &= left - 1)
+                    *high++ |= static_cast<uint8_t>(codes[4 + __builtin_ctz(left)] << 4);
+            }
+            std::memcpy(masks, step_masks, kPairMaskBytes);
+        }
+        list_steps += steps_of_lists(counts);
+    }
+    return list_steps;
+}
+
+}  // namespace
+
 void packers::mask_int4(Packing& packing) {
     const int num_bits = take_stored_bits(packing);
-    if (has_no_expand(packing.isa()))
-        pack_lists_or_all<4>(packing, num_bits);
-    else
-        pack_masked<4>(packing, "codes", Element::u8, num_bits);
+    if (has_no_expand(packing.isa())) return pack_lists_or_all<4>(packing, num_bits);
+    const MaskedSegments segments(packing, num_bits);
+    const DiskValues& stored = segments.stored;
+    PanelWeights& view = packing.view;
+    std::vector<MaskedBytes> of_panels(static_cast<size_t>(view.num_panels));
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        of_panels[static_cast<size_t>(panel)] = count_bytes(view, stored.mask, first, num_rows);
+    });
+    MaskedBytes bytes;
+    for (const MaskedBytes& of_panel : of_panels) {
+        bytes.singles += of_panel.singles;
+        bytes.pairs += of_panel.pairs;
+    }
+    MaskedCodes arrangement = packing.isa() >= Isa::avx512 ? packing.masked_codes() : MaskedCodes::singles;
+    if (arrangement == MaskedCodes::fastest)
+        arrangement = fastest_masked_codes(view.num_panels * kPanelOutputs * view.num_blocks * kBlockInputs,
+                                           bytes.singles, bytes.pairs, common::has_half_width_units());
+    if (arrangement == MaskedCodes::all) {
+        view.parameter = kAllCodes;
+        return pack_all_codes<4>(packing, segments);
+    }
+    const bool in_pairs = arrangement == MaskedCodes::pairs;
+    if (in_pairs) view.parameter = kPairs;
+    int32_t* const list_steps = allocate_list_steps(packing);
+    uint8_t* const values = packing.place_values([&](int64_t panel) {
+        const MaskedBytes& of_panel = of_panels[static_cast<size_t>(panel)];
+        return in_pairs ? of_panel.pairs : of_panel.singles;
+    });
+    packing.for_each_panel([&](int64_t panel, int64_t, int num_rows) {
+        const auto put = in_pairs ? put_panel<true> : put_panel<false>;
+        const int num_steps = put(view, stored, panel, num_rows, values + view.value_offsets[panel]);
+        if (list_steps != nullptr) list_steps[panel] = num_steps;
+    });
 }
 
 namespace reference {
@@ -41,7 +182,7 @@ namespace rarefy::matmul::avx512 {
 namespace {
 
 template <bool kOneRow>
-struct Stream : MaskedStream {
+struct Singles : MaskedStream {
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
     static constexpr bool kExpandsOnce = true;
@@ -68,10 +209,32 @@ struct Stream : MaskedStream {
     }
 };
 
+template <bool kOneRow>
+struct Pairs : MaskedStream {
+    static constexpr int kFetchSteps = 8;
+    static constexpr int kOddShift = 4;
+    static constexpr bool kExpandsOnce = true;
+    void begin_segment(int num_columns) { MaskedStream::begin_segment(num_columns / 2); }
+    void fetch(int num_steps) const { prefetch<4096>(values, num_steps * 28); }
+    void next(__m512i pruned, __m512i& even, __m512i& odd) {
+        const uint64_t kept = load_mask<!kOneRow>(mask);  // half as many masks leave one row loads to spare
+        const __m512i both = _mm512_mask_expand_epi8(pruned, kept, load(values));
+        even = _mm512_and_si512(both, _mm512_set1_epi8(0x0f));
+        odd = _mm512_and_si512(both, _mm512_set1_epi8(static_cast<char>(0xf0)));
+        values += _mm_popcnt_u64(kept);
+        mask += 8;
+    }
+};
+
 }  // namespace
 
 void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    multiply_masked<Stream<true>, Stream<false> >(w, rows, part);
+    if (w.parameter == kAllCodes)
+        dense_int4(w, rows, part);
+    else if (w.parameter == kPairs)
+        multiply_masked<Pairs<true>, Pairs<false> >(w, rows, part);
+    else
+        multiply_masked<Singles<true>, Singles<false> >(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512

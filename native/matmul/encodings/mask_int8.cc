@@ -9,7 +9,7 @@ void packers::mask_int8(Packing& packing) {
     if (has_no_expand(packing.isa()))
         pack_lists_or_all<8>(packing, 8);
     else
-        pack_masked<8>(packing, "codes", Element::u8);
+        pack_masked<8>(packing, DiskValues(packing, "codes", Element::u8, 8));
 }
 
 namespace reference {

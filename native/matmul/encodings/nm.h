@@ -10,8 +10,8 @@
 //                   and one for each step with the groups' first columns.
 //   with a mask     64 bits for each output; then the codes of all steps
 // The codes of a step are 64 bytes, or 32 with elements 0 to 31 in the low nibbles and 32 to 63 in the high ones.
-// parameter = 256 * bits of an index (0: a mask) + steps of a segment. 0, and always on other instruction sets: no
-// lists, but the arrangement of mask.h.
+// parameter = 256 * bits of an index (0: a mask) + steps of a segment. Where it is not positive, as always on other
+// instruction sets: no lists, but the arrangement of mask.h.
 #pragma once
 
 #include "matmul/encodings/mask.h"

@@ -22,7 +22,7 @@ void rarefy::matmul::avx2::nm_int4(const PanelWeights& w, const Rows& rows, cons
 namespace rarefy::matmul {
 
 void avx512::nm_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.parameter == 0)
+    if (w.parameter <= 0)
         mask_int4(w, rows, part);
     else
         multiply_lists<4>(w, rows, part);
