@@ -66,7 +66,7 @@ inline NmPlan plan_nm(int keep, int group, int columns, int code_bits) {
     if (8 * index_bytes <= 9 * mask_bytes) return with_indices;
     if (list_bytes <= most_bytes && 4 * list_bytes <= 5 * (mask_bytes + code_bytes)) return with_indices;
     if (columns < kBlockInputs) return no_lists;
-    if (code_bits == 4 && count > 16) return no_lists;  // many rows would be faster, but one row slower
+    if (code_bits == 4) return no_lists;  // many rows would be faster, but one row slower
     return {keep, group, columns, 0, steps, mask_bytes + code_bytes};
 }
 

@@ -1,156 +1,9 @@
 // The AVX-512 kernels of lists (nm.h). The activations of a segment are one vector, from which the indices gather.
 #pragma once
 
-#include "matmul/encodings/lists_avx512.h"
+#include "matmul/encodings/nm_lists_avx512.h"
 
 namespace rarefy::matmul::avx512 {
-
-// How a panel's lists lie in memory, and what unpacks them.
-struct ListShape {
-    int64_t index_bytes, code_bytes;  // of one step
-    int64_t column_bytes;             // of a segment, in front of its codes
-    int64_t segment_bytes;
-    int steps;
-    __m512i spread, shifts, low_bits;
-    const uint8_t* firsts = nullptr;
-    ListShape(const PanelWeights& w, int code_bits) {
-        const int64_t index_bits = w.parameter / 256;
-        steps = static_cast<int>(w.parameter % 256);
-        index_bytes = 8 * index_bits;
-        code_bytes = 8 * code_bits;
-        column_bytes = index_bits == 0 ? 128 : steps * index_bytes;
-        segment_bytes = column_bytes + steps * code_bytes;
-        spread = shifts = low_bits = _mm512_setzero_si512();
-        if (index_bits == 0) return;
-        spread = load(w.table);
-        shifts = load(w.table + 64);
-        low_bits = _mm512_set1_epi8(static_cast<char>((1 << index_bits) - 1));
-        firsts = w.table + 128;
-    }
-    // Where in the values a segment begins.
-    int64_t place_of(const PanelWeights& w, int64_t panel, int64_t segment) const {
-        return w.group_place(panel, segment / w.segments_per_group) + w.group_bytes +
-               segment % w.segments_per_group * segment_bytes;
-    }
-    // Numbers of a stream, with bits of others above theirs.
-    __m512i unpacked(const uint8_t* stream) const {
-        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, load(stream)));
-    }
-    // Columns of the segment from indices that have other bits above theirs.
-    __m512i columns(__m512i indices, int step) const {
-        return _mm512_ternarylogic_epi32(indices, low_bits, load(firsts + 64 * step), 0xea);  // (a & b) | c
-    }
-};
-
-// The same, read once: gcc would read what several instructions use with each of them, and most lie across two lines.
-inline __m512i load_once(const void* from) {
-    __m512i bytes = load(from);
-    __asm__("" : "+v"(bytes));
-    return bytes;
-}
-
-// 32 bytes; their low nibbles, and from element 32 on the high ones, with bits of others above.
-inline __m512i spread_halves(const uint8_t* from) {
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    return _mm512_multishift_epi64_epi8(
-        _mm512_set_epi64(0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04,
-                         0x3830282018100800, 0x3830282018100800, 0x3830282018100800, 0x3830282018100800),
-        twice);
-}
-
-// The codes of kSteps steps; of 4 bits, those of odd steps come shifted left by 4 bits.
-template <int kBits, int kSteps>
-inline void load_codes(const uint8_t* from, __m512i (&codes)[kSteps]) {
-    const __m512i low = _mm512_set1_epi8(15);
-    if constexpr (kBits == 8) {
-        UNROLL for (int i = 0; i < kSteps; ++i) { codes[i] = load(from + 64 * i); }
-    } else if constexpr (kSteps == 1) {
-        codes[0] = _mm512_and_si512(spread_halves(from), low);
-    } else {
-        UNROLL for (int i = 0; i < kSteps; i += 2) {
-            const __m512i both = load_once(from + 32 * i);
-            codes[i] = _mm512_and_si512(both, low);
-            codes[i + 1] = _mm512_andnot_si512(low, both);
-        }
-    }
-}
-
-// How the columns of lists are told (nm.h): kUnit steps are read at once, and kTail may be left over. The columns of
-// steps from `step` on; `from` is what belongs to them. vpermb passes over the upper two bits of a column.
-struct StreamsOfIndices {
-    static constexpr int kQuarters = 0, kUnit = 2, kTail = 1;
-    template <int kSteps>
-    static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
-        UNROLL for (int i = 0; i < kSteps; ++i) {
-            columns[i] = shape.columns(shape.unpacked(from + i * shape.index_bytes), step + i);
-        }
-    }
-};
-
-struct Fours {
-    static constexpr int kQuarters = 0, kUnit = 4, kTail = 0;
-    template <int kSteps>
-    static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
-        const __m512i four = load_once(from);
-        UNROLL for (int i = 0; i < kSteps; ++i) {
-            columns[i] = shape.columns(i == 0 ? four : _mm512_srli_epi16(four, 2 * i), step + i);
-        }
-    }
-};
-
-template <int kIndexBits>
-struct Sixes {
-    static constexpr int kTail = 6 / kIndexBits, kUnit = 2 * kTail, kQuarters = 0;
-    template <int kSteps>
-    static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
-        __m512i sixes[kSteps / kTail];
-        if constexpr (kSteps == kTail) {
-            sixes[0] = shape.unpacked(from);
-        } else {
-            sixes[0] = load_once(from);
-            sixes[1] = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x30), _mm512_srli_epi16(sixes[0], 2),
-                                                 spread_halves(from + 64), 0xca);  // a ? b : c
-        }
-        UNROLL for (int i = 0; i < kSteps; ++i) {
-            const __m512i six = sixes[i / kTail];
-            if constexpr (kIndexBits == 6)
-                columns[i] = six;
-            else
-                columns[i] = shape.columns(i % 2 == 0 ? six : _mm512_srli_epi16(six, kIndexBits), step + i);
-        }
-    }
-};
-
-// Masks instead: of 16 * kQuarters entries.
-template <int kSixteens>
-struct Masks {
-    static constexpr int kQuarters = kSixteens, kUnit = 2, kTail = 1;
-};
-
-// Calls run(StepCount of some steps, first step) for all steps of a segment.
-template <int kSteps>
-struct StepCount {
-    static constexpr int value = kSteps;
-};
-template <class Lists, class Run>
-__attribute__((always_inline)) inline void for_units(int steps, Run run) {
-    int step = 0;
-    for (; step + Lists::kUnit <= steps; step += Lists::kUnit) run(StepCount<Lists::kUnit>(), step);
-    if constexpr (Lists::kTail > 0) {
-        if (step < steps) run(StepCount<Lists::kTail>(), step);
-    }
-}
-
-// What each output's mask keeps of `source`, as lists: steps[s] has entries 4s to 4s + 3 of every output. Places that
-// no entry takes keep what `source` has there: their codes are zero points. (Where a mask zeroes them, vpcompressb
-// waits for the old value of its register on Zen 5.)
-template <int kQuarters>
-inline void compress_lists(__m512i source, const uint8_t* masks, __m512i* steps) {
-    const auto compress = [&](int output) {
-        return _mm512_mask_compress_epi8(source, load_u64(masks + 8 * output), source);
-    };
-    steps_of_lists<kQuarters>(compress, steps);
-}
 
 template <int kColumns>
 inline __m512i load_q(const int8_t* q) {
@@ -158,28 +11,29 @@ inline __m512i load_q(const int8_t* q) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
 }
 
-// One row by kPanels panels, `distance` apart. Sums of codes are sums of levels plus those of the zero points, one more
-// product for each step.
-template <int kBits, int kPanels, int kColumns, class Lists>
+// kRows rows by kPanels panels, `distance` apart. Sums of codes are sums of levels plus those of the zero points, one
+// more product for each step.
+template <int kBits, int kRows, int kPanels, int kColumns, class Lists>
 void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    constexpr int kQuarters = Lists::kQuarters;
+    static_assert(Lists::kIndexed || kRows == 1, "lists under a mask are those of one row");
     const ListShape shape(w, kBits);
     const int8_t* q = rows.q + part.row_begin * rows.stride;
     const float* row_scales = rows.scales + part.row_begin * rows.num_blocks;
     const bool has_zero_points = w.zero_points != nullptr;
     const uint8_t* from[kPanels];
-    __m512 totals[kPanels], scales[kPanels];
+    __m512 totals[kPanels][kRows], scales[kPanels];
     __m512i zero_points[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
         from[p] = w.values + w.value_offsets[panel + p * distance];
-        totals[p] = _mm512_setzero_ps();
+        UNROLL for (int r = 0; r < kRows; ++r) { totals[p][r] = _mm512_setzero_ps(); }
         zero_points[p] = _mm512_set1_epi8(static_cast<char>(w.zero_point));
     }
     constexpr int kSegments = kBlockInputs / kColumns;
     int64_t left = 0;  // segments of the group
     for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment, q += kColumns, --left) {
-        const __m512i segment_q = load_q<kColumns>(q);
-        if (fetches<1>()) {
+        __m512i segment_q[kRows];
+        UNROLL for (int r = 0; r < kRows; ++r) { segment_q[r] = load_q<kColumns>(q + r * rows.stride); }
+        if (fetches<kRows>()) {
             const int64_t num_bytes = shape.segment_bytes + (left == 0 ? w.group_bytes : 0);
             UNROLL for (int p = 0; p < kPanels; ++p) { prefetch<4096>(from[p], num_bytes); }
         }
@@ -191,45 +45,68 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
             }
             left = w.segments_per_group;
         }
-        Sums evens[kPanels], odds[kPanels], subtracted[kPanels];
-        __m512i lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
+        Sums evens[kPanels][kRows], odds[kPanels][kRows], subtracted[kPanels][kRows];
+        __m512i lists[kPanels][kMaskedSteps];
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            evens[p] = odds[p] = subtracted[p] = Sums{};
-            if constexpr (kQuarters > 0) compress_lists<kQuarters>(segment_q, from[p], lists[p]);
+            UNROLL for (int r = 0; r < kRows; ++r) { evens[p][r] = odds[p][r] = subtracted[p][r] = Sums{}; }
+            if constexpr (!Lists::kIndexed) compress_lists(segment_q[0], from[p], lists[p]);
         }
         for_units<Lists>(shape.steps, [&](auto count, int step) __attribute__((always_inline)) {
             constexpr int kSteps = decltype(count)::value;
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                __m512i gathered[kSteps], codes[kSteps];
-                if constexpr (kQuarters == 0) {
-                    __m512i columns[kSteps];
+                __m512i columns[kSteps], codes[kSteps];
+                if constexpr (Lists::kIndexed)
                     Lists::template unpack<kSteps>(shape, from[p] + step * shape.index_bytes, step, columns);
-                    UNROLL for (int i = 0; i < kSteps; ++i) {
-                        gathered[i] = _mm512_permutexvar_epi8(columns[i], segment_q);
-                    }
-                } else {
-                    UNROLL for (int i = 0; i < kSteps; ++i) { gathered[i] = lists[p][step + i]; }
-                }
                 load_codes<kBits>(from[p] + shape.column_bytes + step * shape.code_bytes, codes);
                 UNROLL for (int i = 0; i < kSteps; ++i) {
-                    Sums& sums = i % 2 == 0 ? evens[p] : odds[p];
-                    sums = dot_4(sums, codes[i], gathered[i]);
-                    subtracted[p] = dot_4(subtracted[p], zero_points[p], gathered[i]);
+                    UNROLL for (int r = 0; r < kRows; ++r) {
+                        __m512i gathered;
+                        if constexpr (Lists::kIndexed)
+                            gathered = _mm512_permutexvar_epi8(columns[i], segment_q[r]);
+                        else
+                            gathered = lists[p][step + i];
+                        Sums& sums = kBits == 8 || i % 2 == 0 ? evens[p][r] : odds[p][r];
+                        sums = dot_4(sums, codes[i], gathered);
+                        subtracted[p][r] = dot_4(subtracted[p][r], zero_points[p], gathered);
+                    }
                 }
             }
         });
-        const __m512 row_scale = _mm512_set1_ps(row_scales[segment / kSegments]);
-        UNROLL for (int p = 0; p < kPanels; ++p) {
-            const Sums sums = evens[p] + (kBits == 4 ? odds[p] >> 4 : odds[p]) - subtracted[p];
-            totals[p] = _mm512_fmadd_ps(to_floats(sums), _mm512_mul_ps(row_scale, scales[p]), totals[p]);
-            from[p] += shape.segment_bytes;
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                const Sums sums = evens[p][r] + (odds[p][r] >> 4) - subtracted[p][r];
+                totals[p][r] = _mm512_fmadd_ps(to_floats(sums), _mm512_mul_ps(row_scale, scales[p]), totals[p][r]);
+            }
         }
+        UNROLL for (int p = 0; p < kPanels; ++p) { from[p] += shape.segment_bytes; }
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        float* y = part.y + part.row_begin * part.y_stride + (panel + p * distance) * kPanelOutputs;
         const __m512 factor = output_factor(w, panel + p * distance, true);
-        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output)
-            .store(_mm512_mul_ps(totals[p], factor));
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            Lanes(w, panel + p * distance, y + r * part.y_stride).store(_mm512_mul_ps(totals[p][r], factor));
+        }
+    }
+}
+
+// A few rows meet lists as one does, up to four at a time while a panel is in a cache: storing what is unpacked and
+// loading it takes longer.
+constexpr int64_t kFewListRows = 8;
+
+template <int kBits, int kColumns, class Lists>
+void few_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
+    constexpr OneRowFunction kFunctions[4] = {
+        walk_lists<kBits, 1, 1, kColumns, Lists>, walk_lists<kBits, 2, 1, kColumns, Lists>,
+        walk_lists<kBits, 3, 1, kColumns, Lists>, walk_lists<kBits, 4, 1, kColumns, Lists>};
+    const int64_t num_rows = part.row_end - part.row_begin, num_runs = (num_rows + 3) / 4;
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        Part run = part;
+        for (int64_t i = 0; i < num_runs; ++i) {
+            const int64_t count = (num_rows + i) / num_runs;
+            kFunctions[count - 1](w, rows, run, panel, 0);
+            run.row_begin += count;
+        }
     }
 }
 
@@ -250,7 +127,6 @@ inline int64_t unpacked_bytes(const ListShape& shape) {
 template <int kBits, class Lists, bool kWide>
 void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, int64_t begin, int64_t end,
                   int64_t ahead, uint8_t* out) {
-    constexpr int kQuarters = Lists::kQuarters;
     const uint8_t* from = w.values + shape.place_of(w, panel, begin);
     const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
     alignas(64) uint8_t identity[64];
@@ -258,15 +134,15 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
     Groups groups(w, begin);
     for (int64_t segment = begin; segment < end; ++segment) {
         prefetch<0>(from + ahead, shape.segment_bytes);
-        __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
+        __m512i lists[kMaskedSteps];
         const __m512i zero_points = every_byte(groups.zero_points(panel));
-        if constexpr (kQuarters > 0) compress_lists<kQuarters>(load(identity), from, lists);
+        if constexpr (!Lists::kIndexed) compress_lists(load(identity), from, lists);
         Sums start{}, zero_start{};
         uint8_t* to = out + (kWide ? 192 : 64);
         for_units<Lists>(shape.steps, [&](auto count, int step) {
             constexpr int kSteps = decltype(count)::value;
             __m512i columns[kSteps], codes[kSteps];
-            if constexpr (kQuarters == 0) {
+            if constexpr (Lists::kIndexed) {
                 Lists::template unpack<kSteps>(shape, from + step * shape.index_bytes, step, columns);
             } else {
                 UNROLL for (int i = 0; i < kSteps; ++i) { columns[i] = lists[step + i]; }
@@ -403,13 +279,17 @@ void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) 
 
 template <int kBits, int kColumns, class Lists>
 void multiply_lists_as(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin == 1) {
-        walk_panels(w, rows, part, walk_lists<kBits, 2, kColumns, Lists>, walk_lists<kBits, 1, kColumns, Lists>);
-    } else if (kBits == 8 && w.zero_points != nullptr) {
-        many_rows_lists<kBits, kColumns, Lists, true>(w, rows, part);
-    } else {
-        many_rows_lists<kBits, kColumns, Lists, false>(w, rows, part);
+    const int64_t num_rows = part.row_end - part.row_begin;
+    if (num_rows == 1)
+        return walk_panels(w, rows, part, walk_lists<kBits, 1, 2, kColumns, Lists>,
+                           walk_lists<kBits, 1, 1, kColumns, Lists>);
+    if constexpr (Lists::kIndexed) {
+        if (num_rows <= kFewListRows) return few_rows_lists<kBits, kColumns, Lists>(w, rows, part);
     }
+    if (kBits == 8 && w.zero_points != nullptr)
+        many_rows_lists<kBits, kColumns, Lists, true>(w, rows, part);
+    else
+        many_rows_lists<kBits, kColumns, Lists, false>(w, rows, part);
 }
 
 template <int kBits, int kColumns>
@@ -428,15 +308,11 @@ void multiply_indexed(const PanelWeights& w, const Rows& rows, const Part& part)
 
 template <int kBits>
 void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
-    const int64_t index_bits = w.parameter / 256, steps = w.parameter % 256;
-    if (w.steps_per_segment == 8)
-        multiply_indexed<kBits, 32>(w, rows, part);
-    else if (index_bits > 0)
-        multiply_indexed<kBits, 64>(w, rows, part);
-    else if (steps <= 4)
-        multiply_lists_as<kBits, 64, Masks<1> >(w, rows, part);
-    else
-        multiply_lists_as<kBits, 64, Masks<2> >(w, rows, part);
+    if (w.steps_per_segment == 8) return multiply_indexed<kBits, 32>(w, rows, part);
+    if constexpr (kBits == 8) {
+        if (w.parameter / 256 == 0) return multiply_lists_as<kBits, 64, Masks>(w, rows, part);
+    }
+    multiply_indexed<kBits, 64>(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512
