@@ -58,13 +58,10 @@ inline NmPlan plan_nm(int keep, int group, int columns, int code_bits) {
     const int code_bytes = steps * 8 * code_bits;
     const int index_bytes = steps * 8 * index_bits;
     const int mask_bytes = kPanelOutputs * columns / 8;
-    const int list_bytes = index_bytes + code_bytes;
-    const NmPlan with_indices{keep, group, columns, index_bits, steps, list_bytes};
-    // Indices take half the time of a mask, or less; up to an eighth more bytes are worth that, and up to a quarter
-    // more of all bytes where memory gives them in the time that a mask takes, 4 cycles for 64 weights on Zen 4.
-    const int most_bytes = 7 * columns;
-    if (8 * index_bytes <= 9 * mask_bytes) return with_indices;
-    if (list_bytes <= most_bytes && 4 * list_bytes <= 5 * (mask_bytes + code_bytes)) return with_indices;
+    // Indices take half the time of a mask; up to an eighth more bytes are worth that. Of 4 bits a mask takes so much
+    // longer than memory that a quarter of the columns are worth more: at most a quarter more of all bytes.
+    if (8 * index_bytes <= 9 * mask_bytes || (code_bits == 4 && count <= columns / 4))
+        return {keep, group, columns, index_bits, steps, index_bytes + code_bytes};
     if (columns < kBlockInputs) return no_lists;
     if (code_bits == 4) return no_lists;  // many rows would be faster, but one row slower
     return {keep, group, columns, 0, steps, mask_bytes + code_bytes};

@@ -15,7 +15,8 @@ inline __m512i load_q(const int8_t* q) {
 // more product for each step.
 template <int kBits, int kRows, int kPanels, int kColumns, class Lists>
 void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    static_assert(Lists::kIndexed || kRows == 1, "lists under a mask are those of one row");
+    constexpr int kQuarters = Lists::kQuarters;
+    static_assert(kQuarters == 0 || kRows == 1, "lists under a mask are those of one row");
     const ListShape shape(w, kBits);
     const int8_t* q = rows.q + part.row_begin * rows.stride;
     const float* row_scales = rows.scales + part.row_begin * rows.num_blocks;
@@ -46,22 +47,22 @@ void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64
             left = w.segments_per_group;
         }
         Sums evens[kPanels][kRows], odds[kPanels][kRows], subtracted[kPanels][kRows];
-        __m512i lists[kPanels][kMaskedSteps];
+        __m512i lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
         UNROLL for (int p = 0; p < kPanels; ++p) {
             UNROLL for (int r = 0; r < kRows; ++r) { evens[p][r] = odds[p][r] = subtracted[p][r] = Sums{}; }
-            if constexpr (!Lists::kIndexed) compress_lists(segment_q[0], from[p], lists[p]);
+            if constexpr (kQuarters > 0) compress_lists<kQuarters>(segment_q[0], from[p], lists[p]);
         }
         for_units<Lists>(shape.steps, [&](auto count, int step) __attribute__((always_inline)) {
             constexpr int kSteps = decltype(count)::value;
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m512i columns[kSteps], codes[kSteps];
-                if constexpr (Lists::kIndexed)
+                if constexpr (kQuarters == 0)
                     Lists::template unpack<kSteps>(shape, from[p] + step * shape.index_bytes, step, columns);
                 load_codes<kBits>(from[p] + shape.column_bytes + step * shape.code_bytes, codes);
                 UNROLL for (int i = 0; i < kSteps; ++i) {
                     UNROLL for (int r = 0; r < kRows; ++r) {
                         __m512i gathered;
-                        if constexpr (Lists::kIndexed)
+                        if constexpr (kQuarters == 0)
                             gathered = _mm512_permutexvar_epi8(columns[i], segment_q[r]);
                         else
                             gathered = lists[p][step + i];
@@ -127,6 +128,7 @@ inline int64_t unpacked_bytes(const ListShape& shape) {
 template <int kBits, class Lists, bool kWide>
 void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, int64_t begin, int64_t end,
                   int64_t ahead, uint8_t* out) {
+    constexpr int kQuarters = Lists::kQuarters;
     const uint8_t* from = w.values + shape.place_of(w, panel, begin);
     const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
     alignas(64) uint8_t identity[64];
@@ -134,15 +136,15 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
     Groups groups(w, begin);
     for (int64_t segment = begin; segment < end; ++segment) {
         prefetch<0>(from + ahead, shape.segment_bytes);
-        __m512i lists[kMaskedSteps];
+        __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
         const __m512i zero_points = every_byte(groups.zero_points(panel));
-        if constexpr (!Lists::kIndexed) compress_lists(load(identity), from, lists);
+        if constexpr (kQuarters > 0) compress_lists<kQuarters>(load(identity), from, lists);
         Sums start{}, zero_start{};
         uint8_t* to = out + (kWide ? 192 : 64);
         for_units<Lists>(shape.steps, [&](auto count, int step) {
             constexpr int kSteps = decltype(count)::value;
             __m512i columns[kSteps], codes[kSteps];
-            if constexpr (Lists::kIndexed) {
+            if constexpr (kQuarters == 0) {
                 Lists::template unpack<kSteps>(shape, from + step * shape.index_bytes, step, columns);
             } else {
                 UNROLL for (int i = 0; i < kSteps; ++i) { columns[i] = lists[step + i]; }
@@ -283,7 +285,7 @@ void multiply_lists_as(const PanelWeights& w, const Rows& rows, const Part& part
     if (num_rows == 1)
         return walk_panels(w, rows, part, walk_lists<kBits, 1, 2, kColumns, Lists>,
                            walk_lists<kBits, 1, 1, kColumns, Lists>);
-    if constexpr (Lists::kIndexed) {
+    if constexpr (Lists::kQuarters == 0) {
         if (num_rows <= kFewListRows) return few_rows_lists<kBits, kColumns, Lists>(w, rows, part);
     }
     if (kBits == 8 && w.zero_points != nullptr)
@@ -310,7 +312,10 @@ template <int kBits>
 void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
     if (w.steps_per_segment == 8) return multiply_indexed<kBits, 32>(w, rows, part);
     if constexpr (kBits == 8) {
-        if (w.parameter / 256 == 0) return multiply_lists_as<kBits, 64, Masks>(w, rows, part);
+        if (w.parameter / 256 == 0) {
+            return w.parameter <= 4 ? multiply_lists_as<kBits, 64, Masks<1> >(w, rows, part)
+                                    : multiply_lists_as<kBits, 64, Masks<2> >(w, rows, part);
+        }
     }
     multiply_indexed<kBits, 64>(w, rows, part);
 }

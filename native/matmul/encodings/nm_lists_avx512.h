@@ -79,7 +79,7 @@ inline void load_codes(const uint8_t* from, __m512i (&codes)[kSteps]) {
 // How the columns of lists are told (nm.h): kUnit steps are read at once, and kTail may be left over. The columns of
 // steps from `step` on; `from` is what belongs to them. vpermb passes over the upper two bits of a column.
 struct StreamsOfIndices {
-    static constexpr bool kIndexed = true;
+    static constexpr int kQuarters = 0;
     static constexpr int kUnit = 2, kTail = 1;
     template <int kSteps>
     static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
@@ -90,7 +90,7 @@ struct StreamsOfIndices {
 };
 
 struct Fours {
-    static constexpr bool kIndexed = true;
+    static constexpr int kQuarters = 0;
     static constexpr int kUnit = 4, kTail = 0;
     template <int kSteps>
     static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
@@ -103,7 +103,7 @@ struct Fours {
 
 template <int kIndexBits>
 struct Sixes {
-    static constexpr bool kIndexed = true;
+    static constexpr int kQuarters = 0;
     static constexpr int kTail = 6 / kIndexBits, kUnit = 2 * kTail;
     template <int kSteps>
     static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
@@ -125,9 +125,10 @@ struct Sixes {
     }
 };
 
-// Masks instead.
+// Masks instead: of 16 * kQuarters entries.
+template <int kSixteens>
 struct Masks {
-    static constexpr bool kIndexed = false;
+    static constexpr int kQuarters = kSixteens;
     static constexpr int kUnit = 2, kTail = 1;
 };
 
@@ -148,12 +149,12 @@ __attribute__((always_inline)) inline void for_units(int steps, Run run) {
 // What each output's mask keeps of `source`, as lists: steps[s] has entries 4s to 4s + 3 of every output. Places that
 // no entry takes keep what `source` has there: their codes are zero points. (Where a mask zeroes them, vpcompressb
 // waits for the old value of its register on Zen 5.)
-constexpr int kMaskedSteps = 8;  // at most
-inline void compress_lists(__m512i source, const uint8_t* masks, __m512i (&steps)[kMaskedSteps]) {
+template <int kQuarters>
+inline void compress_lists(__m512i source, const uint8_t* masks, __m512i* steps) {
     const auto compress = [&](int output) {
         return _mm512_mask_compress_epi8(source, load_u64(masks + 8 * output), source);
     };
-    steps_of_lists<kMaskedSteps / 4>(compress, steps);
+    steps_of_lists<kQuarters>(compress, steps);
 }
 
 }  // namespace rarefy::matmul::avx512
