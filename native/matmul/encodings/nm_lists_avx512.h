@@ -6,6 +6,13 @@
 
 namespace rarefy::matmul::avx512 {
 
+// What a list holds, read once and in the order of memory: gcc would read it with each instruction that uses it, most
+// of it across two lines, and codes before the columns in front of them, which one row waits for.
+inline __m512i in_order(__m512i bytes) {
+    __asm__ volatile("" : "+v"(bytes));
+    return bytes;
+}
+
 // How a panel's lists lie in memory, and what unpacks them.
 struct ListShape {
     int64_t index_bytes, code_bytes;  // of one step
@@ -35,7 +42,7 @@ struct ListShape {
     }
     // Numbers of a stream, with bits of others above theirs.
     __m512i unpacked(const uint8_t* stream) const {
-        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, load(stream)));
+        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, in_order(load(stream))));
     }
     // Columns of the segment from indices that have other bits above theirs.
     __m512i columns(__m512i indices, int step) const {
@@ -43,16 +50,9 @@ struct ListShape {
     }
 };
 
-// The same, read once: gcc would read what several instructions use with each of them, and most lie across two lines.
-inline __m512i load_once(const void* from) {
-    __m512i bytes = load(from);
-    __asm__("" : "+v"(bytes));
-    return bytes;
-}
-
 // 32 bytes; their low nibbles, and from element 32 on the high ones, with bits of others above.
 inline __m512i spread_halves(const uint8_t* from) {
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m512i twice = in_order(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
     return _mm512_multishift_epi64_epi8(
         _mm512_set_epi64(0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04,
                          0x3830282018100800, 0x3830282018100800, 0x3830282018100800, 0x3830282018100800),
@@ -64,12 +64,12 @@ template <int kBits, int kSteps>
 inline void load_codes(const uint8_t* from, __m512i (&codes)[kSteps]) {
     const __m512i low = _mm512_set1_epi8(15);
     if constexpr (kBits == 8) {
-        UNROLL for (int i = 0; i < kSteps; ++i) { codes[i] = load(from + 64 * i); }
+        UNROLL for (int i = 0; i < kSteps; ++i) { codes[i] = in_order(load(from + 64 * i)); }
     } else if constexpr (kSteps == 1) {
         codes[0] = _mm512_and_si512(spread_halves(from), low);
     } else {
         UNROLL for (int i = 0; i < kSteps; i += 2) {
-            const __m512i both = load_once(from + 32 * i);
+            const __m512i both = in_order(load(from + 32 * i));
             codes[i] = _mm512_and_si512(both, low);
             codes[i + 1] = _mm512_andnot_si512(low, both);
         }
@@ -94,7 +94,7 @@ struct Fours {
     static constexpr int kUnit = 4, kTail = 0;
     template <int kSteps>
     static void unpack(const ListShape& shape, const uint8_t* from, int step, __m512i (&columns)[kSteps]) {
-        const __m512i four = load_once(from);
+        const __m512i four = in_order(load(from));
         UNROLL for (int i = 0; i < kSteps; ++i) {
             columns[i] = shape.columns(i == 0 ? four : _mm512_srli_epi16(four, 2 * i), step + i);
         }
@@ -111,9 +111,9 @@ struct Sixes {
         if constexpr (kSteps == kTail) {
             sixes[0] = shape.unpacked(from);
         } else {
-            sixes[0] = load_once(from);
-            sixes[1] = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x30), _mm512_srli_epi16(sixes[0], 2),
-                                                 spread_halves(from + 64), 0xca);  // a ? b : c
+            sixes[0] = in_order(load(from));
+            const __m512i low = spread_halves(from + 64), high = _mm512_srli_epi16(sixes[0], 2);
+            sixes[1] = _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x30), high, low, 0xca);  // a ? b : c
         }
         UNROLL for (int i = 0; i < kSteps; ++i) {
             const __m512i six = sixes[i / kTail];
