@@ -29,9 +29,9 @@ using matmul::Weights;
 void test_patterns() {
     constexpr struct {
         int keep, group;
-    } kPatterns[] = {{1, 64},  {3, 64},  {4, 64},  {7, 64},  {8, 64}, {9, 64},  {16, 64}, {17, 64},
-                     {32, 64}, {33, 64}, {63, 64}, {64, 64}, {4, 32}, {11, 32}, {2, 16},  {5, 16},
-                     {1, 8},   {3, 8},   {1, 4},   {2, 4},   {1, 2},  {1, 1},   {5, 12}};
+    } kPatterns[] = {{1, 64},  {3, 64},  {4, 64},  {7, 64}, {8, 64}, {9, 64},  {16, 64}, {17, 64}, {32, 64},
+                     {33, 64}, {63, 64}, {64, 64}, {4, 32}, {8, 32}, {11, 32}, {2, 16},  {5, 16},  {6, 16},
+                     {1, 8},   {2, 8},   {3, 8},   {4, 8},  {1, 4},  {2, 4},   {1, 2},   {1, 1},   {5, 12}};
     constexpr struct {
         int64_t outputs, inputs, group_size;
         bool symmetric;
@@ -51,7 +51,7 @@ void test_patterns() {
                                                            c.symmetric, 0.5, 13, pattern.keep, pattern.group});
                 const Weights reference(sample.packed(), other);
                 const auto of_isas = packed_for(isas, sample);
-                for (const int64_t num_rows : {1, 2, 5, 17, 30}) {
+                for (const int64_t num_rows : {1, 2, 5, 7, 17, 30}) {
                     const std::vector<float> x = random_floats(num_rows * c.inputs, 5);
                     common::set_num_threads(static_cast<int>(num_rows % 3 + 1));
                     const std::vector<float> expected = product(reference, x, num_rows, c.inputs);

@@ -1,5 +1,5 @@
-// What the AVX-512 kernels of lists share: those of N:M weights (nm_avx512.h), and those that many rows make of masks
-// (mask_lists_avx512.h).
+// What the AVX-512 kernels of lists share: those of N:M weights (nm_lists_avx512.h), and those that many rows make of
+// masks (mask_lists_avx512.h).
 #pragma once
 
 #include "matmul/core_avx512.h"

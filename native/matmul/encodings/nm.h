@@ -2,19 +2,38 @@
 // counted, and nothing expanded to 64 columns.
 //
 // A segment of 64 (or 32) columns keeps the same number of entries in every output. They are listed in order, four to a
-// step; a step is one vector of 16 outputs by 4 entries. Places of a list that no entry takes have the zero point as
-// their code. The values of a panel are its segments, one after the other, with the scales and zero points of a group
-// in front of its first:
-//   with indices    step by step: the indices, a stream of 64 numbers of few bits, the lowest bits first; the codes. An
-//                   index counts from the first column of its group. `table` has two vectors that unpack the indices,
-//                   and one for each step with the groups' first columns.
-//   with a mask     64 bits for each output; then the codes of all steps
-// The codes of a step are 64 bytes, or 32 with elements 0 to 31 in the low nibbles and 32 to 63 in the high ones.
+// step; a step is one vector of 16 outputs by 4 entries, its elements. Places of a list that no entry takes have the
+// zero point as their code. The values of a panel are its segments, one after the other, with the scales and zero
+// points of a group in front of its first. A segment is its columns, 8 bytes a step for each bit of an index, or 64
+// bits of a mask for each output; then the codes of all steps. An index counts from the first column of its group;
+// arrangement_of() says how they lie:
+//   fours    2 bits: four steps in 64 bytes, a byte for each element, step 0 in its lowest bits
+//   sixes    3 or 6 bits: two steps or one are 6 bits of each element, the first one lowest. Two such sixes take 96
+//            bytes: a byte for each element with the first six and, above it, bits 4 and 5 of the second one; then bits
+//            0 to 3 of that, of elements 0 to 31 in the low nibbles and of 32 to 63 in the high ones. A six that is
+//            left over is a stream of 64 numbers, the lowest bits first.
+//   streams  of the same kind, one for each step
+// `table` has two vectors that unpack streams, and one for each step with the groups' first columns. The codes of two
+// steps are 64 bytes with the even step in the low nibbles, or 64 bytes each; those of a step that is left over 32
+// bytes with elements 0 to 31 in the low nibbles and 32 to 63 in the high ones.
 // parameter = 256 * bits of an index (0: a mask) + steps of a segment. Where it is not positive, as always on other
 // instruction sets: no lists, but the arrangement of mask.h.
 #pragma once
 
 #include "matmul/encodings/mask.h"
+
+namespace rarefy::matmul {
+
+enum class Indices { none, fours, sixes, streams };
+
+inline Indices arrangement_of(int64_t index_bits, int64_t steps) {
+    if (index_bits == 0) return Indices::none;
+    if (index_bits == 2 && steps % 4 == 0) return Indices::fours;
+    if (index_bits == 6 || (index_bits == 3 && steps % 2 == 0)) return Indices::sixes;
+    return Indices::streams;
+}
+
+}  // namespace rarefy::matmul
 
 #if RAREFY_PASS_REFERENCE
 
@@ -39,10 +58,12 @@ inline NmPlan plan_nm(int keep, int group, int columns, int code_bits) {
     const int code_bytes = steps * 8 * code_bits;
     const int index_bytes = steps * 8 * index_bits;
     const int mask_bytes = kPanelOutputs * columns / 8;
-    // Indices take half the time of a mask; up to an eighth more bytes are worth that.
-    if (8 * index_bytes <= 9 * mask_bytes) return {keep, group, columns, index_bits, steps, index_bytes + code_bytes};
+    // Indices take half the time of a mask; up to an eighth more bytes are worth that. Of 4 bits a mask takes so much
+    // longer than memory that a quarter of the columns are worth more: at most a quarter more of all bytes.
+    if (8 * index_bytes <= 9 * mask_bytes || (code_bits == 4 && count <= columns / 4))
+        return {keep, group, columns, index_bits, steps, index_bytes + code_bytes};
     if (columns < kBlockInputs) return no_lists;
-    if (code_bits == 4 && count > 16) return no_lists;  // many rows would be faster, but one row slower
+    if (code_bits == 4) return no_lists;  // many rows would be faster, but one row slower
     return {keep, group, columns, 0, steps, mask_bytes + code_bytes};
 }
 
@@ -78,32 +99,96 @@ inline void check_groups(const NmPlan& plan, const DiskMask& mask, int64_t num_o
     }
 }
 
-// put_*: element `element` of a step whose bytes were 0 before.
-inline void put_index(uint8_t* indices, int element, int index_bits, int index) {
-    const int bit = element * index_bits;
-    const int shifted = index << bit % 8;
-    indices[bit / 8] |= static_cast<uint8_t>(shifted);
-    if (shifted > 255) indices[bit / 8 + 1] |= static_cast<uint8_t>(shifted >> 8);
+// The bytes that the following write to were 0 before.
+inline void put_in_stream(uint8_t* stream, int element, int num_bits, int number) {
+    const int bit = element * num_bits;
+    const int shifted = number << bit % 8;
+    stream[bit / 8] |= static_cast<uint8_t>(shifted);
+    if (shifted > 255) stream[bit / 8 + 1] |= static_cast<uint8_t>(shifted >> 8);
 }
 
-inline void put_code(uint8_t* codes, int element, int code_bits, int code) {
-    if (code_bits == 8)
-        codes[element] = static_cast<uint8_t>(code);
+inline void put_in_halves(uint8_t* bytes, int element, int nibble) {
+    bytes[element % 32] |= static_cast<uint8_t>(nibble << (element / 32 * 4));
+}
+
+template <Indices kIndices>
+void put_index(const NmPlan& plan, uint8_t* indices, int step, int element, int index) {
+    if (kIndices == Indices::fours) {
+        indices[step / 4 * 64 + element] |= static_cast<uint8_t>(index << (step % 4 * 2));
+    } else if (kIndices == Indices::sixes) {
+        const int bit = step * plan.index_bits, six = bit / 6, number = index << bit % 6;
+        uint8_t* const two = indices + six / 2 * 96;
+        if (six % 2 == 0 && 6 * (six + 1) == plan.steps * plan.index_bits) {
+            put_in_stream(two, element, 6, number);
+        } else if (six % 2 == 0) {
+            two[element] |= static_cast<uint8_t>(number);
+        } else {
+            two[element] |= static_cast<uint8_t>(number >> 4 << 6);
+            put_in_halves(two + 64, element, number & 15);
+        }
+    } else if (kIndices == Indices::streams) {
+        put_in_stream(indices + step * 8 * plan.index_bits, element, plan.index_bits, index);
+    }
+}
+
+template <int kBits>
+void put_code(const NmPlan& plan, uint8_t* codes, int step, int element, int code) {
+    if (kBits == 8)
+        codes[step * 64 + element] = static_cast<uint8_t>(code);
+    else if (step % 2 == 0 && step + 1 == plan.steps)
+        put_in_halves(codes + step * 32, element, code);
     else
-        codes[element % 32] |= static_cast<uint8_t>(code << (element / 32 * 4));
+        codes[step / 2 * 64 + element] |= static_cast<uint8_t>(code << (step % 2 * 4));
+}
+
+// Puts the lists of a segment of one output where they belong.
+template <int kBits, Indices kIndices>
+void put_list(const NmPlan& plan, uint8_t* segment, int row, uint64_t mask, const NmList& list) {
+    if (kIndices == Indices::none) std::memcpy(segment + row * 8, &mask, 8);
+    uint8_t* const codes = segment + plan.segment_bytes - plan.steps * 8 * kBits;
+    for (int step = 0; step < plan.steps; ++step) {
+        for (int i = 0; i < 4; ++i) {
+            put_index<kIndices>(plan, segment, step, row * 4 + i, list.columns[4 * step + i]);
+            put_code<kBits>(plan, codes, step, row * 4 + i, list.codes[4 * step + i]);
+        }
+    }
 }
 
 inline uint8_t* make_nm_table(Packing& packing, const NmPlan& plan) {
     uint8_t* table = packing.allocate((2 + plan.steps) * 64);
+    const int stream_bits = arrangement_of(plan.index_bits, plan.steps) == Indices::sixes ? 6 : plan.index_bits;
     for (int element = 0; element < 64; ++element) {
-        table[element] = static_cast<uint8_t>(element / 8 * plan.index_bits + element % 8);
-        table[64 + element] = static_cast<uint8_t>(element % 8 * plan.index_bits);
+        table[element] = static_cast<uint8_t>(element / 8 * stream_bits + element % 8);
+        table[64 + element] = static_cast<uint8_t>(element % 8 * stream_bits);
         for (int step = 0; step < plan.steps; ++step) {
             const int first = (4 * step + element % 4) / plan.keep * plan.group;
             table[(2 + step) * 64 + element] = static_cast<uint8_t>(first < plan.columns ? first : 0);
         }
     }
     return table;
+}
+
+template <int kBits, Indices kIndices>
+void put_lists(Packing& packing, const NmPlan& plan, const DiskMask& mask, const uint8_t* codes, int stored_bits) {
+    const PanelWeights& view = packing.view;
+    const int segments = kBlockInputs / plan.columns;
+    uint8_t* const values = packing.place_segments(plan.segment_bytes);
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        for (int row = 0; row < num_rows; ++row) {
+            int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
+            uint8_t* out = values + view.value_offsets[panel];
+            for (int64_t segment = 0; segment < view.num_blocks * segments; ++segment, out += plan.segment_bytes) {
+                if (segment % view.segments_per_group == 0) out += view.group_bytes;
+                uint64_t bits = mask.block(first + row, segment / segments);
+                if (segments == 2) bits = bits >> (segment % 2 * 32) & 0xffffffff;
+                const int zero_point = zero_point_of(view, panel, segment, row);
+                NmList list{};
+                std::memset(list.codes, zero_point, sizeof(list.codes));
+                fill_list(plan, bits, codes, stored_bits, cursor, list);
+                put_list<kBits, kIndices>(plan, out, row, bits, list);
+            }
+        }
+    });
 }
 
 // Codes of kBits, stored as so many bits or fewer.
@@ -124,34 +209,12 @@ void pack_nm(Packing& packing, void (*pack_as_mask)(Packing&), int stored_bits =
     check_groups(plan, mask, view.num_outputs, view.num_blocks);
     view.parameter = 256 * plan.index_bits + plan.steps;
     if (plan.index_bits > 0) view.table = make_nm_table(packing, plan);
-    const int segments = kBlockInputs / plan.columns;
-    uint8_t* const values = packing.place_segments(plan.segment_bytes);
-    const int step_bytes = 8 * kBits + 8 * plan.index_bits;
-    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
-        for (int row = 0; row < num_rows; ++row) {
-            int64_t cursor = mask.row_starts[static_cast<size_t>(first + row)];
-            uint8_t* out = values + view.value_offsets[panel];
-            for (int64_t segment = 0; segment < view.num_blocks * segments; ++segment, out += plan.segment_bytes) {
-                if (segment % view.segments_per_group == 0) out += view.group_bytes;
-                uint64_t bits = mask.block(first + row, segment / segments);
-                if (segments == 2) bits = bits >> (segment % 2 * 32) & 0xffffffff;
-                const int zero_point = zero_point_of(view, panel, segment, row);
-                NmList list{};
-                std::memset(list.codes, zero_point, sizeof(list.codes));
-                fill_list(plan, bits, codes.bytes, stored_bits, cursor, list);
-                uint8_t* steps = out;
-                if (plan.index_bits == 0) {
-                    std::memcpy(out + row * 8, &bits, 8);
-                    steps += kBlockInputs * kMaskBytes;
-                }
-                for (int i = 0; i < 4 * plan.steps; ++i) {
-                    uint8_t* step = steps + i / 4 * step_bytes;
-                    if (plan.index_bits > 0) put_index(step, row * 4 + i % 4, plan.index_bits, list.columns[i]);
-                    put_code(step + 8 * plan.index_bits, row * 4 + i % 4, kBits, list.codes[i]);
-                }
-            }
-        }
-    });
+    switch (arrangement_of(plan.index_bits, plan.steps)) {
+        case Indices::none: return put_lists<kBits, Indices::none>(packing, plan, mask, codes.bytes, stored_bits);
+        case Indices::fours: return put_lists<kBits, Indices::fours>(packing, plan, mask, codes.bytes, stored_bits);
+        case Indices::sixes: return put_lists<kBits, Indices::sixes>(packing, plan, mask, codes.bytes, stored_bits);
+        case Indices::streams: return put_lists<kBits, Indices::streams>(packing, plan, mask, codes.bytes, stored_bits);
+    }
 }
 
 }  // namespace rarefy::matmul

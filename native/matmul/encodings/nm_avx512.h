@@ -1,68 +1,9 @@
 // The AVX-512 kernels of lists (nm.h). The activations of a segment are one vector, from which the indices gather.
 #pragma once
 
-#include "matmul/encodings/lists_avx512.h"
+#include "matmul/encodings/nm_lists_avx512.h"
 
 namespace rarefy::matmul::avx512 {
-
-// How a panel's lists lie in memory.
-struct ListShape {
-    int64_t index_bytes, code_bytes;  // of one step
-    int64_t mask_bytes;               // of one segment
-    int steps;
-    int64_t segment_bytes;
-    __m512i spread, shifts, low_bits;
-    const uint8_t* firsts = nullptr;
-    ListShape(const PanelWeights& w, int code_bits) {
-        const int64_t index_bits = w.parameter / 256;
-        steps = static_cast<int>(w.parameter % 256);
-        index_bytes = 8 * index_bits;
-        code_bytes = 8 * code_bits;
-        mask_bytes = index_bits == 0 ? 128 : 0;
-        segment_bytes = mask_bytes + steps * (index_bytes + code_bytes);
-        spread = shifts = low_bits = _mm512_setzero_si512();
-        if (index_bits == 0) return;
-        spread = load(w.table);
-        shifts = load(w.table + 64);
-        low_bits = _mm512_set1_epi8(static_cast<char>((1 << index_bits) - 1));
-        firsts = w.table + 128;
-    }
-    // Where in the values a segment begins.
-    int64_t place_of(const PanelWeights& w, int64_t panel, int64_t segment) const {
-        return w.group_place(panel, segment / w.segments_per_group) + w.group_bytes +
-               segment % w.segments_per_group * segment_bytes;
-    }
-    // Columns of the segment, one byte each.
-    __m512i columns(const uint8_t* indices, int step) const {
-        return _mm512_ternarylogic_epi32(unpacked(indices), low_bits, load(firsts + 64 * step), 0xea);  // (a & b) | c
-    }
-    // The indices, with bits of others above theirs. Those of groups of 64 columns are what vpermb needs.
-    __m512i unpacked(const uint8_t* indices) const {
-        return _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, load(indices)));
-    }
-};
-
-template <int kBits>
-inline __m512i load_codes(const uint8_t* from) {
-    if (kBits == 8) return load(from);
-    const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    const __m512i nibbles = _mm512_multishift_epi64_epi8(
-        _mm512_set_epi64(0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04, 0x3c342c241c140c04,
-                         0x3830282018100800, 0x3830282018100800, 0x3830282018100800, 0x3830282018100800),
-        twice);
-    return _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
-}
-
-// What each output's mask keeps of `source`, as lists: steps[s] has entries 4s to 4s + 3 of every output. Places that
-// no entry takes keep what `source` has there: their codes are zero points. (Where a mask zeroes them, vpcompressb
-// waits for the old value of its register on Zen 5.)
-template <int kQuarters>
-inline void compress_lists(__m512i source, const uint8_t* masks, __m512i* steps) {
-    const auto compress = [&](int output) {
-        return _mm512_mask_compress_epi8(source, load_u64(masks + 8 * output), source);
-    };
-    steps_of_lists<kQuarters>(compress, steps);
-}
 
 template <int kColumns>
 inline __m512i load_q(const int8_t* q) {
@@ -70,99 +11,103 @@ inline __m512i load_q(const int8_t* q) {
     return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(q)));
 }
 
-// A panel's lists, one segment after the other.
-struct ListStream {
-    const uint8_t *from, *group;  // group: scales and zero points
-    void start(const PanelWeights& w, int64_t panel) { from = w.values + w.value_offsets[panel]; }
-    // To the first segment of the next group.
-    void start_group(const PanelWeights& w) {
-        group = from;
-        from += w.group_bytes;
-    }
-};
-
-// One row by kPanels panels, `distance` apart. kQuarters: 0 for indices, or sixteens of entries under a mask. kWhole:
-// the indices are those of whole segments of 64 columns.
-//
-// Sums of codes are sums of levels plus those of the zero points, one more product for each step. 4-bit codes minus
-// zero points are signed bytes, as are the sums of 8 steps of them: here the activations are moved to [1, 255] and are
-// the unsigned side of the products, and what that adds is taken back by one product of the summed levels.
-template <int kBits, int kPanels, int kColumns, int kQuarters, bool kWhole>
+// kRows rows by kPanels panels, `distance` apart. Sums of codes are sums of levels plus those of the zero points, one
+// more product for each step.
+template <int kBits, int kRows, int kPanels, int kColumns, class Lists>
 void walk_lists(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
-    constexpr bool kLevels = kBits == 4;
-    constexpr int64_t kCodeBytes = 8 * kBits;  // of a step
+    constexpr int kQuarters = Lists::kQuarters;
+    static_assert(kQuarters == 0 || kRows == 1, "lists under a mask are those of one row");
     const ListShape shape(w, kBits);
-    const int64_t index_bytes = kWhole ? 48 : shape.index_bytes;
     const int8_t* q = rows.q + part.row_begin * rows.stride;
     const float* row_scales = rows.scales + part.row_begin * rows.num_blocks;
-    const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
-    const __m512i one_zero_point = _mm512_set1_epi8(static_cast<char>(w.zero_point));
     const bool has_zero_points = w.zero_points != nullptr;
-    ListStream streams[kPanels];
-    __m512 totals[kPanels];
+    const uint8_t* from[kPanels];
+    __m512 totals[kPanels][kRows], scales[kPanels];
+    __m512i zero_points[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        streams[p].start(w, panel + p * distance);
-        totals[p] = _mm512_setzero_ps();
+        from[p] = w.values + w.value_offsets[panel + p * distance];
+        UNROLL for (int r = 0; r < kRows; ++r) { totals[p][r] = _mm512_setzero_ps(); }
+        zero_points[p] = _mm512_set1_epi8(static_cast<char>(w.zero_point));
     }
     constexpr int kSegments = kBlockInputs / kColumns;
     int64_t left = 0;  // segments of the group
     for (int64_t segment = 0; segment < w.num_blocks * kSegments; ++segment, q += kColumns, --left) {
-        __m512i segment_q = load_q<kColumns>(q);
-        if (kLevels) segment_q = _mm512_xor_si512(segment_q, moved_by);
-        if (fetches<1>()) {
+        __m512i segment_q[kRows];
+        UNROLL for (int r = 0; r < kRows; ++r) { segment_q[r] = load_q<kColumns>(q + r * rows.stride); }
+        if (fetches<kRows>()) {
             const int64_t num_bytes = shape.segment_bytes + (left == 0 ? w.group_bytes : 0);
-            UNROLL for (int p = 0; p < kPanels; ++p) { prefetch<4096>(streams[p].from, num_bytes); }
+            UNROLL for (int p = 0; p < kPanels; ++p) { prefetch<4096>(from[p], num_bytes); }
         }
         if (left == 0) {
-            UNROLL for (int p = 0; p < kPanels; ++p) { streams[p].start_group(w); }
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                scales[p] = widen_bf16(from[p]);
+                if (has_zero_points) zero_points[p] = quadruple_bytes(from[p] + 2 * kPanelOutputs);
+                from[p] += w.group_bytes;
+            }
             left = w.segments_per_group;
         }
-        Sums sums[kPanels], subtracted[kPanels];
-        __m512i zero_points[kPanels], levels[kPanels], lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
+        Sums evens[kPanels][kRows], odds[kPanels][kRows], subtracted[kPanels][kRows];
+        __m512i lists[kPanels][kQuarters == 0 ? 1 : 4 * kQuarters];
         UNROLL for (int p = 0; p < kPanels; ++p) {
-            sums[p] = subtracted[p] = Sums{};
-            levels[p] = _mm512_setzero_si512();
-            zero_points[p] = has_zero_points ? quadruple_bytes(streams[p].group + 2 * kPanelOutputs) : one_zero_point;
-            if constexpr (kQuarters > 0) {
-                compress_lists<kQuarters>(segment_q, streams[p].from, lists[p]);
-                streams[p].from += 128;
-            }
+            UNROLL for (int r = 0; r < kRows; ++r) { evens[p][r] = odds[p][r] = subtracted[p][r] = Sums{}; }
+            if constexpr (kQuarters > 0) compress_lists<kQuarters>(segment_q[0], from[p], lists[p]);
         }
-        for (int step = 0; step < shape.steps; ++step) {
+        for_units<Lists>(shape.steps, [&](auto count, int step) __attribute__((always_inline)) {
+            constexpr int kSteps = decltype(count)::value;
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                __m512i gathered;
-                if constexpr (kQuarters == 0) {
-                    const __m512i columns =
-                        kWhole ? shape.unpacked(streams[p].from) : shape.columns(streams[p].from, step);
-                    gathered = _mm512_permutexvar_epi8(columns, segment_q);
-                    streams[p].from += index_bytes;
-                } else {
-                    gathered = lists[p][step];
-                }
-                const __m512i codes = load_codes<kBits>(streams[p].from);
-                streams[p].from += kCodeBytes;
-                if constexpr (kLevels) {
-                    const __m512i step_levels = _mm512_sub_epi8(codes, zero_points[p]);
-                    sums[p] = dot_4(sums[p], gathered, step_levels);
-                    levels[p] = _mm512_add_epi8(levels[p], step_levels);
-                } else {
-                    sums[p] = dot_4(sums[p], codes, gathered);
-                    subtracted[p] = dot_4(subtracted[p], zero_points[p], gathered);
+                __m512i columns[kSteps], codes[kSteps];
+                if constexpr (kQuarters == 0)
+                    Lists::template unpack<kSteps>(shape, from[p] + step * shape.index_bytes, step, columns);
+                load_codes<kBits>(from[p] + shape.column_bytes + step * shape.code_bytes, codes);
+                UNROLL for (int i = 0; i < kSteps; ++i) {
+                    UNROLL for (int r = 0; r < kRows; ++r) {
+                        __m512i gathered;
+                        if constexpr (kQuarters == 0)
+                            gathered = _mm512_permutexvar_epi8(columns[i], segment_q[r]);
+                        else
+                            gathered = lists[p][step + i];
+                        Sums& sums = kBits == 8 || i % 2 == 0 ? evens[p][r] : odds[p][r];
+                        sums = dot_4(sums, codes[i], gathered);
+                        subtracted[p][r] = dot_4(subtracted[p][r], zero_points[p], gathered);
+                    }
                 }
             }
+        });
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment / kSegments]);
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                const Sums sums = evens[p][r] + (odds[p][r] >> 4) - subtracted[p][r];
+                totals[p][r] = _mm512_fmadd_ps(to_floats(sums), _mm512_mul_ps(row_scale, scales[p]), totals[p][r]);
+            }
         }
-        const __m512 row_scale = _mm512_set1_ps(row_scales[segment / kSegments]);
-        UNROLL for (int p = 0; p < kPanels; ++p) {
-            if (kLevels) subtracted[p] = dot_4(subtracted[p], moved_by, levels[p]);
-            const __m512 scales = _mm512_mul_ps(row_scale, widen_bf16(streams[p].group));
-            totals[p] = _mm512_fmadd_ps(to_floats(sums[p] - subtracted[p]), scales, totals[p]);
-        }
+        UNROLL for (int p = 0; p < kPanels; ++p) { from[p] += shape.segment_bytes; }
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        float* y = part.y + part.row_begin * part.y_stride + (panel + p * distance) * kPanelOutputs;
         const __m512 factor = output_factor(w, panel + p * distance, true);
-        Lanes(w, panel + p * distance, part.y + part.row_begin * part.y_stride + output)
-            .store(_mm512_mul_ps(totals[p], factor));
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            Lanes(w, panel + p * distance, y + r * part.y_stride).store(_mm512_mul_ps(totals[p][r], factor));
+        }
+    }
+}
+
+// A few rows meet lists as one does, up to four at a time while a panel is in a cache: storing what is unpacked and
+// loading it takes longer.
+constexpr int64_t kFewListRows = 8;
+
+template <int kBits, int kColumns, class Lists>
+void few_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
+    constexpr OneRowFunction kFunctions[4] = {
+        walk_lists<kBits, 1, 1, kColumns, Lists>, walk_lists<kBits, 2, 1, kColumns, Lists>,
+        walk_lists<kBits, 3, 1, kColumns, Lists>, walk_lists<kBits, 4, 1, kColumns, Lists>};
+    const int64_t num_rows = part.row_end - part.row_begin, num_runs = (num_rows + 3) / 4;
+    for (int64_t panel = part.panel_begin; panel < part.panel_end; ++panel) {
+        Part run = part;
+        for (int64_t i = 0; i < num_runs; ++i) {
+            const int64_t count = (num_rows + i) / num_runs;
+            kFunctions[count - 1](w, rows, run, panel, 0);
+            run.row_begin += count;
+        }
     }
 }
 
@@ -180,9 +125,10 @@ inline int64_t unpacked_bytes(const ListShape& shape) {
     return 64 * ((kWide ? 3 : 1) + 2 * shape.steps);
 }
 
-template <int kBits, int kColumns, int kQuarters, bool kWide>
+template <int kBits, class Lists, bool kWide>
 void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, int64_t begin, int64_t end,
                   int64_t ahead, uint8_t* out) {
+    constexpr int kQuarters = Lists::kQuarters;
     const uint8_t* from = w.values + shape.place_of(w, panel, begin);
     const __m512i moved_by = _mm512_set1_epi8(static_cast<char>(128));
     alignas(64) uint8_t identity[64];
@@ -192,26 +138,26 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
         prefetch<0>(from + ahead, shape.segment_bytes);
         __m512i lists[kQuarters == 0 ? 1 : 4 * kQuarters];
         const __m512i zero_points = every_byte(groups.zero_points(panel));
-        if constexpr (kQuarters > 0) {
-            compress_lists<kQuarters>(load(identity), from, lists);
-            from += 128;
-        }
+        if constexpr (kQuarters > 0) compress_lists<kQuarters>(load(identity), from, lists);
         Sums start{}, zero_start{};
         uint8_t* to = out + (kWide ? 192 : 64);
-        for (int step = 0; step < shape.steps; ++step, to += 128) {
-            __m512i columns;
-            if constexpr (kQuarters == 0)
-                columns = shape.columns(from, step);
-            else
-                columns = lists[step];
-            from += shape.index_bytes;
-            const __m512i codes = load_codes<kBits>(from);
-            from += shape.code_bytes;
-            const __m512i levels = kWide ? _mm512_xor_si512(codes, moved_by) : _mm512_sub_epi8(codes, zero_points);
-            start = dot_4(start, moved_by, levels);
-            _mm512_store_si512(to, columns);
-            _mm512_store_si512(to + 64, levels);
-        }
+        for_units<Lists>(shape.steps, [&](auto count, int step) {
+            constexpr int kSteps = decltype(count)::value;
+            __m512i columns[kSteps], codes[kSteps];
+            if constexpr (kQuarters == 0) {
+                Lists::template unpack<kSteps>(shape, from + step * shape.index_bytes, step, columns);
+            } else {
+                UNROLL for (int i = 0; i < kSteps; ++i) { columns[i] = lists[step + i]; }
+            }
+            load_codes<kBits>(from + shape.column_bytes + step * shape.code_bytes, codes);
+            UNROLL for (int i = 0; i < kSteps; ++i, to += 128) {
+                const __m512i code = kBits == 4 && i % 2 == 1 ? _mm512_srli_epi16(codes[i], 4) : codes[i];
+                const __m512i levels = kWide ? _mm512_xor_si512(code, moved_by) : _mm512_sub_epi8(code, zero_points);
+                start = dot_4(start, moved_by, levels);
+                _mm512_store_si512(to, columns[i]);
+                _mm512_store_si512(to + 64, levels);
+            }
+        });
         if (kWide) {
             const __m512i moved = _mm512_xor_si512(zero_points, moved_by);
             for (int step = 0; step < shape.steps; ++step) zero_start = dot_4(zero_start, moved_by, moved);
@@ -220,6 +166,7 @@ void unpack_lists(const PanelWeights& w, const ListShape& shape, int64_t panel, 
         }
         _mm512_store_si512(out, reinterpret_cast<__m512i>(-start));
         out = to;
+        from += shape.segment_bytes;
         if (groups.advance()) from += w.group_bytes;
     }
 }
@@ -309,7 +256,7 @@ void multiply_list_tile(const PanelWeights& w, const Rows& rows, const Part& par
     }
 }
 
-template <int kBits, int kColumns, int kQuarters, bool kWide>
+template <int kBits, int kColumns, class Lists, bool kWide>
 void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
     const ListShape shape(w, kBits);
     const int64_t segment_bytes = unpacked_bytes<kWide>(shape);
@@ -324,39 +271,53 @@ void many_rows_lists(const PanelWeights& w, const Rows& rows, const Part& part) 
             const int64_t ahead = (end < num_segments ? shape.place_of(w, 0, end) : shape.place_of(w, fit, 0)) -
                                   shape.place_of(w, 0, begin);
             for (int64_t p = 0; p < num_panels; ++p)
-                unpack_lists<kBits, kColumns, kQuarters, kWide>(w, shape, panel + p, begin, end, ahead,
-                                                                unpacked + p * (end - begin) * segment_bytes);
+                unpack_lists<kBits, Lists, kWide>(w, shape, panel + p, begin, end, ahead,
+                                                  unpacked + p * (end - begin) * segment_bytes);
             const ListTile tile{unpacked, panel, num_panels, begin, end, shape.steps};
             multiply_list_tile<kColumns, kWide>(w, rows, part, tile);
         }
     }
 }
 
-template <int kBits, int kColumns, int kQuarters, bool kWhole = false>
+template <int kBits, int kColumns, class Lists>
 void multiply_lists_as(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin == 1) {
-        walk_panels(w, rows, part, walk_lists<kBits, 2, kColumns, kQuarters, kWhole>,
-                    walk_lists<kBits, 1, kColumns, kQuarters, kWhole>);
-    } else if (kBits == 8 && w.zero_points != nullptr) {
-        many_rows_lists<kBits, kColumns, kQuarters, true>(w, rows, part);
-    } else {
-        many_rows_lists<kBits, kColumns, kQuarters, false>(w, rows, part);
+    const int64_t num_rows = part.row_end - part.row_begin;
+    if (num_rows == 1)
+        return walk_panels(w, rows, part, walk_lists<kBits, 1, 2, kColumns, Lists>,
+                           walk_lists<kBits, 1, 1, kColumns, Lists>);
+    if constexpr (Lists::kQuarters == 0) {
+        if (num_rows <= kFewListRows) return few_rows_lists<kBits, kColumns, Lists>(w, rows, part);
     }
+    if (kBits == 8 && w.zero_points != nullptr)
+        many_rows_lists<kBits, kColumns, Lists, true>(w, rows, part);
+    else
+        many_rows_lists<kBits, kColumns, Lists, false>(w, rows, part);
+}
+
+template <int kBits, int kColumns>
+void multiply_indexed(const PanelWeights& w, const Rows& rows, const Part& part) {
+    const int64_t index_bits = w.parameter / 256;
+    const Indices indices = arrangement_of(index_bits, w.parameter % 256);
+    if (indices == Indices::fours)
+        multiply_lists_as<kBits, kColumns, Fours>(w, rows, part);
+    else if (indices == Indices::sixes && index_bits == 3)
+        multiply_lists_as<kBits, kColumns, Sixes<3> >(w, rows, part);
+    else if (indices == Indices::sixes)
+        multiply_lists_as<kBits, 64, Sixes<6> >(w, rows, part);
+    else
+        multiply_lists_as<kBits, kColumns, StreamsOfIndices>(w, rows, part);
 }
 
 template <int kBits>
 void multiply_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
-    const int64_t index_bits = w.parameter / 256, steps = w.parameter % 256;
-    if (w.steps_per_segment == 8)
-        multiply_lists_as<kBits, 32, 0>(w, rows, part);
-    else if (index_bits == 6)
-        multiply_lists_as<kBits, 64, 0, true>(w, rows, part);
-    else if (index_bits > 0)
-        multiply_lists_as<kBits, 64, 0>(w, rows, part);
-    else if (steps <= 4)
-        multiply_lists_as<kBits, 64, 1>(w, rows, part);
-    else
-        multiply_lists_as<kBits, 64, 2>(w, rows, part);
+    if (w.steps_per_segment == 8) return multiply_indexed<kBits, 32>(w, rows, part);
+    if constexpr (kBits == 8) {
+        if (w.parameter / 256 == 0) {
+            return w.parameter <= 4 ? multiply_lists_as<kBits, 64, Masks<1> >(w, rows, part)
+                                    : multiply_lists_as<kBits, 64, Masks<2> >(w, rows, part);
+        }
+    }
+    multiply_indexed<kBits, 64>(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512
