@@ -235,10 +235,10 @@ int64_t rows_for_each_thread(int64_t num_rows, const std::vector<Product>& produ
             weights.encoding() == Encoding::dense_int8 || weights.encoding() == Encoding::dense_int4;
         if (!decoded_at_once || weights.isa() == Isa::amx || num_bytes > kMostBytes) return 0;
     }
-    if (num_threads == 1 || num_products == 0) return 0;
+    if (num_threads == 1 || num_products == 0 || fewest_rows > kTaskRows) return 0;
     const int64_t num_pieces = num_threads * std::clamp<int64_t>(num_products / kTaskProducts / num_threads, 1, 8);
-    const int64_t wanted = round_up(std::max(ceil_div(num_rows, num_pieces), fewest_rows), kRowMultiple);
-    const int64_t rows_per_chunk = std::min(wanted, kTaskRows);
+    const int64_t rows_per_piece = std::clamp(ceil_div(num_rows, num_pieces), fewest_rows, kTaskRows);
+    const int64_t rows_per_chunk = round_up(rows_per_piece, kRowMultiple);
     // The thread that has most to do should not have much more than its share.
     const int64_t most_rows = ceil_div(ceil_div(num_rows, rows_per_chunk), num_threads) * rows_per_chunk;
     return most_rows * num_threads * 16 > num_rows * 17 ? 0 : rows_per_chunk;
