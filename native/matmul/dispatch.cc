@@ -220,7 +220,7 @@ void multiply_prepared(Activations activations, const std::vector<Product>& prod
 
 // Rows of a chunk where each thread prepares some rows and multiplies them by all weights; 0 where it had better not.
 // That takes one fork-join instead of two, and rows stay where they were prepared, but every thread reads all weights,
-// so that these have to be small. What is expanded for many rows would be expanded by each thread.
+// so that these have to be small. Other encodings would be decoded by each thread: int4 showed no gain.
 int64_t rows_for_each_thread(int64_t num_rows, const std::vector<Product>& products) {
     constexpr int64_t kMostBytes = int64_t{768} << 10;  // beside rows in the L2 cache of a core
     constexpr int64_t kRowsPerBlock = 4;  // the first rows of a chunk wait for panels, the longer the longer these are
@@ -231,9 +231,7 @@ int64_t rows_for_each_thread(int64_t num_rows, const std::vector<Product>& produ
         num_bytes += weights.num_read_bytes();
         num_products += weights.view().num_outputs * weights.view().num_inputs * num_rows;
         fewest_rows = kRowsPerBlock * weights.view().num_blocks;
-        const bool decoded_at_once =
-            weights.encoding() == Encoding::dense_int8 || weights.encoding() == Encoding::dense_int4;
-        if (!decoded_at_once || weights.isa() == Isa::amx || num_bytes > kMostBytes) return 0;
+        if (weights.encoding() != Encoding::dense_int8 || weights.isa() == Isa::amx || num_bytes > kMostBytes) return 0;
     }
     if (num_threads == 1 || num_products == 0 || fewest_rows > kTaskRows) return 0;
     const int64_t num_pieces = num_threads * std::clamp<int64_t>(num_products / kTaskProducts / num_threads, 1, 8);
