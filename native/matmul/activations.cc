@@ -127,8 +127,8 @@ uint8_t* Scratch::reserve(int64_t num_bytes) {
     return bytes_.get();
 }
 
-Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
-                         Scratch& scratch) {
+RowPlan plan_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
+                  Scratch& scratch) {
     const Needs needs(products);
     const int64_t num_blocks = ceil_div(num_inputs, kBlockInputs);
     // Rows that lie a multiple of 4 KiB apart displace each other from the L1 cache, up to five times slower on Zen 5.
@@ -164,7 +164,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     const QuantizeFunction quantize = find_quantizer(needs.wide_q ? Isa::avx2 : needs.isa);  // all give the same bits
     const RoundFunction round = find_rounder(needs.isa);                                     // and these too
     const auto at_row = [stride](auto* rows, int64_t row) { return rows == nullptr ? nullptr : rows + row * stride; };
-    const auto prepare_floats = [&](int64_t row) {
+    const auto prepare_floats = [=](int64_t row) {
         const float* from = x + row * num_inputs;
         if (copy) {
             std::memcpy(floats + row * stride, from, static_cast<size_t>(num_inputs) * 4);
@@ -177,7 +177,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
                                                    : find_start(numbers + row * stride, padded_inputs);
         }
     };
-    const auto quantize_rows = [&](int64_t begin, int64_t end) {
+    const auto quantize_rows = [=](int64_t begin, int64_t end) {
 #if RAREFY_X86
         if (quantize == quantize_row_avx512 && padded_inputs == num_inputs) {
             quantize_rows_avx512(x + begin * num_inputs, end - begin, num_blocks, q + begin * stride, stride,
@@ -193,7 +193,7 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
             if (byte_starts != nullptr) make_byte_starts(row_sums, num_blocks, byte_starts + row * num_blocks);
         }
     };
-    const auto prepare = [&](int64_t begin, int64_t end) {
+    const auto prepare = [=](int64_t begin, int64_t end) {
         if (needs.floats || needs.bf16_bits || needs.bf16_numbers)
             for (int64_t row = begin; row < end; ++row) prepare_floats(row);
         if (needs.integers) quantize_rows(begin, end);
@@ -201,17 +201,6 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
             for (int64_t row = begin; row < end; ++row)
                 integer_starts[row] = find_start(scales + row * num_blocks, num_blocks);
     };
-    constexpr int64_t kChunkElements = 16384;
-    const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, stride));
-    if (places.num_bytes > 0) {
-        if (num_rows <= rows_per_chunk) {
-            prepare(0, num_rows);
-        } else {
-            const int64_t size = std::max(rows_per_chunk, ceil_div(num_rows, 4096));
-            common::parallel_for(static_cast<int>(ceil_div(num_rows, size)),
-                                 [&](int chunk) { prepare(chunk * size, std::min(num_rows, (chunk + 1) * size)); });
-        }
-    }
     Rows none{};
     none.num_rows = num_rows;
     none.stride = stride;
@@ -227,7 +216,25 @@ Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, c
     all.integers.sums = sums;
     all.integers.starts = integer_starts;
     all.integers.byte_starts = byte_starts;
-    return all;
+    if (places.num_bytes == 0) return {all, nullptr};
+    return {all, prepare};
+}
+
+Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
+                         Scratch& scratch) {
+    const RowPlan plan = plan_rows(x, num_rows, num_inputs, products, scratch);
+    if (plan.prepare == nullptr) return plan.activations;
+    constexpr int64_t kChunkElements = 16384;
+    const int64_t stride = plan.activations.integers.stride;  // as of all
+    const int64_t rows_per_chunk = std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, stride));
+    if (num_rows <= rows_per_chunk) {
+        plan.prepare(0, num_rows);
+    } else {
+        const int64_t size = std::max(rows_per_chunk, ceil_div(num_rows, 4096));
+        common::parallel_for(static_cast<int>(ceil_div(num_rows, size)),
+                             [&](int chunk) { plan.prepare(chunk * size, std::min(num_rows, (chunk + 1) * size)); });
+    }
+    return plan.activations;
 }
 
 #if RAREFY_X86

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -37,7 +38,16 @@ struct Activations {
     Rows integers{};
 };
 
-// Copied, rounded and quantized as the products need them. They lie in `scratch`, or are x itself.
+// Where they will lie, in `scratch` or in x itself, and what fills rows [begin, end): any thread may call it, once for
+// each row. Null where nothing needs to be done.
+struct RowPlan {
+    Activations activations;
+    std::function<void(int64_t begin, int64_t end)> prepare;
+};
+RowPlan plan_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
+                  Scratch& scratch);
+
+// Copied, rounded and quantized as the products need them.
 Activations prepare_rows(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products,
                          Scratch& scratch);
 

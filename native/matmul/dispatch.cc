@@ -218,6 +218,43 @@ void multiply_prepared(Activations activations, const std::vector<Product>& prod
     panel_scratch.trim();
 }
 
+// Rows of a chunk where each thread prepares some rows and multiplies them by all weights; 0 where it had better not.
+// That takes one fork-join instead of two, and rows stay where they were prepared, but every thread reads all weights,
+// so that these have to be small. Other encodings would be decoded by each thread: int4 showed no gain.
+int64_t rows_for_each_thread(int64_t num_rows, const std::vector<Product>& products) {
+    constexpr int64_t kMostBytes = int64_t{768} << 10;  // beside rows in the L2 cache of a core
+    constexpr int64_t kRowsPerBlock = 4;  // the first rows of a chunk wait for panels, the longer the longer these are
+    const int64_t num_threads = common::num_threads();
+    int64_t num_bytes = 0, num_products = 0, fewest_rows = 1;
+    for (const Product& product : products) {
+        const Weights& weights = *product.weights;
+        num_bytes += weights.num_read_bytes();
+        num_products += weights.view().num_outputs * weights.view().num_inputs * num_rows;
+        fewest_rows = kRowsPerBlock * weights.view().num_blocks;
+        if (weights.encoding() != Encoding::dense_int8 || weights.isa() == Isa::amx || num_bytes > kMostBytes) return 0;
+    }
+    if (num_threads == 1 || num_products == 0 || fewest_rows > kTaskRows) return 0;
+    const int64_t num_pieces = num_threads * std::clamp<int64_t>(num_products / kTaskProducts / num_threads, 1, 8);
+    const int64_t rows_per_piece = std::clamp(ceil_div(num_rows, num_pieces), fewest_rows, kTaskRows);
+    const int64_t rows_per_chunk = round_up(rows_per_piece, kRowMultiple);
+    // The thread that has most to do should not have much more than its share.
+    const int64_t most_rows = ceil_div(ceil_div(num_rows, rows_per_chunk), num_threads) * rows_per_chunk;
+    return most_rows * num_threads * 16 > num_rows * 17 ? 0 : rows_per_chunk;
+}
+
+void prepare_and_multiply(const RowPlan& plan, const std::vector<Product>& products, int64_t num_rows,
+                          int64_t rows_per_chunk) {
+    common::parallel_for(static_cast<int>(ceil_div(num_rows, rows_per_chunk)), [&](int chunk) {
+        const int64_t begin = chunk * rows_per_chunk, end = std::min(num_rows, begin + rows_per_chunk);
+        if (plan.prepare != nullptr) plan.prepare(begin, end);
+        for (const Product& product : products) {
+            const PanelWeights& weights = product.weights->view();
+            run_part(weights, rows_for(*product.weights, plan.activations), product.weights->kernel(),
+                     {0, weights.num_panels, begin, end, product.y, weights.num_outputs, 0});
+        }
+    });
+}
+
 }  // namespace
 
 const char* name(Isa isa) {
@@ -277,8 +314,12 @@ std::vector<ListedKernel> list_kernels() {
 
 void multiply(const float* x, int64_t num_rows, int64_t num_inputs, const std::vector<Product>& products) {
     thread_local Scratch scratch;
-    const Activations activations = prepare_rows(x, num_rows, num_inputs, products, scratch);
-    multiply_prepared(activations, products);
+    if (const int64_t rows_per_chunk = rows_for_each_thread(num_rows, products); rows_per_chunk > 0) {
+        const RowPlan plan = plan_rows(x, num_rows, num_inputs, products, scratch);
+        prepare_and_multiply(plan, products, num_rows, rows_per_chunk);
+    } else {
+        multiply_prepared(prepare_rows(x, num_rows, num_inputs, products, scratch), products);
+    }
     scratch.trim();
 }
 

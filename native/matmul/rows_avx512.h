@@ -19,11 +19,11 @@ void rows_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                                          ahead);
 }
 
-// Splits rows evenly into tiles of at most kMaxRows: calls run(row, rows of a tile, tiles) for one or two runs of tiles
-// of the same size.
-template <class Run>
+// Splits rows evenly into tiles of at most kMost: calls run(row, rows of a tile, tiles) for one or two runs of tiles of
+// the same size.
+template <int kMost = kMaxRows, class Run>
 inline void for_runs(int64_t row, int64_t num_rows, Run run) {
-    const int64_t num_tiles = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t num_tiles = (num_rows + kMost - 1) / kMost;
     const int64_t size = num_rows / num_tiles, num_larger = num_rows % num_tiles, num_smaller = num_tiles - num_larger;
     run(row, size, num_smaller);
     if (num_larger > 0) run(row + num_smaller * size, size + 1, num_larger);
@@ -171,15 +171,17 @@ constexpr RowsFunction kRowsFloat[kMaxRows] = {rows_float<Stream, 1>, rows_float
                                                rows_float<Stream, 4>, rows_float<Stream, 5>, rows_float<Stream, 6>,
                                                rows_float<Stream, 7>, rows_float<Stream, 8>};
 
-// Pairs the panels of a part, and calls run(row, rows of a tile, tiles, panel, distance, ahead).
-template <class Run>
+// Pairs the panels of a part, and calls run(row, rows of a tile, tiles, panel, distance, ahead), of tiles of at most
+// kMost rows.
+template <int kMost = kMaxRows, class Run>
 inline void walk_pairs(const PanelWeights& w, const Part& part, Run run) {
     const int64_t num_rows = part.row_end - part.row_begin;
-    const int64_t num_tiles = (num_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t num_tiles = (num_rows + kMost - 1) / kMost;
     const auto all_rows = [&](int64_t panel, int64_t distance, int64_t next) {
         Ahead ahead(w, next, distance, num_tiles, w.num_blocks, next != panel && num_tiles > 1);
-        for_runs(part.row_begin, num_rows,
-                 [&](int64_t row, int64_t count, int64_t tiles) { run(row, count, tiles, panel, distance, ahead); });
+        for_runs<kMost>(part.row_begin, num_rows, [&](int64_t row, int64_t count, int64_t tiles) {
+            run(row, count, tiles, panel, distance, ahead);
+        });
     };
     // Two stretches of panels, each a sequential read of memory; or neighbours, where fetching ahead in the first
     // stretch would only reach into the second, and where there are so many rows that lines of y side by side, which

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <stdexcept>
@@ -144,6 +145,54 @@ void test_pieces_of_one_row() {
     }
 }
 
+// Weights so small that each thread has rows of its own, and so many rows that sums of bytes stay in registers: all
+// give the bits of the reference with one thread.
+void test_rows_of_threads() {
+    constexpr struct {
+        int64_t outputs, inputs, group_size;
+        bool symmetric;
+    } kCases[] = {{48, 384, 0, true}, {75, 500, 0, true}, {80, 64, 64, true}, {33, 320, 64, false}};
+    constexpr int64_t kMostRows = 260;
+    for (const TestedFormat& tested : checks::tested_formats()) {
+        if (tested.format.rfind("dense-int", 0) != 0) continue;
+        for (const auto& c : kCases) {
+            const Sample sample =
+                matmul::make_sample({tested.format, c.outputs, c.inputs, c.group_size, c.symmetric, 1.0, 3});
+            const auto of_isas = checks::packed_for(tested.isas, sample);
+            std::vector<float> x = random_floats(kMostRows * c.inputs, 5);
+            x[static_cast<size_t>(40 * c.inputs)] = std::numeric_limits<float>::infinity();
+            common::set_num_threads(1);
+            std::vector<float> of_reference;
+            for (const auto& weights : of_isas) {
+                if (of_reference.empty()) of_reference = product(*weights, x, kMostRows, c.inputs);
+                // Rows with a number that is not finite have nothing else, and NaN is not equal to itself.
+                const auto bits_of = [](const std::vector<float>& y, size_t count) {
+                    std::vector<uint32_t> bits(count);
+                    std::memcpy(bits.data(), y.data(), count * 4);
+                    for (size_t i = 0; i < count; ++i) bits[i] = std::isnan(y[i]) ? 0x7fc00000 : bits[i];
+                    return bits;
+                };
+                for (const int64_t num_rows :
+                     {int64_t{31}, int64_t{32}, int64_t{61}, int64_t{96}, int64_t{128}, kMostRows}) {
+                    const auto count = static_cast<size_t>(num_rows * c.outputs);
+                    const auto expected = bits_of(of_reference, count);
+                    for (const int num_threads : {1, 2, 3, 4}) {
+                        common::set_num_threads(num_threads);
+                        std::vector<float> y(count + 1, 12345.0f), z(count + 1, 12345.0f);
+                        matmul::multiply(x.data(), num_rows, c.inputs,
+                                         {{weights.get(), y.data()}, {weights.get(), z.data()}});
+                        check(
+                            bits_of(y, count) == expected && bits_of(z, count) == expected,
+                            "shared rows, " + described(tested.format, weights->isa(), c.outputs, c.inputs, num_rows));
+                        check(y.back() == 12345.0f && z.back() == 12345.0f, "nothing is written behind outputs");
+                    }
+                }
+                common::set_num_threads(1);
+            }
+        }
+    }
+}
+
 bool refused(const PackedArrays& arrays) {
     try {
         const Weights weights(arrays, Isa::reference);
@@ -260,6 +309,7 @@ void test_taps() {
 int main() {
     test_products();
     test_pieces_of_one_row();
+    test_rows_of_threads();
     test_damaged_arrays();
     test_non_finite_rows();
     test_taps();

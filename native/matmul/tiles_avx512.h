@@ -34,7 +34,14 @@ public:
             end_[p] += share_[p];
         }
     }
-    // Once for each block.
+    // The whole share.
+    void fetch_share() const {
+        UNROLL for (int p = 0; p < kPair; ++p) {
+            for (const uint8_t* at = from_[p]; at < end_[p]; at += 64)
+                _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+        }
+    }
+    // Or once for each block.
     void fetch() {
         UNROLL for (int p = 0; p < kPair; ++p) {
             for (int64_t offset = 0; offset < num_bytes_ && from_[p] < end_[p]; offset += 64, from_[p] += 64)

@@ -1,5 +1,8 @@
 // Dense 8-bit codes. A step is four columns: one byte each in the lane of their output. 16 steps per block.
 #include "matmul/encodings/dense.h"
+#if RAREFY_PASS_AVX512
+#include "matmul/held_tiles_avx512.h"
+#endif
 
 #if RAREFY_PASS_REFERENCE
 
@@ -69,7 +72,12 @@ struct Stream : PanelStream {
 
 }  // namespace
 
-void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if !RAREFY_PASS_AMX
+    if (holds_tiles(w, part)) return walk_held_tiles(w, rows, part);
+#endif
+    multiply_int<Stream>(w, rows, part);
+}
 
 }  // namespace rarefy::matmul::avx512
 
