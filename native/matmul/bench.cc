@@ -1,10 +1,9 @@
 // Times the products and the packing of every listed kernel: matmul_bench [--threads N] [--rows T] [--shape OxI] [--isa
 // NAME] [--format PART] [--group COLUMNS, which share a scale, 0: all] [--nm KEEP:GROUP] [--block HxW] [--zeros
 // FRACTION] [--zero-points] [--masked singles, pairs or all, which is the fastest of them by default] [--fetch 0 or 1,
-// which is the processor's choice by default]
-// [--warm]. Cold (the default) rotates over more copies of the weight than any cache holds, and shows how long a pass
-// over as many bytes takes that only reads them, in two streams per thread as one row does. Warm has one copy: of a
-// shape that fits into a cache, what the arithmetic takes.
+// which is the processor's choice by default] [--warm]. Cold (the default) rotates over more copies of the weight than
+// any cache holds, and shows how long a pass over as many bytes takes that only reads them, in two streams per thread
+// as one row does. Warm has one copy: of a shape that fits into a cache, what the arithmetic takes.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
