@@ -43,8 +43,8 @@ How it was measured:
 - Weights in 4 bits have a scale for every 64 columns (ggml: 32), int8 one for every row. In the tables of every layout
   those of 4 bits and less have zero points as well, which dense are 3 % more bytes. Contestants marked weight-only
   multiply with bfloat16 activations, the other integer ones quantize the activations to 8 bits first. Of 87.5 % zeros,
-  8 of every 64 columns are kept; other zeros lie anywhere. Blocks have 16 rows and 64 columns, and so many of them are
-  zero as their line says.
+  8 of every 64 columns are kept, of 2:4 zeros 2 of every 4; other zeros lie anywhere. Blocks have 16 rows and 64
+  columns, and so many of them are zero as their line says.
 - **AVX2 only**, **AVX2 and AVX-VNNI**: rarefy, oneDNN (OpenVINO, torch) and torch are told so by their environment
   variables, and ggml is compiled for it. In both oneDNN may use AVX-VNNI, for OpenVINO makes no products of integers
   with less, and what of OpenVINO is not oneDNN may use AVX-512: the second compares like with like.

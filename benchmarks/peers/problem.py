@@ -17,6 +17,9 @@ from rarefy.kernels import last_level_cache_bytes
 GROUP_SIZE = 64
 """Columns per scale of the 4-bit weights (ggml's formats have 32)."""
 
+PATTERNS = {"87.5 %": (8, 64), "2:4": (2, 4)}
+"""Zeros that lie in a pattern: how many columns of each group are kept."""
+
 MAX_RELATIVE_ERROR = 0.02
 """Of ||y - y*|| / ||y*||. The weights are made so that every format holds them exactly, so that only activations are
 rounded: to 8 bits with one scale per row that is max|x| / 127 / sqrt(12), for these x 0.9 %; a format that scales
@@ -54,11 +57,12 @@ class Problem:
 
     @cache  # noqa: B019 (there is one problem in a process)
     def mask(self, zeros: str) -> NDArray[np.bool_]:
-        """Which weights are kept, for the sparse contestants: anywhere, or 8 in every 64 columns."""
+        """Which weights are kept, for the sparse contestants: anywhere, or some in every group of columns."""
         rng = np.random.default_rng(4)
-        if zeros == "87.5 %":
-            order = rng.random((self.num_outputs, self.num_inputs // 64, 64), dtype=np.float32).argsort(axis=2)
-            return (order < 8).reshape(self.num_outputs, self.num_inputs)
+        if zeros in PATTERNS:
+            keep, group = PATTERNS[zeros]
+            order = rng.random((self.num_outputs, self.num_inputs // group, group), dtype=np.float32).argsort(axis=2)
+            return (order < keep).reshape(self.num_outputs, self.num_inputs)
         return rng.random((self.num_outputs, self.num_inputs), dtype=np.float32) >= float(zeros.rstrip(" %")) / 100
 
     @cache  # noqa: B019
@@ -110,7 +114,7 @@ class Contestant:
         num_copies: products of one call of `run`.
         run: multiplies with every copy once and returns the results in the library's own form.
         outputs: those results as one array (T, O) per copy.
-        zeros: how many weights are zero, such as "50 %"; "" if none need be.
+        zeros: how many weights are zero, such as "50 %", or a pattern of PATTERNS; "" if none need be.
     """
 
     peer: str

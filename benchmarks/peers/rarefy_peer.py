@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from peers.problem import GROUP_SIZE, Contestant, Problem
+from peers.problem import GROUP_SIZE, PATTERNS, Contestant, Problem
 from rarefy import kernels
 from rarefy.core.grids import to_bf16_bits
 from rarefy.layouts import FORMATS, Layout
@@ -17,9 +17,10 @@ _KINDS = (
     ("bitmask-int8-v1", "int8", "50 %"),
     ("bitmask-int8-v1", "int8", "80 %"),
     ("bitmask-int4-v1", "int4", "50 %"),
+    ("nm-int4-v1", "int4", "2:4"),
     ("nm-int4-v1", "int4", "87.5 %"),
 )
-"""Format, values and zeros; of 87.5 %, 8 of 64 columns are kept."""
+"""Format, values and zeros."""
 
 
 def contestants(problem: Problem) -> Iterator[Contestant]:
@@ -55,7 +56,10 @@ def _layout(problem: Problem, layout_format: str, copy: int, zeros: str = "") ->
         mask_OI = np.roll(problem.mask(zeros), copy, axis=0)
         arrays["mask"] = np.packbits(mask_OI, axis=1, bitorder="little")
         stream = codes_OI[mask_OI]
-        meta |= {"keep": 8, "group": 64} if layout_format.startswith("nm") else {"num_values": stream.size}
+        if layout_format.startswith("nm"):
+            meta["keep"], meta["group"] = PATTERNS[zeros]
+        else:
+            meta["num_values"] = stream.size
         if four_bits and stream.size % 2:
             stream = np.append(stream, np.uint8(0))
         arrays["codes"] = problem.nibbles(stream[None, :])[0] if four_bits else stream
