@@ -94,11 +94,12 @@ void held_rows(const PanelWeights& w, const Rows& rows, const Part& part, int64_
     }
 }
 
-// Whether the walk below is for this weight and part.
+// Whether the walk below is for this weight and part. A segment is to be a block: halves are scaled one by one, even
+// where one scale is that of all.
 inline bool holds_tiles(const PanelWeights& w, const Part& part) {
     const int64_t num_rows = part.row_end - part.row_begin;
-    return num_rows >= kFewestHeldRows && num_rows >= kHeldRowsPerBlock * w.num_blocks && w.zero_points == nullptr &&
-           w.zero_point == kByteZeroPoint && w.output_scales != nullptr;
+    return num_rows >= kFewestHeldRows && num_rows >= kHeldRowsPerBlock * w.num_blocks && w.steps_per_segment == 16 &&
+           w.zero_points == nullptr && w.zero_point == kByteZeroPoint && w.output_scales != nullptr;
 }
 
 // Evenly split, so many rows are tiles of 5 or 6.

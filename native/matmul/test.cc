@@ -151,7 +151,8 @@ void test_rows_of_threads() {
     constexpr struct {
         int64_t outputs, inputs, group_size;
         bool symmetric;
-    } kCases[] = {{48, 384, 0, true}, {75, 500, 0, true}, {80, 64, 64, true}, {33, 320, 64, false}};
+    } kCases[] = {
+        {48, 384, 0, true}, {75, 500, 0, true}, {80, 64, 64, true}, {80, 65, 160, true}, {33, 320, 64, false}};
     constexpr int64_t kMostRows = 260;
     for (const TestedFormat& tested : checks::tested_formats()) {
         if (tested.format.rfind("dense-int", 0) != 0) continue;
