@@ -7,6 +7,8 @@
 //   void fetch(int num_steps)            prefetches for later; floats: num_columns
 //   codes:  static constexpr int kOddShift    codes of odd steps come shifted left by so many bits, 0 or 4
 //           static constexpr bool kExpandsOnce    for many rows: decoding again for every 8 of them takes longer
+//           static constexpr bool kFetchesNear    if there is one: two steps take so long that one row gains by asking
+//                                                 for `values` a little ahead too (kNear)
 //           static constexpr int kFetchSteps  if there is one: how many steps to fetch at once
 //           void next(__m512i pruned, __m512i& even, __m512i& odd)    pruned: what a pruned code reads as
 //   floats: void next(__m512& even, __m512& odd)
@@ -26,6 +28,14 @@
 #endif
 
 namespace rarefy::matmul::avx512 {
+
+// Fetches for streams that say so what they read soon, on processors that fetch best alone.
+template <class Stream>
+__attribute__((always_inline)) inline auto fetch_near(const Stream& stream) -> decltype(Stream::kFetchesNear, void()) {
+    prefetch_in_order(stream.values + kNear);
+}
+template <class... Others>
+inline void fetch_near(const Others&...) {}
 
 // One row of activations by kPanels panels, `distance` apart, straight from the packed bytes. kSymmetric: all zero
 // points are the same.
@@ -65,6 +75,7 @@ void walk_int(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
             const __m512i even_q = broadcast_4(q), odd_q = broadcast_4(q + 4);
             UNROLL for (int p = 0; p < kPanels; ++p) {
                 __m512i even, odd;
+                if (!fetches<1>()) fetch_near(streams[p]);
                 streams[p].next(pruned[p], even, odd);
                 evens[p] = dot_4(evens[p], even, even_q);
                 odds[p] = dot_4(odds[p], odd, odd_q);

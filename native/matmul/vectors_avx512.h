@@ -20,7 +20,7 @@ inline bool fetches() {
 // Fetches what a stream reads kAhead bytes later. A page ahead is measured to be best; the hardware fetches dense
 // streams well by itself, but loses the thread of values whose number the mask decides.
 template <int kAhead>
-inline void prefetch(const void* at, int64_t num_bytes) {
+__attribute__((always_inline)) inline void prefetch(const void* at, int64_t num_bytes) {
     const auto* from = static_cast<const uint8_t*>(at);
     for (int64_t offset = 0; offset < num_bytes; offset += 64)
         _mm_prefetch(reinterpret_cast<const char*>(from + kAhead + offset), _MM_HINT_T0);
@@ -31,6 +31,31 @@ inline void prefetch(const void* at, int64_t num_bytes) {
 inline void fetch_output(const float* y) { __asm__ volatile("prefetchw %0" : : "m"(*y)); }
 
 inline __m512i load(const void* from) { return _mm512_loadu_si512(from); }
+
+// What is read once and in the order of memory: gcc would read it with each instruction that uses it, and what lies
+// behind before what lies in front, which one row waits for.
+inline __m512i in_order(__m512i bytes) {
+    __asm__ volatile("" : "+v"(bytes));
+    return bytes;
+}
+
+// How far ahead one row asks for what it computes with for long. Processors that fetch best alone bring lines into the
+// L2 cache in time, but not always into L1, where arithmetic waits for them, most of all beside others on the same
+// core. Asking for some that they have begun to fetch helps; from half a kilobyte on it holds them up.
+constexpr int kNear = 256;
+inline int64_t near_or_far() { return fetches_ahead ? 4096 : kNear; }
+
+// Asks for a line just where this stands: gcc gathers other prefetches at the beginning of a segment, and such a burst
+// reaches farther than the processor has begun to fetch.
+__attribute__((always_inline)) inline void prefetch_in_order(const uint8_t* line) {
+    __asm__ volatile("prefetcht0 %0" : : "m"(*line));
+}
+
+// 64 bytes of a stream that one row reads in the order of memory.
+__attribute__((always_inline)) inline __m512i load_next(const uint8_t* from, int64_t ahead) {
+    prefetch_in_order(from + ahead);
+    return in_order(load(from));
+}
 
 // Zero, but the compiler does not know. Where a mask zeroes the other elements, vpexpand still waits for the old value
 // of its register on Zen 5; merged into this it does not.

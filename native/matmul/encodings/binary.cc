@@ -73,9 +73,9 @@ struct Bits {
     static constexpr int kHalfBytes = kBinaryHalfBytes;
     static constexpr int kSums = 4;
     static constexpr int kShifts[kSums] = {0, 1, 2, 3};
-    static void dot(const uint8_t* half, const __m512i (&q)[kHalfSteps], Sums (&sums)[kSums]) {
+    static void add(int, const __m512i* lines, const __m512i (&q)[kHalfSteps], Sums (&sums)[kSums]) {
         // Step s stands where code 2 is shifted left by s - 1 bits; the others are brought to such places.
-        const __m512i bits = load(half);
+        const __m512i bits = *lines;
         const __m512i late = _mm512_srli_epi16(bits, 4), first = _mm512_slli_epi16(bits, 4);
         UNROLL for (int k = 0; k < kSums; ++k) {
             sums[k] = dot_4(sums[k], _mm512_and_si512(bits, bytes(2 << k)), q[1 + k]);
@@ -110,12 +110,13 @@ void walk_bit_sums(const PanelWeights& w, const Rows& rows, const Part& part, in
         values[p] = w.values + w.value_offsets[panel + p * distance];
         totals[p] = _mm512_setzero_ps();
     }
+    const int64_t ahead = near_or_far();
     int64_t left = 0;  // segments of the group
     for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment, --left) {
         if (left == 0) {
             left = w.segments_per_group;
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                if (fetches<1>()) prefetch<4096>(values[p], 64);
+                prefetch_in_order(values[p] + ahead);
                 scales[p] = widen_bf16(values[p]);
                 values[p] += w.group_bytes;
             }
@@ -125,8 +126,7 @@ void walk_bit_sums(const PanelWeights& w, const Rows& rows, const Part& part, in
         __m512i low[kPanels], high[kPanels];
         UNROLL for (int half = 0; half < kHalves; ++half) {
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                if (fetches<1>()) prefetch<4096>(values[p], Bits::kHalfBytes);
-                const __m512i bits = load(values[p]);
+                const __m512i bits = load_next(values[p], ahead);
                 values[p] += Bits::kHalfBytes;
                 UNROLL for (int i = 0; i < 2; ++i) {
                     const int quarter = first + 2 * half + i;

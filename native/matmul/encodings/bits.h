@@ -8,7 +8,8 @@
 //   NEON        static void expand(const uint8_t* half, uint8_t* out)    of 8 steps the first 16 codes
 //   AVX-512     as AVX2, and for one row, whose sums take the codes where they stand in their bytes:
 //               kSums, kShifts    by how many bits to the left each sum is off; the first by none
-//               static void dot(const uint8_t* half, const __m512i (&q)[8], Sums (&sums)[kSums])
+//               static void add(int line, const __m512i* lines, const __m512i (&q)[8], Sums (&sums)[kSums])
+//               the products of a line of half a block, which lies behind those before it in `lines`
 // and kHalfBytes, the bytes of half a block.
 #pragma once
 
@@ -147,19 +148,21 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
     const uint8_t *values[kPanels], *groups[kPanels];
-    __m512 totals[kPanels];
+    __m512 totals[kPanels], scales[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
         values[p] = w.values + w.value_offsets[panel + p * distance];
         totals[p] = _mm512_setzero_ps();
     }
+    const int64_t ahead = near_or_far();
     int64_t left = 0;  // segments of the group
     for (int64_t segment = 0; segment < w.num_blocks * (16 / kSteps); ++segment, --left) {
         if (left == 0) {
             left = w.segments_per_group;
             UNROLL for (int p = 0; p < kPanels; ++p) {
-                if (fetches<1>()) prefetch<4096>(values[p], 64);
+                prefetch_in_order(values[p] + ahead);
                 groups[p] = values[p];
                 values[p] += w.group_bytes;
+                scales[p] = widen_bf16(groups[p]);
             }
         }
         const int32_t sum = segment_sum<kSteps>(half_sums, segment);
@@ -172,18 +175,21 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
         UNROLL for (int half = 0; half < kSteps / kHalfSteps; ++half) {
             __m512i half_q[kHalfSteps];
             UNROLL for (int step = 0; step < kHalfSteps; ++step, q += 4) { half_q[step] = broadcast_4(q); }
-            UNROLL for (int p = 0; p < kPanels; ++p) {
-                if (fetches<1>()) prefetch<4096>(values[p], Bits::kHalfBytes);
-                Bits::dot(values[p], half_q, sums[p]);
-                values[p] += Bits::kHalfBytes;
+            // A line of each panel in turns, each stream in the order of memory.
+            __m512i lines[kPanels][Bits::kHalfBytes / 64];
+            UNROLL for (int line = 0; line < Bits::kHalfBytes / 64; ++line) {
+                UNROLL for (int p = 0; p < kPanels; ++p) {
+                    lines[p][line] = load_next(values[p] + 64 * line, ahead);
+                    Bits::add(line, lines[p], half_q, sums[p]);
+                }
             }
+            UNROLL for (int p = 0; p < kPanels; ++p) { values[p] += Bits::kHalfBytes; }
         }
         const __m512 row_scale = _mm512_set1_ps(row_scales[segment * kSteps / 16]);
         UNROLL for (int p = 0; p < kPanels; ++p) {
             Sums dots = sums[p][0];
             UNROLL for (int k = 1; k < Bits::kSums; ++k) { dots += sums[p][k] >> Bits::kShifts[k]; }
-            const __m512 scales = _mm512_mul_ps(row_scale, widen_bf16(groups[p]));
-            totals[p] = _mm512_fmadd_ps(to_floats(dots), scales, totals[p]);
+            totals[p] = _mm512_fmadd_ps(to_floats(dots), _mm512_mul_ps(row_scale, scales[p]), totals[p]);
         }
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {

@@ -80,12 +80,9 @@ struct Bits {
     static constexpr int kHalfBytes = kInt2HalfBytes;
     static constexpr int kSums = 4;
     static constexpr int kShifts[kSums] = {0, 2, 4, 6};
-    static void dot(const uint8_t* half, const __m512i (&q)[kHalfSteps], Sums (&sums)[kSums]) {
-        UNROLL for (int i = 0; i < 2; ++i) {
-            const __m512i codes = load(half + 64 * i);
-            UNROLL for (int k = 0; k < kSums; ++k) {
-                sums[k] = dot_4(sums[k], _mm512_and_si512(codes, bytes(3 << kShifts[k])), q[4 * i + k]);
-            }
+    static void add(int line, const __m512i* lines, const __m512i (&q)[kHalfSteps], Sums (&sums)[kSums]) {
+        UNROLL for (int k = 0; k < kSums; ++k) {
+            sums[k] = dot_4(sums[k], _mm512_and_si512(lines[line], bytes(3 << kShifts[k])), q[4 * line + k]);
         }
     }
     static void expand(const uint8_t* half, uint8_t* out) {

@@ -92,15 +92,12 @@ struct Bits {
     static constexpr int kHalfBytes = kInt3HalfBytes;
     static constexpr int kSums = 3;
     static constexpr int kShifts[kSums] = {0, 3, 5};
-    static void dot(const uint8_t* half, const __m512i (&q)[kHalfSteps], Sums (&sums)[kSums]) {
-        const __m512i c = load(half + 128);
-        const __m512i lowest[2] = {_mm512_srli_epi16(c, 1), _mm512_srli_epi16(c, 2)};
-        UNROLL for (int i = 0; i < 3; ++i) {
-            const __m512i codes = load(half + 64 * i);
-            sums[0] = dot_4(sums[0], _mm512_and_si512(codes, bytes(0x07)), q[2 * i]);
-            sums[1] = dot_4(sums[1], _mm512_and_si512(codes, bytes(0x38)), q[2 * i + 1]);
-            if (i < 2) sums[2] = dot_4(sums[2], join(codes, lowest[i]), q[6 + i]);
-        }
+    static void add(int line, const __m512i* lines, const __m512i (&q)[kHalfSteps], Sums (&sums)[kSums]) {
+        sums[0] = dot_4(sums[0], _mm512_and_si512(lines[line], bytes(0x07)), q[2 * line]);
+        sums[1] = dot_4(sums[1], _mm512_and_si512(lines[line], bytes(0x38)), q[2 * line + 1]);
+        if (line < 2) return;
+        sums[2] = dot_4(sums[2], join(lines[0], _mm512_srli_epi16(lines[2], 1)), q[6]);
+        sums[2] = dot_4(sums[2], join(lines[1], _mm512_srli_epi16(lines[2], 2)), q[7]);
     }
     static void expand(const uint8_t* half, uint8_t* out) {
         const __m512i c = load(half + 128);

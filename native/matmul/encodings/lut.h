@@ -134,6 +134,7 @@ void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     __m512 sums[kHalves][kRows][kPair] = {};
     UNROLL for (int p = 0; p < kPair; ++p) { values[p] = w.values + w.value_offsets[panel + p * distance]; }
     const bool fetch = fetches<kRows>() && (kRows < kMaxRows || ahead.is_first());
+    const int64_t ahead_of_one = near_or_far();
     Groups groups(w, 0);
     for (int64_t half_block = 0; half_block < 2 * w.num_blocks; half_block += kHalves) {
         if (half_block % 2 == 0) ahead.fetch();
@@ -146,7 +147,10 @@ void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
                 __m512i pairs[kPair][Lookup::kPairs];
                 UNROLL for (int p = 0; p < kPair; ++p) {
                     const uint8_t* from = values[p] + first + i * kReadBytes + h * kHalfBytes;
-                    if (fetch) prefetch<4096>(from, Lookup::kBytes);
+                    if (kRows == 1)
+                        prefetch_in_order(from + ahead_of_one);
+                    else if (fetch)
+                        prefetch<4096>(from, Lookup::kBytes);
                     lookup.read(from, pairs[p]);
                 }
                 UNROLL for (int s = 0; s < Lookup::kPairs; ++s) {

@@ -183,6 +183,7 @@ namespace {
 
 template <bool kOneRow>
 struct Singles : MaskedStream {
+    static constexpr bool kFetchesNear = true;
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
     static constexpr bool kExpandsOnce = true;
@@ -211,6 +212,7 @@ struct Singles : MaskedStream {
 
 template <bool kOneRow>
 struct Pairs : MaskedStream {
+    static constexpr bool kFetchesNear = true;
     static constexpr int kFetchSteps = 8;
     static constexpr int kOddShift = 4;
     static constexpr bool kExpandsOnce = true;

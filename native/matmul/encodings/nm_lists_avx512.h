@@ -6,13 +6,6 @@
 
 namespace rarefy::matmul::avx512 {
 
-// What a list holds, read once and in the order of memory: gcc would read it with each instruction that uses it, most
-// of it across two lines, and codes before the columns in front of them, which one row waits for.
-inline __m512i in_order(__m512i bytes) {
-    __asm__ volatile("" : "+v"(bytes));
-    return bytes;
-}
-
 // How a panel's lists lie in memory, and what unpacks them.
 struct ListShape {
     int64_t index_bytes, code_bytes;  // of one step
