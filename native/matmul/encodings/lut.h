@@ -137,7 +137,7 @@ void rows_lut(const PanelWeights& w, const Rows& rows, const Part& part, int64_t
     const int64_t ahead_of_one = near_or_far();
     Groups groups(w, 0);
     for (int64_t half_block = 0; half_block < 2 * w.num_blocks; half_block += kHalves) {
-        if (half_block % 2 == 0) ahead.fetch();
+        if (kRows > 1 && half_block % 2 == 0) ahead.fetch();  // one row has one tile
         if (kScaled && fetch) {
             UNROLL for (int p = 0; p < kPair; ++p) { groups.fetch(panel + p * distance); }
         }
