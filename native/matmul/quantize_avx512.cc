@@ -94,7 +94,8 @@ __attribute__((always_inline)) inline bool find_factors(const float* x, float* s
 
 // The same blocks, multiplied and rounded, each to its place; `byte_starts` may be null.
 template <int kBlocks>
-__attribute__((always_inline)) inline void quantize_blocks(const float* x, const float* factors, int8_t* const (&q)[4], int32_t* sums, int32_t* byte_starts) {
+__attribute__((always_inline)) inline void quantize_blocks(const float* x, const float* factors, int8_t* const (&q)[4],
+                                                           int32_t* sums, int32_t* byte_starts) {
     constexpr auto kStored = static_cast<__mmask8>((1 << kBlocks) - 1);
     constexpr auto kHalves = static_cast<__mmask8>((1 << 2 * kBlocks) - 1);
     static_assert(kByteZeroPoint == 1 << 7);
