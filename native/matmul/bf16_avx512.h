@@ -77,6 +77,10 @@ inline void add_stretch(const PanelWeights& w, const Rows& rows, const Part& par
                 _mm512_store_ps(totals[r][p], outputs[p].load(r * part.y_stride));
             }
         }
+    } else if (part.row_end - part.row_begin > kMaxRows) {  // a few rows wait for their weights
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            UNROLL for (int p = 0; p < kPair; ++p) { fetch_output(outputs[p].y + r * part.y_stride); }
+        }
     }
     for (int64_t block = stretch.block_begin; block < stretch.block_end; ++block) {
         __m512 sums[kRows][kPair];

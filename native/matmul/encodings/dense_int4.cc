@@ -1,6 +1,9 @@
 // Dense 4-bit codes. 8 vectors per block, each for two steps of four columns: the low nibbles are step 2j, the high
 // ones step 2j + 1.
 #include "matmul/encodings/dense.h"
+#if RAREFY_PASS_AVX512
+#include "matmul/held_tiles_avx512.h"
+#endif
 
 #if RAREFY_PASS_REFERENCE
 
@@ -91,7 +94,12 @@ struct Stream : PanelStream {
 
 }  // namespace
 
-void dense_int4(const PanelWeights& w, const Rows& rows, const Part& part) { multiply_int<Stream>(w, rows, part); }
+void dense_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
+#if !RAREFY_PASS_AMX
+    if (holds_tiles<HeldNibbles>(w, part)) return walk_held_tiles<HeldNibbles>(w, rows, part);
+#endif
+    multiply_int<Stream>(w, rows, part);
+}
 
 }  // namespace rarefy::matmul::avx512
 

@@ -74,7 +74,7 @@ struct Stream : PanelStream {
 
 void dense_int8(const PanelWeights& w, const Rows& rows, const Part& part) {
 #if !RAREFY_PASS_AMX
-    if (holds_tiles(w, part)) return walk_held_tiles(w, rows, part);
+    if (holds_tiles<HeldBytes>(w, part)) return walk_held_tiles<HeldBytes>(w, rows, part);
 #endif
     multiply_int<Stream>(w, rows, part);
 }
