@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from rarefy.calibrate import AbsMean, Gram, Mean, SquaredNorm
+from rarefy.core.patterns import Unstructured
+from rarefy.core.ranks import Rank
+from rarefy.core.solution import Solution
 from rarefy.kernels import set_num_threads
 from rarefy.kernels.gram import add_gram, has_gram_kernel
+from rarefy.methods import ALPS, SVDLLM, SparseGPT
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -149,3 +153,17 @@ def test_first_moments_and_magnitudes(dtype: torch.dtype) -> None:
         merged = statistic.finish(statistic.merge(statistic.merge(parts[0], parts[1]), parts[2]))
         assert np.abs(merged.numpy() - expected).max() <= 1e-5 * np.abs(exact).max()
         assert statistic.finish(statistic.init(5)).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("method", [SparseGPT(Unstructured(0.5)), ALPS(Unstructured(0.5)), SVDLLM(Rank(count=3))])
+def test_inputs_whose_squares_float32_does_not_hold_count_as_none(method):
+    """As in the last layers of a deep network that nobody trained: what is left of their squares is no Gram matrix."""
+    gram = Gram()
+    x_TI = _inputs(300, 24, torch.float32) * 1e-23
+    found = gram.finish(gram.update(gram.init(24), x_TI))
+    weight_OI = _inputs(8, 24, torch.float32, seed=1).numpy()
+    solution = method.compress(Solution.dense(weight_OI), {gram: found}, layer="down")
+    blind = method.compress(Solution.dense(weight_OI), {gram: torch.zeros(24, 24)}, layer="down")
+    assert np.array_equal(solution.value_OI, blind.value_OI)
+    one = gram.finish(gram.update(gram.init(24), x_TI * 1e9))
+    assert torch.equal(one.diagonal() > 0, torch.ones(24, dtype=torch.bool))

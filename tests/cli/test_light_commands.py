@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import rarefy
+from rarefy.engine.sampling import Sampling
 from rarefy.kernels.extension import ISAS
 
 
@@ -98,6 +100,16 @@ def test_sampling_repeats_with_its_seed_and_differs_with_another(run: Callable, 
 
     assert text(1) == text(1)
     assert text(1) != text(2)
+
+
+def test_the_tokens_of_an_answer_are_counted_as_they_come(run: Callable, tiny_llama_dir: Path) -> None:
+    """Its text may encode to others: half characters become U+FFFD, and two tokens may be one."""
+    engine = rarefy.Engine(tiny_llama_dir)
+    options = ("--no-chat", "--max-new-tokens", 30, "--temperature", 3.0, "--json")
+    for seed in range(4):
+        counted = json.loads(run("generate", tiny_llama_dir, "The", *options, "--seed", seed).out)["num_tokens"]
+        made = engine.stream_tokens(engine.encode_prompt("The"), 30, Sampling(temperature=3.0), seed=seed)
+        assert counted == len(list(made))
 
 
 def test_generate_reads_the_prompt_from_stdin(run: Callable, tiny_llama_dir: Path) -> None:

@@ -180,6 +180,12 @@ def test_a_group_wider_than_a_layer() -> None:
         resolve(Recipe((Step(Magnitude(NM(16, 32))),)), small)
 
 
+def test_a_layer_outside_of_the_blocks_that_would_fit_changes_nothing() -> None:
+    layers = (Layer("stem", "conv", (8, 3, 7, 7)), Layer("blocks.0.up", "linear", (8, 48), "blocks.0"))
+    with pytest.raises(RecipeError, match=r"up: input axis 48 is smaller than the group of 64"):
+        resolve(Recipe((Step(SparseGPT(NM(32, 64))),)), Model(("blocks.0",), layers))
+
+
 def test_what_fits_none_of_the_layers_names_none_of_them(model: Model) -> None:
     with pytest.raises(RecipeError, match=r"it is no convolution; hint: it fits none of the step's targets"):
         resolve(Recipe((Step(Tucker(Rank(ratio=0.5))),)), model)

@@ -23,14 +23,15 @@ def choose_dtype(requested: ComputeDtype, model: nn.Module, cpu: CpuFlags) -> to
     Args:
         requested: a type, or "auto": bfloat16 where the CPU multiplies it in hardware, for models of transformers'
             classes without statistics or constants of floating-point numbers (those of batch norm, for one) among
-            what they store. Others may have more that bfloat16 breaks, so that "auto" leaves them in float32.
+            what they store. Others may have more that bfloat16 breaks, so that "auto" leaves them in float32; as it
+            does those whose experts are too narrow for torch's product of them in bfloat16.
         model: the model.
         cpu: what the CPU can do. Flags decide and not a timing, so that one machine always gives the same bytes.
     """
     if requested != "auto":
         return torch.bfloat16 if requested == "bfloat16" else torch.float32
     fast = cpu.avx512_bf16 or cpu.amx_bf16
-    known = isinstance(model, transformers.PreTrainedModel) and not _stores_constants(model)
+    known = isinstance(model, transformers.PreTrainedModel) and not _stores_constants(model) and _experts_fit(model)
     return torch.bfloat16 if fast and known else torch.float32
 
 
@@ -42,18 +43,32 @@ def _stores_constants(model: nn.Module) -> bool:
     )
 
 
+def _experts_fit(model: nn.Module) -> bool:
+    """Whether rows of experts are whole pieces of 16 bytes in bfloat16: torch's `grouped_mm` refuses any others."""
+    return not any(
+        parameter.ndim == 3 and any(size % 8 for size in parameter.shape[1:])
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), "_experts_implementation", None) == "grouped_mm"
+        for parameter in module.parameters(recurse=False)
+    )
+
+
 @contextmanager
 def explained(dtype: torch.dtype, model: nn.Module) -> Iterator[None]:
-    """Say what to do where a model makes numbers of its own in float32, which the others in bfloat16 do not meet.
+    """Say what to do where a model's forward pass is not for bfloat16.
+
+    Some make numbers of their own in float32, which the others do not meet; some have widths that torch does not take.
 
     Raises:
-        UnsupportedModelError: instead of torch's error about types.
+        UnsupportedModelError: instead of torch's error about types or strides.
     """
     try:
         yield
     except RuntimeError as error:
         message = str(error).partition("\n")[0]
-        if dtype == torch.float32 or not any(word in message for word in ("dtype", "scalar type", "BFloat16")):
+        if dtype == torch.float32 or not any(
+            word in message for word in ("dtype", "scalar type", "BFloat16", "strides should")
+        ):
             raise
         raise UnsupportedModelError(
             type(model).__name__,

@@ -21,6 +21,8 @@ from rarefy.kernels.gram import add_gram, has_gram_kernel
 _TOKENS_PER_PRODUCT = 2048
 # Columns per row panel of the upper triangle of the Gram matrix: small ones skip more of the lower half.
 _GRAM_PANEL = 256
+# Of a smaller mean square float32 does not hold a millionth: neither its products nor the dampening of its inverse.
+_LEAST_MEAN_SQUARE = 1e6 * torch.finfo(torch.float32).tiny
 
 
 @dataclass
@@ -112,8 +114,10 @@ class Gram:
         return Sum(a.total + b.total, a.num_tokens + b.num_tokens)
 
     def finish(self, state: Sum) -> Tensor:
-        """The symmetric mean, float32 (I, I)."""
+        """The symmetric mean, float32 (I, I); zeros where the inputs are too small (about 1e-16) for their squares."""
         upper = torch.triu(state.total).div_(max(1, state.num_tokens))
+        if float(upper.diagonal().double().mean()) < _LEAST_MEAN_SQUARE:
+            return upper.zero_()
         return upper + torch.triu(upper, 1).T
 
 

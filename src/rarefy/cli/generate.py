@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import Annotated
 
 import typer
@@ -10,6 +11,8 @@ from rarefy.cli.console import note, write_json
 from rarefy.cli.options import ArtifactArgument, DebugFlag, JsonFlag, ThreadsOption
 from rarefy.core.errors import UsageError
 from rarefy.engine import Engine
+from rarefy.engine.sampling import Sampling
+from rarefy.engine.text import decoded_pieces
 
 
 def generate(
@@ -62,30 +65,26 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     request = [{"role": "user", "content": text}] if use_chat else text
     loaded = time.perf_counter()
-    first: float | None = None
+    tokens = engine.encode_prompt(request)
+    new_tokens = engine.stream_tokens(tokens, max_new_tokens, Sampling(temperature, top_k, top_p), seed=seed)
+    arrivals: list[float] = []  # of tokens: pieces are whole characters, and their text may encode to more or fewer
     pieces: list[str] = []
-    for piece in engine.stream(
-        request, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
-    ):
-        if first is None:
-            first = time.perf_counter()
+    for piece in decoded_pieces(engine.tokenizer, _timed(new_tokens, arrivals), tokens.tolist()):
         pieces.append(piece)
         if not as_json:
             sys.stdout.write(piece)
             sys.stdout.flush()
     ended = time.perf_counter()
     answer = "".join(pieces)
-    # The stream gives whole characters, not tokens; the answer's own tokens are counted afterwards.
-    num_tokens = len(engine.tokenizer.encode(answer, add_special_tokens=False).ids)
-    decode_seconds = ended - first if first is not None else 0.0
-    speed = (num_tokens - 1) / decode_seconds if num_tokens > 1 and decode_seconds > 0 else 0.0
+    num_tokens, first = len(arrivals), arrivals[0] if arrivals else ended
+    speed = (num_tokens - 1) / (ended - first) if num_tokens > 1 and ended > first else 0.0
     if as_json:
         write_json(
             {
                 "text": answer,
                 "num_tokens": num_tokens,
                 "load_seconds": loaded - started,
-                "first_token_seconds": (first or ended) - loaded,
+                "first_token_seconds": first - loaded,
                 "decode_tokens_per_s": speed,
             }
         )
@@ -93,6 +92,13 @@ def generate(
     sys.stdout.write("\n")
     sys.stdout.flush()
     note(
-        f"{num_tokens} tokens, {speed:.1f} tokens/s; first token after {(first or ended) - loaded:.2f} s, "
+        f"{num_tokens} tokens, {speed:.1f} tokens/s; first token after {first - loaded:.2f} s, "
         f"model loaded in {loaded - started:.2f} s"
     )
+
+
+def _timed(tokens: Iterable[int], arrivals: list[float]) -> Iterator[int]:
+    """The tokens, and when each came."""
+    for token in tokens:
+        arrivals.append(time.perf_counter())
+        yield token

@@ -229,9 +229,10 @@ def _targets(step: Step, structure: Structure) -> list[LayerRef]:
     owners = {layer.name: layer.tied_to or layer.name for layer in structure.layers}
     excluded = {owners[layer.name] for layer in structure.layers if any(_matches(layer, g) for g in step.exclude)}
     if step.targets is None:
-        kind_fits = [layer for layer in structure.layers if layer.kind in _BY_DEFAULT and layer.tied_to is None]
+        inside = [layer for layer in structure.layers if layer.block is not None or not structure.blocks]
+        kind_fits = [layer for layer in inside if layer.kind in _BY_DEFAULT and layer.tied_to is None]
         fits = [layer for layer in kind_fits if layer.compressible and _why_left_out(step, layer) is None]
-        chosen = {layer.name for layer in fits or kind_fits if layer.block is not None or not structure.blocks}
+        chosen = {layer.name for layer in fits or kind_fits}
     else:
         chosen = set()
         for glob in step.targets:
