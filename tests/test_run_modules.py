@@ -219,3 +219,20 @@ def test_statistics_are_right_where_blocks_read_outputs_of_earlier_ones(allocati
         num_kept = int((layout.to_dense()[0] != 0).sum())
         kept = torch.zeros_like(score, dtype=torch.bool).scatter_(1, score.topk(num_kept, dim=1).indices, True)
         assert torch.equal(kept, torch.from_numpy(layout.to_dense() != 0)), name
+
+
+def test_a_model_whose_weights_a_hook_computes_is_copied(tmp_path):
+    """torch does not copy what is no leaf of a graph, which such a weight is from the beginning."""
+
+    def made():
+        with pytest.warns(FutureWarning, match="weight_norm"):
+            normed = nn.utils.weight_norm(nn.Linear(24, 24))
+        return nn.Sequential(normed, nn.ReLU(), nn.Linear(24, 4))
+
+    model, data = made(), [torch.randn(4, 24) for _ in range(3)]
+    result = rarefy.compress(model, "magnitude-50", calibration=data, out=tmp_path / "OUT")
+    assert list(result.layers) == ["2"]
+    copy = made()
+    rarefy.load_into(copy, tmp_path / "OUT")
+    with torch.no_grad():
+        assert torch.equal(copy(data[0]), result.model()(data[0]))

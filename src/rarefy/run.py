@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import os
 import tempfile
@@ -45,7 +44,7 @@ from rarefy.kernels import detect_cpu
 from rarefy.layouts import AnyLayout
 from rarefy.methods.allocation import ModelAllocation
 from rarefy.models.load import load_model
-from rarefy.models.loaded import LoadedModel
+from rarefy.models.loaded import LoadedModel, copied
 from rarefy.models.structure import Structure
 from rarefy.nn import find_weight, replace_linear
 from rarefy.nn.biases import set_biases
@@ -306,7 +305,7 @@ def _packed_model(
 ) -> nn.Module:
     """A new module with the packed layers in their places, and all else as `_rest` has it stored."""
     loaded.materialize("")
-    model = copy.deepcopy(loaded.model).eval()
+    model = copied(loaded.model).eval()
     loaded.release("")
     packed = {find_weight(model, layer).parameter_name for layer in (*layouts, *tied)}
     if half:
@@ -326,7 +325,7 @@ def _stored_half(tensor: torch.Tensor) -> bool:
 def _load(source: str | os.PathLike[str] | nn.Module | LoadedModel) -> LoadedModel:
     if isinstance(source, LoadedModel):
         return source
-    return load_model(copy.deepcopy(source) if isinstance(source, nn.Module) else source, stream=True)
+    return load_model(copied(source) if isinstance(source, nn.Module) else source, stream=True)
 
 
 def plan(

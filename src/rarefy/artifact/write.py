@@ -240,5 +240,5 @@ def _roll_back(target: Path, staging: Path, retired: Path, created: list[Path]) 
 
 def _refuse(target: Path, error: OSError) -> NoReturn:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    hint = "free some disk space; nothing was left behind" if full else "nothing was left behind"
+    hint = "free some disk space; nothing of it was left behind" if full else "nothing of it was left behind"
     raise OutputError(str(target), f"could not be written ({error.strerror or error})", hint=hint) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, final
@@ -181,3 +182,9 @@ def _tensor_of(model: nn.Module, name: str) -> torch.Tensor:
     tensor = getattr(model.get_submodule(module_name), key)
     assert isinstance(tensor, torch.Tensor)
     return tensor
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy, also of what torch does not copy: weights that a hook computes at every call (`nn.utils.weight_norm`)."""
+    values = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(module, {id(value): value.detach().clone() for value in values if not value.is_leaf})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from rarefy.layouts import AnyLayout
 from rarefy.measure.measurement import Measurement, compare, exact
 from rarefy.measure.size import disk_bytes
 from rarefy.measure.worker import Worker
-from rarefy.models.loaded import LoadedModel
+from rarefy.models.loaded import LoadedModel, copied
 from rarefy.nn import replace_linear
 from rarefy.nn.biases import set_biases
 from rarefy.verdict.quality import ENGINE, Baseline, quality
@@ -93,7 +92,7 @@ def _packed_model(
 ) -> nn.Module:
     """A copy of the model that computes with the packed layers."""
     loaded.materialize("")
-    packed = copy.deepcopy(loaded.model).eval()
+    packed = copied(loaded.model).eval()
     loaded.release("")
     replace_linear(packed, layouts, tied)
     set_biases(packed, biases)
