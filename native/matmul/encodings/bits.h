@@ -47,11 +47,12 @@ void pack_bits(Packing& packing, Read read) {
             for (int row = 0; row < num_rows; ++row) {
                 const int zero_point =
                     list_steps == nullptr ? 0 : zero_point_of(view, panel, begin / kBlockInputs, row);
-                for (int i = 0; i < count; ++i) {
-                    const uint8_t code = read(first + row, begin + i);
-                    Bits::place(half, i / 4, row * 4 + i % 4, code);
-                    counts[row] += code != zero_point;
-                }
+                uint8_t codes[kHalfColumns];  // or each store to the panel might change what is read next
+                int kept = 0;
+                for (int i = 0; i < count; ++i) codes[i] = read(first + row, begin + i);
+                for (int i = 0; i < count; ++i) kept += codes[i] != zero_point;
+                for (int i = 0; i < count; ++i) Bits::place(half, i / 4, row * 4 + i % 4, codes[i]);
+                counts[row] += kept;
             }
             if (list_steps != nullptr) {
                 // Padding would make lists long.
