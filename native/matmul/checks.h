@@ -44,14 +44,17 @@ inline std::vector<std::unique_ptr<matmul::Weights>> packed_for(const std::vecto
                                                                 const matmul::Sample& sample) {
     using matmul::MaskedCodes;
     std::vector<std::unique_ptr<matmul::Weights>> all;
+    const matmul::PackedArrays packed = sample.packed();
+    const bool has_codes = packed.format.rfind("bitmask-int", 0) == 0 || packed.format.rfind("nm-int", 0) == 0;
     for (const matmul::Isa isa : isas) {
-        std::vector<int64_t> seen;
-        for (const MaskedCodes masked : {MaskedCodes::singles, MaskedCodes::pairs, MaskedCodes::all}) {
-            if (masked != MaskedCodes::singles && isa < matmul::Isa::avx512) break;  // has one
-            auto weights = std::make_unique<matmul::Weights>(sample.packed(), isa, masked);
-            const int64_t parameter = weights->view().parameter;
-            if (std::find(seen.begin(), seen.end(), parameter) != seen.end()) break;
-            seen.push_back(parameter);
+        std::vector<std::pair<matmul::Encoding, int64_t>> seen;
+        for (const MaskedCodes masked : {MaskedCodes::singles, MaskedCodes::all, MaskedCodes::pairs}) {
+            if (masked != MaskedCodes::singles && !has_codes) break;
+            if (masked == MaskedCodes::pairs && isa < matmul::Isa::avx512) break;
+            auto weights = std::make_unique<matmul::Weights>(packed, isa, masked);
+            const std::pair<matmul::Encoding, int64_t> arrangement{weights->encoding(), weights->view().parameter};
+            if (std::find(seen.begin(), seen.end(), arrangement) != seen.end()) break;
+            seen.push_back(arrangement);
             all.push_back(std::move(weights));
         }
     }

@@ -34,7 +34,24 @@ Packing::Packing(const PackedArrays& packed, Isa isa, MaskedCodes masked_codes, 
     view.num_blocks = ceil_div(num_inputs, kBlockInputs);
 }
 
+void Packing::pack(Encoding encoding) {
+    constexpr void (*kPackers[])(Packing&) = {
+#define RAREFY_ENCODING(name, ...) packers::name,
+#include "matmul/kernels.inc"
+    };
+    encoding_ = encoding;
+    kPackers[static_cast<size_t>(encoding)](*this);
+}
+
+void Packing::hand_over(Encoding encoding, std::vector<uint8_t> codes) {
+    own_codes_ = std::move(codes);
+    own_codes_.push_back(0);  // or of none there would be no memory
+    handed_over_ = {"codes", Element::u8, own_codes_.data(), static_cast<int64_t>(own_codes_.size()) - 1};
+    pack(encoding);
+}
+
 const NamedArray* Packing::take_optional(const std::string& name, Element element) {
+    if (name == handed_over_.name && handed_over_.bytes != nullptr) return &handed_over_;
     for (size_t i = 0; i < packed_.arrays.size(); ++i) {
         const NamedArray& array = packed_.arrays[i];
         if (array.name != name) continue;

@@ -16,6 +16,10 @@ namespace rarefy::matmul {
 // From slowest to fastest; those of other processors than this build's have no kernels.
 enum class Isa { reference, neon, avx2, avx_vnni, avx512, avx512_bf16, amx };
 constexpr Isa kIsas[] = {Isa::reference, Isa::neon, Isa::avx2, Isa::avx_vnni, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+enum class Encoding {
+#define RAREFY_ENCODING(name, ...) name,
+#include "matmul/kernels.inc"
+};
 enum class Element { u8, u16, u32, i8, i16, i32, f32, other };
 
 struct NamedArray {
@@ -41,12 +45,20 @@ struct PackedArrays {
 
 // Throws std::invalid_argument.
 void require(bool condition, const std::string& message);
+// Makes no string in passing, which packers would notice.
+inline void require(bool condition, const char* message) {
+    if (!condition) require(false, std::string(message));
+}
 
 // How codes of 4 bits or fewer under a mask lie in memory for AVX-512 (encodings/mask_int4.cc). `fastest` is whichever
 // fastest_masked_codes() says; the others are for tests and for timing.
 enum class MaskedCodes { fastest, singles, pairs, all };
-// For one row by so many weights; of singles and pairs the bytes of masks and codes. half_width: common/cpu.h.
-MaskedCodes fastest_masked_codes(int64_t num_weights, int64_t single_bytes, int64_t pair_bytes, bool half_width);
+// Of masks and codes, without scales.
+struct MaskedBytes {
+    int64_t singles, pairs, all;
+};
+// For one row by so many weights. half_width: common/cpu.h.
+MaskedCodes fastest_masked_codes(int64_t num_weights, const MaskedBytes& bytes, bool half_width);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -99,6 +111,12 @@ public:
     // place more for each panel, which panels of few bytes notice.
     void put_scales_last();
 
+    // Runs the packer of an encoding, whose kernel will read the weight. A packer may hand the weight over to another
+    // one, whose codes it makes: from then on these are what is taken as "codes".
+    void pack(Encoding encoding);
+    void hand_over(Encoding encoding, std::vector<uint8_t> codes);
+    Encoding encoding() const { return encoding_; }
+
     // Calls function(panel, first output, number of outputs) for every panel, on several threads.
     void for_each_panel(const std::function<void(int64_t panel, int64_t first, int num_rows)>& function) const;
 
@@ -114,6 +132,9 @@ private:
     const PackedArrays& packed_;
     const Isa isa_;
     const MaskedCodes masked_codes_;
+    Encoding encoding_{};
+    std::vector<uint8_t> own_codes_;
+    NamedArray handed_over_{"codes", Element::u8, nullptr, 0};
     std::vector<bool> taken_;
     std::vector<common::AlignedBytes> memory_;
     size_t pieces_ = 0;  // of memory_: the scales and zero points

@@ -21,6 +21,7 @@ using checks::product;
 using checks::random_floats;
 using checks::TestedFormat;
 using matmul::Isa;
+using matmul::MaskedCodes;
 using matmul::Sample;
 using matmul::SampleSpec;
 using matmul::Weights;
@@ -49,7 +50,7 @@ void test_patterns() {
             for (const auto& c : kCases) {
                 const Sample sample = matmul::make_sample({tested.format, c.outputs, c.inputs, c.group_size,
                                                            c.symmetric, 0.5, 13, pattern.keep, pattern.group});
-                const Weights reference(sample.packed(), other);
+                const Weights reference(sample.packed(), other, MaskedCodes::singles);
                 const auto of_isas = packed_for(isas, sample);
                 for (const int64_t num_rows : {1, 2, 5, 7, 17, 30}) {
                     const std::vector<float> x = random_floats(num_rows * c.inputs, 5);
@@ -83,7 +84,7 @@ void test_masks_of_many_rows() {
             SampleSpec spec{tested.format, c.outputs, c.inputs, c.group_size, c.symmetric, c.density, 19};
             spec.uneven = c.uneven;
             const Sample sample = matmul::make_sample(spec);
-            const Weights reference(sample.packed(), Isa::reference);
+            const Weights reference(sample.packed(), Isa::reference, MaskedCodes::singles);
             const auto of_isas = packed_for(isas, sample);
             for (const int64_t num_rows : {16, 25, 61, 128, 131}) {
                 std::vector<float> x = random_floats(num_rows * c.inputs, 23);
@@ -197,21 +198,28 @@ void test_segments_of_masks() {
 
 // Which arrangement of codes under a mask is taken: what each takes, counted from the mask bit by bit, and the rule.
 void test_arrangements_of_masks() {
-    using matmul::fastest_masked_codes;
-    using matmul::MaskedCodes;
-    const auto rule = [](int64_t singles, int64_t pairs, bool half_width) {  // bytes for 64 weights
-        return fastest_masked_codes(64 * 1024, singles * 1024, pairs * 1024, half_width);
+    const auto rule = [](int64_t singles, int64_t pairs, int64_t all, bool half_width) {  // bytes for 64 weights
+        return matmul::fastest_masked_codes(64 * 1024, {singles * 1024, pairs * 1024, all * 1024}, half_width);
     };
-    check(rule(24, 28, true) == MaskedCodes::pairs, "half zeros, units of half the width");
-    check(rule(24, 28, false) == MaskedCodes::singles, "half zeros, units of full width");
-    check(rule(30, 31, true) == MaskedCodes::pairs, "pairs while they take less than all codes");
-    check(rule(30, 32, true) == MaskedCodes::all, "as many bytes and less arithmetic");
-    check(rule(30, 32, false) == MaskedCodes::singles, "bytes decide where arithmetic is hidden");
-    check(rule(32, 34, false) == MaskedCodes::all, "as many bytes for all codes as for singles");
-    check(rule(18, 21, false) == MaskedCodes::pairs, "more bytes are free where arithmetic takes longer");
-    check(rule(18, 22, false) == MaskedCodes::singles, "but not all of them");
-    check(rule(12, 11, false) == MaskedCodes::pairs, "fewer bytes");
-    for (const char* const format : {"bitmask-int4-v1", "bitmask-int2-v1"}) {
+    check(rule(24, 28, 32, true) == MaskedCodes::pairs, "half zeros, units of half the width");
+    check(rule(24, 28, 32, false) == MaskedCodes::singles, "half zeros, units of full width");
+    check(rule(30, 31, 32, true) == MaskedCodes::pairs, "pairs while they take less than all codes");
+    check(rule(30, 32, 32, true) == MaskedCodes::all, "as many bytes and less arithmetic");
+    check(rule(30, 32, 32, false) == MaskedCodes::singles, "bytes decide where arithmetic is hidden");
+    check(rule(32, 34, 32, false) == MaskedCodes::all, "as many bytes for all codes as for singles");
+    check(rule(18, 21, 32, false) == MaskedCodes::pairs, "more bytes are free where arithmetic takes longer");
+    check(rule(18, 22, 32, false) == MaskedCodes::singles, "but not all of them");
+    check(rule(12, 11, 32, false) == MaskedCodes::pairs, "fewer bytes");
+    for (const bool half_width : {false, true}) {
+        check(rule(24, 28, 24, half_width) == MaskedCodes::all, "half zeros, 3 bits");
+        check(rule(24, 28, 16, half_width) == MaskedCodes::all, "half zeros, 2 bits");
+        check(rule(14, 16, 24, half_width) == MaskedCodes::pairs, "80 % zeros, 3 bits");
+        check(rule(11, 9, 16, half_width) == MaskedCodes::pairs, "nine tenths zeros, 2 bits");
+    }
+    check(rule(13, 14, 16, true) == MaskedCodes::all, "few bytes of pairs do not hide their arithmetic");
+    check(rule(13, 14, 16, false) == MaskedCodes::pairs, "but do in units of full width");
+    for (const int num_bits : {4, 3, 2}) {
+        const std::string format = "bitmask-int" + std::to_string(num_bits) + "-v1";
         for (const int group_size : {0, 32, 64}) {
             for (const double density : {0.0, 0.1, 0.3, 0.5, 0.6, 0.9}) {
                 constexpr int64_t kOutputs = 46, kInputs = 570, kBlocks = 9, kRowBytes = 72;
@@ -239,7 +247,10 @@ void test_arrangements_of_masks() {
                     singles += panel_singles;
                     pairs += panel_pairs;
                 }
-                constexpr int64_t kAll = 3 * kBlocks * 512;
+                // Dense codes of fewer bits than 4 have scales and zero points in front of their groups.
+                const int64_t group_bytes =
+                    num_bits == 4 ? 0 : 48 * (group_size == 0 ? 1 : (kInputs + width - 1) / width);
+                const int64_t all = 3 * ((kBlocks * 128 * num_bits + group_bytes + 63) / 64 * 64);
                 for (const Isa isa : {Isa::avx512, Isa::amx}) {
                     if (!checks::runs(isa)) continue;
                     const auto bytes = [&](MaskedCodes masked) {
@@ -247,11 +258,12 @@ void test_arrangements_of_masks() {
                     };
                     check(bytes(MaskedCodes::singles) == singles, "bytes of singles");
                     check(bytes(MaskedCodes::pairs) == pairs, "bytes of pairs");
-                    check(bytes(MaskedCodes::all) == kAll, "bytes of all codes");
+                    check(bytes(MaskedCodes::all) == all, "bytes of all codes");
                     const int64_t taken = bytes(MaskedCodes::fastest);
-                    check(taken == singles || taken == pairs || taken == kAll, "one of the three");
-                    check(density != 0.9 || taken == kAll, "few zeros: all codes");
-                    check(density > 0.1 || taken == pairs, "many zeros: pairs");
+                    check(taken == singles || taken == pairs || taken == all, "one of the three");
+                    check(density != 0.9 || taken == all, "few zeros: all codes");
+                    check(density < (num_bits == 4 ? 0.9 : 0.5) || taken == all, "half zeros: all codes of fewer bits");
+                    check(density > (num_bits == 2 ? 0.0 : 0.1) || taken == pairs, "many zeros: pairs");
                 }
             }
         }

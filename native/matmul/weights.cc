@@ -11,7 +11,6 @@ struct Description {
     const char* format;
     Encoding encoding;
     Values values;
-    void (*pack)(Packing&);
 };
 
 Description describe(const std::string& format) {
@@ -19,14 +18,13 @@ Description describe(const std::string& format) {
         const char* formats[8];
         Encoding encoding;
         Values values;
-        void (*pack)(Packing&);
     } kEncodings[] = {
-#define RAREFY_ENCODING(name, values, isas, ...) {{__VA_ARGS__}, Encoding::name, Values::values, packers::name},
+#define RAREFY_ENCODING(name, values, isas, ...) {{__VA_ARGS__}, Encoding::name, Values::values},
 #include "matmul/kernels.inc"
     };
     for (const auto& row : kEncodings) {
         for (const char* const name : row.formats)
-            if (name != nullptr && format == name) return {name, row.encoding, row.values, row.pack};
+            if (name != nullptr && format == name) return {name, row.encoding, row.values};
     }
     throw std::invalid_argument("unknown weight format " + format);
 }
@@ -35,12 +33,13 @@ Description describe(const std::string& format) {
 
 Weights::Weights(const PackedArrays& arrays, Isa isa, MaskedCodes masked_codes) : isa_(isa) {
     const Description description = describe(arrays.format);
-    encoding_ = description.encoding;
     values_ = description.values;
-    kernel_ = find_kernel(encoding_, isa);
+    kernel_ = find_kernel(description.encoding, isa);
     Packing packing(arrays, isa, masked_codes, view_);
     if (is_integer()) packing.pack_scales(code_bits());
-    description.pack(packing);
+    packing.pack(description.encoding);
+    encoding_ = packing.encoding();
+    kernel_ = find_kernel(encoding_, isa);
     packing.check_all_taken();
     num_bytes_ = packing.num_bytes();
     num_read_bytes_ = packing.num_read_bytes();

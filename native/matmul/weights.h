@@ -12,10 +12,6 @@ namespace rarefy::matmul {
 
 // What the kernels multiply: floats, bfloat16 with rounded activations, or codes of so many bits with quantized ones.
 enum class Values { floats = 0, int1 = 1, int2 = 2, int3 = 3, int4 = 4, int8 = 8, bf16 = 16 };
-enum class Encoding {
-#define RAREFY_ENCODING(name, ...) name,
-#include "matmul/kernels.inc"
-};
 
 class Weights {
 public:

@@ -9,11 +9,12 @@ from rarefy.layouts import FORMATS
 from rarefy.measure import kernel_bench
 from rarefy.measure.kernel_bench import bench_kernels
 
-# Padding apart, memory holds the bytes of the layout, but: ternary digits become codes of 2 bits, sparse codes of 2 and
-# 3 bits ones of 4, and a rank of 32 is padded to 64. Half of all codes and their mask become all codes at the most.
-GROWS = {
-    "ternary-v1": 1.5, "bitmask-int4-v1": 35 / 27, "bitmask-int3-v1": 35 / 23, "bitmask-int2-v1": 35 / 19,
-    "nm-int2-v1": 1.5, "nm-int3-v1": 1.5, "sum-v1": 1.5,
+# Padding apart, memory holds the bytes of the layout, but: ternary digits become codes of 2 bits, and a rank of 32 is
+# padded to 64. Half of all codes and their mask become all codes at the most, which of 2 bits are no more; on AVX2 they
+# are codes of 4 bits.
+GROWS = {"ternary-v1": 1.5, "bitmask-int4-v1": 35 / 27, "bitmask-int3-v1": 1.2, "nm-int3-v1": 1.2, "sum-v1": 1.5}
+GROWS_ON_AVX2 = {
+    "bitmask-int3-v1": 35 / 23, "bitmask-int2-v1": 35 / 19, "nm-int3-v1": 35 / 23, "nm-int2-v1": 35 / 19
 }  # fmt: skip
 SMALL = {"shapes": ((1040, 700),), "threads": (1,), "rounds": 2}
 
@@ -43,7 +44,8 @@ def test_rows_of_every_format_add_up() -> None:
         assert row["bandwidth_fraction"] == pytest.approx(rate / row["bandwidth_bytes_per_s"])
         assert row["cache_multiple"] >= 3 or row["num_copies"] == 2
         # Lists of few entries replace a mask, and the lists of blocks take as much of few blocks as of many.
-        most = GROWS.get(row["layout"], 1.05 if row["note"] == "75 %" else 1.03)
+        grows = GROWS | GROWS_ON_AVX2 if row["isa"] in ("avx2", "avx_vnni") else GROWS
+        most = grows.get(row["layout"], 1.05 if row["note"] == "75 %" else 1.03)
         least = 0.85 if row["parameters"].get("keep") == 8 and row["isa"].startswith("avx512") else 1.0
         assert least < row["bytes"] / row["layout_bytes"] < most
     assert len({row["bandwidth_bytes_per_s"] for row in rows}) == 1, "one group, one number of threads"

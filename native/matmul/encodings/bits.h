@@ -11,13 +11,16 @@
 //               static void add(int line, const __m512i* lines, const __m512i (&q)[8], Sums (&sums)[kSums])
 //               the products of a line of half a block, which lies behind those before it in `lines`
 // and kHalfBytes, the bytes of half a block.
+// `extra`, for AVX-512, where codes may be zero points: as of a mask (mask.h), for many rows list the others.
 #pragma once
 
 #include "matmul/encodings/dense.h"
+#include "matmul/encodings/mask.h"
 
 namespace rarefy::matmul {
 
 constexpr int kHalfSteps = 8;
+constexpr int kHalfColumns = 4 * kHalfSteps;
 
 }  // namespace rarefy::matmul
 
@@ -25,8 +28,8 @@ constexpr int kHalfSteps = 8;
 
 namespace rarefy::matmul {
 
-// Lays out all panels; read(row, column) gives the codes.
-template <class Bits, class Read>
+// Lays out all panels; read(row, column) gives the codes. kZeros: some may be zero points.
+template <class Bits, bool kZeros, class Read>
 void pack_bits(Packing& packing, Read read) {
     const PanelWeights& view = packing.view;
     const int64_t num_inputs = view.num_inputs, halves_per_segment = view.steps_per_segment / kHalfSteps;
@@ -34,15 +37,36 @@ void pack_bits(Packing& packing, Read read) {
     uint8_t* const values = beside
                                 ? packing.place_segments(halves_per_segment * Bits::kHalfBytes)
                                 : packing.place_values([&](int64_t) { return view.num_blocks * 2 * Bits::kHalfBytes; });
-    const int64_t group_inputs = view.segments_per_group * halves_per_segment * kHalfSteps * 4;
+    int32_t* const list_steps = kZeros && beside ? allocate_list_steps(packing) : nullptr;
+    const int64_t group_inputs = view.segments_per_group * halves_per_segment * kHalfColumns;
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         uint8_t* half = values + view.value_offsets[panel];
-        for (int64_t begin = 0; begin < num_inputs; begin += kHalfSteps * 4, half += Bits::kHalfBytes) {
+        int counts[kPanelOutputs] = {};  // of codes of a block that are not the zero point
+        for (int64_t begin = 0; begin < view.num_blocks * kBlockInputs; begin += kHalfColumns) {
             if (beside && begin % group_inputs == 0) half += view.group_bytes;
-            const int64_t left = num_inputs - begin;
-            const int count = static_cast<int>(left < kHalfSteps * 4 ? left : kHalfSteps * 4);
-            for (int row = 0; row < num_rows; ++row)
-                for (int i = 0; i < count; ++i) Bits::place(half, i / 4, row * 4 + i % 4, read(first + row, begin + i));
+            const int count = static_cast<int>(std::clamp<int64_t>(num_inputs - begin, 0, kHalfColumns));
+            for (int row = 0; row < num_rows; ++row) {
+                const int zero_point =
+                    list_steps == nullptr ? 0 : zero_point_of(view, panel, begin / kBlockInputs, row);
+                uint8_t codes[kHalfColumns];  // or each store to the panel might change what is read next
+                int kept = 0;
+                for (int i = 0; i < count; ++i) codes[i] = read(first + row, begin + i);
+                for (int i = 0; i < count; ++i) kept += codes[i] != zero_point;
+                for (int i = 0; i < count; ++i) Bits::place(half, i / 4, row * 4 + i % 4, codes[i]);
+                counts[row] += kept;
+            }
+            if (list_steps != nullptr) {
+                // Padding would make lists long.
+                for (int row = 0; row < kPanelOutputs; ++row)
+                    for (int i = row < num_rows ? count : 0; i < kHalfColumns; ++i)
+                        Bits::place(half, i / 4, row * 4 + i % 4,
+                                    static_cast<uint8_t>(zero_point_of(view, panel, begin / kBlockInputs, row)));
+                if (begin % kBlockInputs != 0) {
+                    list_steps[panel] += steps_of_lists(counts);
+                    std::fill(counts, counts + kPanelOutputs, 0);
+                }
+            }
+            half += Bits::kHalfBytes;
         }
     });
 }
@@ -52,8 +76,8 @@ template <class Bits, int kBits>
 void pack_runs(Packing& packing) {
     const int64_t row_bytes = ceil_div(packing.view.num_inputs * kBits, 8);
     const uint8_t* codes = packing.take("codes", Element::u8, packing.view.num_outputs * row_bytes);
-    pack_bits<Bits>(packing,
-                    [&](int64_t row, int64_t column) { return code_of_run(codes + row * row_bytes, column, kBits); });
+    pack_bits<Bits, (kBits > 1)>(
+        packing, [&](int64_t row, int64_t column) { return code_of_run(codes + row * row_bytes, column, kBits); });
 }
 
 namespace reference {
@@ -104,6 +128,8 @@ inline __m256i bytes(int value) { return _mm256_set1_epi8(static_cast<char>(valu
 
 #elif RAREFY_PASS_AVX512
 
+#include "matmul/encodings/mask_lists_avx512.h"
+
 namespace rarefy::matmul::avx512 {
 
 // For many rows: expands half a block at a time.
@@ -140,18 +166,18 @@ struct BitStream : PanelStream {
 
 inline __m512i bytes(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 
-// One row of activations by kPanels panels, `distance` apart; see walk_int.
-template <class Bits, int kPanels, int kSteps, bool kSymmetric>
+// kRows rows of activations by kPanels panels, `distance` apart; see walk_int.
+template <class Bits, int kRows, int kPanels, int kSteps, bool kSymmetric>
 void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_t panel, int64_t distance) {
     const int64_t row = part.row_begin;
     const int8_t* q = rows.q + row * rows.stride;
     const float* row_scales = rows.scales + row * rows.num_blocks;
     const int32_t* half_sums = rows.sums + row * rows.num_blocks * 2;
     const uint8_t *values[kPanels], *groups[kPanels];
-    __m512 totals[kPanels], scales[kPanels];
+    __m512 totals[kPanels][kRows], scales[kPanels];
     UNROLL for (int p = 0; p < kPanels; ++p) {
         values[p] = w.values + w.value_offsets[panel + p * distance];
-        totals[p] = _mm512_setzero_ps();
+        UNROLL for (int r = 0; r < kRows; ++r) { totals[p][r] = _mm512_setzero_ps(); }
     }
     const int64_t ahead = near_or_far();
     int64_t left = 0;  // segments of the group
@@ -165,48 +191,73 @@ void walk_bits(const PanelWeights& w, const Rows& rows, const Part& part, int64_
                 scales[p] = widen_bf16(groups[p]);
             }
         }
-        const int32_t sum = segment_sum<kSteps>(half_sums, segment);
-        Sums sums[kPanels][Bits::kSums];
-        UNROLL for (int p = 0; p < kPanels; ++p) {
-            sums[p][0] = kSymmetric ? reinterpret_cast<Sums>(_mm512_set1_epi32(-w.zero_point * sum))
-                                    : times(widen_bytes(groups[p] + 2 * kPanelOutputs), -sum);
-            UNROLL for (int k = 1; k < Bits::kSums; ++k) { sums[p][k] = Sums{}; }
+        Sums sums[kPanels][kRows][Bits::kSums];
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            const int32_t sum = segment_sum<kSteps>(half_sums + r * rows.num_blocks * 2, segment);
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                sums[p][r][0] = kSymmetric ? reinterpret_cast<Sums>(_mm512_set1_epi32(-w.zero_point * sum))
+                                           : times(widen_bytes(groups[p] + 2 * kPanelOutputs), -sum);
+                UNROLL for (int k = 1; k < Bits::kSums; ++k) { sums[p][r][k] = Sums{}; }
+            }
         }
-        UNROLL for (int half = 0; half < kSteps / kHalfSteps; ++half) {
-            __m512i half_q[kHalfSteps];
-            UNROLL for (int step = 0; step < kHalfSteps; ++step, q += 4) { half_q[step] = broadcast_4(q); }
+        UNROLL for (int half = 0; half < kSteps / kHalfSteps; ++half, q += 4 * kHalfSteps) {
             // A line of each panel in turns, each stream in the order of memory.
             __m512i lines[kPanels][Bits::kHalfBytes / 64];
-            UNROLL for (int line = 0; line < Bits::kHalfBytes / 64; ++line) {
-                UNROLL for (int p = 0; p < kPanels; ++p) {
-                    lines[p][line] = load_next(values[p] + 64 * line, ahead);
-                    Bits::add(line, lines[p], half_q, sums[p]);
+            UNROLL for (int r = 0; r < kRows; ++r) {
+                __m512i half_q[kHalfSteps];
+                UNROLL for (int step = 0; step < kHalfSteps; ++step) {
+                    half_q[step] = broadcast_4(q + r * rows.stride + 4 * step);
+                }
+                UNROLL for (int line = 0; line < Bits::kHalfBytes / 64; ++line) {
+                    UNROLL for (int p = 0; p < kPanels; ++p) {
+                        if (r == 0) lines[p][line] = load_next(values[p] + 64 * line, ahead);
+                        Bits::add(line, lines[p], half_q, sums[p][r]);
+                    }
                 }
             }
             UNROLL for (int p = 0; p < kPanels; ++p) { values[p] += Bits::kHalfBytes; }
         }
-        const __m512 row_scale = _mm512_set1_ps(row_scales[segment * kSteps / 16]);
-        UNROLL for (int p = 0; p < kPanels; ++p) {
-            Sums dots = sums[p][0];
-            UNROLL for (int k = 1; k < Bits::kSums; ++k) { dots += sums[p][k] >> Bits::kShifts[k]; }
-            totals[p] = _mm512_fmadd_ps(to_floats(dots), _mm512_mul_ps(row_scale, scales[p]), totals[p]);
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            const __m512 row_scale = _mm512_set1_ps(row_scales[r * rows.num_blocks + segment * kSteps / 16]);
+            UNROLL for (int p = 0; p < kPanels; ++p) {
+                Sums dots = sums[p][r][0];
+                UNROLL for (int k = 1; k < Bits::kSums; ++k) { dots += sums[p][r][k] >> Bits::kShifts[k]; }
+                totals[p][r] = _mm512_fmadd_ps(to_floats(dots), _mm512_mul_ps(row_scale, scales[p]), totals[p][r]);
+            }
         }
     }
     UNROLL for (int p = 0; p < kPanels; ++p) {
-        const int64_t output = (panel + p * distance) * kPanelOutputs;
+        float* y = part.y + row * part.y_stride + (panel + p * distance) * kPanelOutputs;
         const __m512 factor = output_factor(w, panel + p * distance, true);
-        Lanes(w, panel + p * distance, part.y + row * part.y_stride + output).store(_mm512_mul_ps(totals[p], factor));
+        UNROLL for (int r = 0; r < kRows; ++r) {
+            Lanes(w, panel + p * distance, y + r * part.y_stride).store(_mm512_mul_ps(totals[p][r], factor));
+        }
+    }
+}
+
+template <class Bits, int kRows, int kSteps, bool kSymmetric>
+void walk_bits_panels(const PanelWeights& w, const Rows& rows, const Part& part) {
+    walk_panels(w, rows, part, walk_bits<Bits, kRows, 2, kSteps, kSymmetric>,
+                walk_bits<Bits, kRows, 1, kSteps, kSymmetric>);
+}
+
+// Two and three rows go as one does: storing codes and loading them takes longer. Those of more have no registers.
+template <class Bits, int kSteps, bool kSymmetric>
+void multiply_bits_as(const PanelWeights& w, const Rows& rows, const Part& part) {
+    switch (part.row_end - part.row_begin) {
+        case 1: return walk_bits_panels<Bits, 1, kSteps, kSymmetric>(w, rows, part);
+        case 2: return walk_bits_panels<Bits, 2, kSteps, kSymmetric>(w, rows, part);
+        case 3: return walk_bits_panels<Bits, 3, kSteps, kSymmetric>(w, rows, part);
+        default: return many_rows_or_lists<BitStream<Bits>, BitStream<Bits>, true>(w, rows, part);
     }
 }
 
 template <class Bits, int kSteps>
 void multiply_bits_steps(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (part.row_end - part.row_begin > 1)
-        many_rows_int<BitStream<Bits> >(w, rows, part);
-    else if (w.zero_points == nullptr)
-        walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, true>, walk_bits<Bits, 1, kSteps, true>);
+    if (w.zero_points == nullptr)
+        multiply_bits_as<Bits, kSteps, true>(w, rows, part);
     else
-        walk_panels(w, rows, part, walk_bits<Bits, 2, kSteps, false>, walk_bits<Bits, 1, kSteps, false>);
+        multiply_bits_as<Bits, kSteps, false>(w, rows, part);
 }
 
 template <class Bits>

@@ -32,7 +32,7 @@ void packers::dense_int2(Packing& packing) {
     packing.view.zero_point = 1;
     const int64_t row_bytes = ceil_div(packing.view.num_inputs, kDigits);
     const uint8_t* codes = packing.take("codes", Element::u8, packing.view.num_outputs * row_bytes);
-    pack_bits<Bits>(packing, [&](int64_t row, int64_t column) {
+    pack_bits<Bits, true>(packing, [&](int64_t row, int64_t column) {
         constexpr uint8_t kPowers[kDigits] = {1, 3, 9, 27, 81};
         return static_cast<uint8_t>(codes[row * row_bytes + column / kDigits] / kPowers[column % kDigits] % 3);
     });

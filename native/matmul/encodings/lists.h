@@ -1,7 +1,6 @@
 // Codes under a mask for AVX2 and AVX-VNNI, which have no vpexpandb: all codes (dense.h), or lists of what is kept
 // where those save 30 % of the bytes. Less is read and less multiplied, the more zeros there are; nothing is expanded.
 // Many rows are multiplied by what is kept alone (lanes_avx2.h), from lists as from all codes.
-// AVX-512 takes all codes of 4 bits from here where few are pruned (mask_int4.cc).
 //
 // The lists of a segment have as many steps as the fullest of the panel's 16 outputs needs, four entries a step.
 // Entries that are the zero point are left out; places that no entry takes have the zero point as their code. `extra`

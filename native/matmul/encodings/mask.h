@@ -123,10 +123,19 @@ inline int take_stored_bits(Packing& packing) {
     return num_bits;
 }
 
-inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
+// Of processors that may have no instruction for it.
+inline int popcount(uint64_t bits) {
+    bits -= bits >> 1 & 0x5555555555555555;
+    bits = (bits & 0x3333333333333333) + (bits >> 2 & 0x3333333333333333);
+    return static_cast<int>(((bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0f) * 0x0101010101010101 >> 56);
+}
 
 inline uint64_t load_bits(const uint8_t* bytes, int64_t num_bytes) {
     uint64_t bits = 0;
+    if (num_bytes == 8) {
+        std::memcpy(&bits, bytes, 8);
+        return bits;
+    }
     for (int64_t i = 0; i < num_bytes; ++i) bits |= static_cast<uint64_t>(bytes[i]) << (8 * i);
     return bits;
 }

@@ -1,16 +1,16 @@
-// Codes of 4, 3 and 2 bits under a mask, all as 4 bits: steps of four columns. Even steps have the low nibbles of
-// bytes, odd ones the high nibbles. AVX-512 and AMX have the fastest of three arrangements, the reference and NEON
-// singles:
+// Codes of 4, 3 and 2 bits under a mask. AVX-512 and AMX have the fastest of three arrangements, the reference and NEON
+// the smaller of singles and all. Those under a mask have 4 bits and steps of four columns: even steps the low nibbles
+// of bytes, odd ones the high nibbles.
 // - singles: 64 bits of mask for each step. The kept codes are two streams in the same bytes, the low nibbles for all
 //   even steps of a segment and the high nibbles for all odd ones, each from the end of the segment's mask on.
 // - pairs: 64 bits of mask for two steps. A bit is a byte: a code of the even step and the one in the same place of the
 //   odd step beside it. It is kept where either is; the other then is its zero point. `parameter` is kPairs.
-// - all: every code, as dense_int4.cc has them. `parameter` is kAllCodes.
+// - all: every code in the bits of the file, handed over to dense_int4.cc, dense_int3.cc or dense_int2.cc.
 #include "matmul/encodings/lists.h"
 
 namespace rarefy::matmul {
 
-constexpr int64_t kPairs = -1, kAllCodes = -2;  // lists of nm.h have positive ones
+constexpr int64_t kPairs = -1;  // lists of nm.h have positive ones
 
 }  // namespace rarefy::matmul
 
@@ -22,28 +22,23 @@ namespace rarefy::matmul {
 
 // One row takes as long as memory takes for its bytes, but singles no less than as long as their arithmetic, which is
 // given in bytes that memory delivers meanwhile, for 64 weights, without scales (docs/limits.md): on Zen 4 more than
-// the 32 of all codes, so that singles are never faster than these. The arithmetic of the others takes less than
-// memory.
-MaskedCodes fastest_masked_codes(int64_t num_weights, int64_t single_bytes, int64_t pair_bytes, bool half_width) {
-    constexpr int64_t kSingles = 21, kSinglesHalfWidth = 33;
-    const int64_t arithmetic = num_weights * (half_width ? kSinglesHalfWidth : kSingles) / 64;
-    const int64_t singles = single_bytes > arithmetic ? single_bytes : arithmetic;
-    const int64_t all = num_weights / 2;
-    if (all <= singles && all <= pair_bytes) return MaskedCodes::all;
-    return pair_bytes <= singles ? MaskedCodes::pairs : MaskedCodes::singles;
+// the 32 of all codes of 4 bits, so that singles are never faster than these. There few bytes of pairs hide their
+// arithmetic in part. That of the others takes less than memory.
+MaskedCodes fastest_masked_codes(int64_t num_weights, const MaskedBytes& bytes, bool half_width) {
+    constexpr int64_t kSingles = 21, kSinglesHalfWidth = 33, kPairsHalfWidth = 11;
+    const int64_t singles = std::max(bytes.singles, num_weights * (half_width ? kSinglesHalfWidth : kSingles) / 64);
+    const int64_t pairs =
+        half_width ? std::max(bytes.pairs, bytes.pairs / 2 + num_weights * kPairsHalfWidth / 64) : bytes.pairs;
+    if (bytes.all <= singles && bytes.all <= pairs) return MaskedCodes::all;
+    return pairs <= singles ? MaskedCodes::pairs : MaskedCodes::singles;
 }
 
 namespace {
 
-// Of masks and codes.
-struct MaskedBytes {
-    int64_t singles = 0, pairs = 0;
-};
-
 MaskedBytes count_bytes(const PanelWeights& view, const DiskMask& mask, int64_t first, int num_rows) {
     constexpr uint64_t kEven = 0x0f0f0f0f0f0f0f0f;  // columns 0-3 of each 8 are in an even step, 4-7 in an odd one
     const int segment_columns = 4 * view.steps_per_segment;
-    MaskedBytes bytes;
+    MaskedBytes bytes{};
     bytes.singles = view.num_blocks * kBlockInputs * kMaskBytes;
     bytes.pairs = bytes.singles / 2;
     for (int64_t block = 0; block < view.num_blocks; ++block) {
@@ -117,6 +112,36 @@ int put_panel(const PanelWeights& view, const DiskValues& stored, int64_t panel,
     return list_steps;
 }
 
+// Every code of the weight, as a dense layout has them: each row a run of codes of so many bits.
+std::vector<uint8_t> all_codes(const Packing& packing, const MaskedSegments& segments, int num_bits) {
+    const int64_t num_inputs = packing.view.num_inputs, row_bytes = ceil_div(num_inputs * num_bits, 8);
+    std::vector<uint8_t> runs(static_cast<size_t>(packing.view.num_outputs * row_bytes));
+    packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
+        segments.of_panel(panel, first, num_rows,
+                          [&](int row, int64_t segment, const KeptEntries& kept, uint8_t zero_point) {
+                              uint8_t codes[kBlockInputs];
+                              std::memset(codes, zero_point, sizeof(codes));
+                              for (int i = 0; i < kept.count; ++i) codes[kept.columns[i]] = kept.codes[i];
+                              const int64_t begin = segment * segments.columns;
+                              uint8_t* run = runs.data() + (first + row) * row_bytes + begin * num_bits / 8;
+                              // Eight codes are whole bytes.
+                              for (int i = 0; i < segments.columns && begin + i < num_inputs; i += 8, run += num_bits) {
+                                  const int count = static_cast<int>(std::min<int64_t>(8, num_inputs - begin - i));
+                                  uint32_t eight = 0;
+                                  for (int j = 0; j < count; ++j)
+                                      eight |= static_cast<uint32_t>(codes[i + j]) << (j * num_bits);
+                                  std::memcpy(run, &eight, static_cast<size_t>(ceil_div(count * num_bits, 8)));
+                              }
+                          });
+    });
+    return runs;
+}
+
+Encoding dense_encoding(int num_bits) {
+    if (num_bits == 2) return Encoding::dense_int2;
+    return num_bits == 3 ? Encoding::dense_int3 : Encoding::dense_int4;
+}
+
 }  // namespace
 
 void packers::mask_int4(Packing& packing) {
@@ -129,20 +154,21 @@ void packers::mask_int4(Packing& packing) {
     packing.for_each_panel([&](int64_t panel, int64_t first, int num_rows) {
         of_panels[static_cast<size_t>(panel)] = count_bytes(view, stored.mask, first, num_rows);
     });
-    MaskedBytes bytes;
+    const int64_t num_weights = view.num_panels * kPanelOutputs * view.num_blocks * kBlockInputs;
+    MaskedBytes bytes{0, 0, num_weights * num_bits / 8};
     for (const MaskedBytes& of_panel : of_panels) {
         bytes.singles += of_panel.singles;
         bytes.pairs += of_panel.pairs;
     }
-    MaskedCodes arrangement = packing.isa() >= Isa::avx512 ? packing.masked_codes() : MaskedCodes::singles;
-    if (arrangement == MaskedCodes::fastest)
-        arrangement = fastest_masked_codes(view.num_panels * kPanelOutputs * view.num_blocks * kBlockInputs,
-                                           bytes.singles, bytes.pairs, common::has_half_width_units());
-    if (arrangement == MaskedCodes::all) {
-        view.parameter = kAllCodes;
-        return pack_all_codes<4>(packing, segments);
-    }
-    const bool in_pairs = arrangement == MaskedCodes::pairs;
+    const bool has_pairs = packing.isa() >= Isa::avx512;
+    MaskedCodes arrangement = packing.masked_codes();
+    if (arrangement == MaskedCodes::fastest && has_pairs)
+        arrangement = fastest_masked_codes(num_weights, bytes, common::has_half_width_units());
+    else if (arrangement == MaskedCodes::fastest)
+        arrangement = bytes.all <= bytes.singles ? MaskedCodes::all : MaskedCodes::singles;
+    if (arrangement == MaskedCodes::all)
+        return packing.hand_over(dense_encoding(num_bits), all_codes(packing, segments, num_bits));
+    const bool in_pairs = has_pairs && arrangement == MaskedCodes::pairs;
     if (in_pairs) view.parameter = kPairs;
     int32_t* const list_steps = allocate_list_steps(packing);
     uint8_t* const values = packing.place_values([&](int64_t panel) {
@@ -231,9 +257,7 @@ struct Pairs : MaskedStream {
 }  // namespace
 
 void mask_int4(const PanelWeights& w, const Rows& rows, const Part& part) {
-    if (w.parameter == kAllCodes)
-        dense_int4(w, rows, part);
-    else if (w.parameter == kPairs)
+    if (w.parameter == kPairs)
         multiply_masked<Pairs<true>, Pairs<false> >(w, rows, part);
     else
         multiply_masked<Singles<true>, Singles<false> >(w, rows, part);

@@ -1,7 +1,7 @@
-// Many rows by weights with many zeros: what is kept is listed anew in every call, as N:M weights are in memory
-// (nm_avx512.h), for as many rows as pay for it. A dense product of a block of 64 columns takes 16 steps, whatever the
-// zeros; with lists it takes a quarter of the most entries that one of the 16 outputs keeps. Each step gathers first,
-// though, from the activations of the block, and costs one and a half times as much.
+// Many rows by weights with many zeros, under a mask or as zero points: what is kept is listed anew in every call, as
+// N:M weights are in memory (nm_avx512.h), for as many rows as pay for it. A dense product of a block of 64 columns
+// takes 16 steps, whatever the zeros; with lists it takes a quarter of the most entries that one of the 16 outputs
+// keeps. Each step gathers first, though, from the activations of the block, and costs one and a half times as much.
 //
 // The order of an output's entries is free, for a block's sum is one of integers: all bits are those of dense products.
 #pragma once
@@ -47,7 +47,7 @@ template <class Stream>
 inline uint8_t* put_lists(Stream& stream, __m512i zero_points, __m512 scales, int& num_steps, uint8_t* out) {
     const __m512i pruned = pruned_codes<Stream>(zero_points), zeros = every_byte(zero_points);
     __m512i steps[16], outputs[16], columns[16];
-    stream.begin_segment(kBlockInputs);
+    begin_segment(stream, kBlockInputs);
     stream.fetch(16);
     UNROLL for (int pair = 0; pair < 8; ++pair) {
         stream.next(pruned, steps[2 * pair], steps[2 * pair + 1]);
@@ -212,11 +212,11 @@ inline bool lists_pay(const PanelWeights& w, int64_t panel, int64_t panel_end, i
 
 #endif
 
-template <class OneRowStream, class ManyRowsStream>
-void multiply_masked(const PanelWeights& w, const Rows& rows, const Part& part) {
+// Two rows or more. kNarrow: the codes have fewer than 8 bits, of which those less zero points of their own may need 9.
+template <class ListedStream, class Stream, bool kNarrow>
+void many_rows_or_lists(const PanelWeights& w, const Rows& rows, const Part& part) {
 #if !RAREFY_PASS_AMX
-    // 8-bit codes less zero points of their own may need 9 bits.
-    const bool may_list = w.extra != nullptr && (ManyRowsStream::kOddShift == 4 || w.zero_points == nullptr);
+    const bool may_list = w.extra != nullptr && (kNarrow || w.zero_points == nullptr);
     const int64_t num_rows = part.row_end - part.row_begin;
     if (may_list && num_rows >= kFewestRows) {
         // As many panels at once as share a stretch of activations, however they are multiplied.
@@ -227,12 +227,20 @@ void multiply_masked(const PanelWeights& w, const Rows& rows, const Part& part) 
             run.panel_end = panels_end(part, run.panel_begin);
             while (run.panel_end < part.panel_end && pays(run.panel_end) == lists)
                 run.panel_end = panels_end(part, run.panel_end);
-            (lists ? rows_by_lists<OneRowStream> : many_rows_int<ManyRowsStream>)(w, rows, run);
+            (lists ? rows_by_lists<ListedStream> : many_rows_int<Stream>)(w, rows, run);
         }
         return;
     }
 #endif
-    multiply_int<OneRowStream, ManyRowsStream>(w, rows, part);
+    many_rows_int<Stream>(w, rows, part);
+}
+
+template <class OneRowStream, class ManyRowsStream>
+void multiply_masked(const PanelWeights& w, const Rows& rows, const Part& part) {
+    if (part.row_end - part.row_begin > 1)
+        many_rows_or_lists<OneRowStream, ManyRowsStream, ManyRowsStream::kOddShift == 4>(w, rows, part);
+    else
+        multiply_int<OneRowStream>(w, rows, part);
 }
 
 }  // namespace rarefy::matmul::avx512
