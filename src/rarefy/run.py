@@ -152,7 +152,7 @@ def compress(
         raise UsageError("samples, sequence length", f"{samples}, {sequence_length}", allowed="at least 1, at least 2")
     parsed = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if out is not None:
-        check_output(out, force=force)
+        check_output(out, force=force, inputs=(source, recipe, calibration, evaluation))
         partial_path(out)
     with clock.phase("load"):
         loaded = _load(source)

@@ -81,6 +81,18 @@ def test_force_does_not_delete_what_is_no_model(tmp_path, content):
     assert (home / "thesis.txt").read_text() == "x"
 
 
+def test_force_does_not_delete_what_is_read(artifact_dir, content, tmp_path):
+    inside, link = artifact_dir / "texts" / "a.txt", tmp_path / "link"
+    link.symlink_to(artifact_dir)
+    for read in (artifact_dir, link, str(inside)):
+        with pytest.raises(PathError, match=r"is read; --force will not delete it"):
+            check_output(artifact_dir, force=True, inputs=(None, {"steps": []}, read))
+    assert (
+        check_output(artifact_dir, force=True, inputs=(tmp_path, "default", artifact_dir.parent / "outs"))
+        == artifact_dir
+    )
+
+
 def test_an_empty_directory_may_be_filled(tmp_path, content):
     (tmp_path / "out").mkdir()
     assert check_output(tmp_path / "out", force=False) == tmp_path / "out"

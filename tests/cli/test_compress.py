@@ -162,6 +162,10 @@ def test_an_existing_directory_needs_force(
     assert done.code == 2
     assert "--force" in done.err
     assert (copy_of_llama / "model.safetensors").read_bytes() == before
+    done = run("compress", copy_of_llama, "-o", copy_of_llama, *options, "--force")
+    assert done.code == 2
+    assert "is read; --force will not delete it" in done.err
+    assert (copy_of_llama / "model.safetensors").read_bytes() == before
     assert run("compress", tiny_llama_dir, "-o", copy_of_llama, *options, "--force").code == 0
     assert (copy_of_llama / "report.html").exists()
 

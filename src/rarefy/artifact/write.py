@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
@@ -93,12 +93,13 @@ def write_artifact(
     return target
 
 
-def check_output(path: str | os.PathLike[str], *, force: bool) -> Path:
+def check_output(path: str | os.PathLike[str], *, force: bool, inputs: Iterable[object] = ()) -> Path:
     """Check that an output directory may be written; call it before the work, not after.
 
     Args:
         path: the output directory.
         force: an existing model directory may be replaced.
+        inputs: what the work reads; the paths among them (others are passed over) must not be replaced.
 
     Returns:
         The absolute path.
@@ -119,6 +120,11 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> Path:
             f"not a model directory (no {CONFIG}); --force will not delete it",
             hint="choose another output",
         )
+    for each in inputs:
+        if isinstance(each, str | os.PathLike) and target in (read := Path(os.path.realpath(each)), *read.parents):
+            raise PathError(
+                str(target), f"{os.fspath(each)} is read; --force will not delete it", hint="choose another output"
+            )
     return target
 
 

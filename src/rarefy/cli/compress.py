@@ -90,7 +90,7 @@ def compress(
         from rarefy.checkpoint import what_is_left
         from rarefy.run import compress as run_compress
         from rarefy.run import plan as run_plan
-    check_output(out, force=force)
+    check_output(out, force=force, inputs=(model, recipe, calibration, eval_data))
     if dry_run:
         planned = run_plan(
             model, recipe, samples=samples, sequence_length=sequence_length, compute_dtype=compute_dtype.value
