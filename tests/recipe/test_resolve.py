@@ -152,6 +152,12 @@ def test_a_target_that_only_matches_what_cannot_be_compressed_says_why(model: Mo
         resolve(Recipe((Step(INT8, ("norm",)),)), model)
 
 
+def test_a_layer_that_is_the_whole_model_has_no_name_to_give() -> None:
+    alone = Model((), (Layer("", "linear", (8, 8), compressible=False, reason="it is the whole model"),))
+    with pytest.raises(RecipeError, match=r"no layer of its targets can be compressed; it is the whole model"):
+        resolve(Recipe((Step(INT8),)), alone)
+
+
 def test_everything_excluded(model: Model) -> None:
     with pytest.raises(RecipeError, match="all excluded"):
         resolve(Recipe((Step(HALF, ("q_proj",), ("*",)),)), model)

@@ -271,7 +271,8 @@ def _nothing_matches(step: Step, glob: str, structure: Structure) -> RecipeError
 def _nothing_left(step: Step, candidates: Sequence[LayerRef]) -> RecipeError:
     if candidates:
         first = candidates[0]
-        return RecipeError(step.where, f"no layer of its targets can be compressed; {first.name}: {first.reason}")
+        name = f"{first.name}: " if first.name else ""  # the whole model has none
+        return RecipeError(step.where, f"no layer of its targets can be compressed; {name}{first.reason}")
     found = (
         "this model has no linear, convolutional or recurrent layers"
         if step.targets is None
