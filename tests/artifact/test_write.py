@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_force_does_not_delete_what_is_no_model(tmp_path, content):
     with pytest.raises(PathError, match="a file is in the way"):
         write_artifact(home / "thesis.txt", **content, force=True)
     assert (home / "thesis.txt").read_text() == "x"
+
+
+def test_an_output_that_could_be_nowhere_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(PathError, match=r"file: a file is in the way"):
+        check_output(tmp_path / "file" / "out" / "deep", force=False)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and path.exists())
+    with pytest.raises(PathError, match=r"cannot be written to"):
+        check_output(tmp_path / "new" / "out", force=False)
 
 
 def test_force_does_not_delete_what_is_read(artifact_dir, content, tmp_path):
@@ -221,5 +231,5 @@ def test_contradictory_content(tmp_path, content, change, message):
 
 def test_a_place_that_cannot_be_written(tmp_path, content):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="could not be written"):
+    with pytest.raises(PathError, match="a file is in the way"):
         write_artifact(tmp_path / "file" / "out", **content)

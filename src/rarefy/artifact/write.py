@@ -105,9 +105,15 @@ def check_output(path: str | os.PathLike[str], *, force: bool, inputs: Iterable[
         The absolute path.
 
     Raises:
-        PathError: it exists (without force), or it is something that force must not delete.
+        PathError: it exists (without force), or it is something that force must not delete, or there is no directory
+            that it could be in.
     """
     target = Path(os.path.realpath(path))
+    parent = next(each for each in target.parents if os.access(each, os.F_OK))
+    if not parent.is_dir():
+        raise PathError(str(parent), "a file is in the way", hint="choose another output directory")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PathError(str(parent), "cannot be written to", hint="choose another output directory")
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return target
     if not target.is_dir():
