@@ -91,16 +91,17 @@ def test_an_output_that_could_be_nowhere_is_refused_before_the_work(tmp_path, mo
         check_output(tmp_path / "new" / "out", force=False)
 
 
-def test_force_does_not_delete_what_is_read(artifact_dir, content, tmp_path):
+def test_force_does_not_delete_what_is_read(artifact_dir, tmp_path, monkeypatch):
     inside, link = artifact_dir / "texts" / "a.txt", tmp_path / "link"
+    inside.parent.mkdir()
+    inside.write_text("x")
     link.symlink_to(artifact_dir)
     for read in (artifact_dir, link, str(inside)):
         with pytest.raises(PathError, match=r"is read; --force will not delete it"):
             check_output(artifact_dir, force=True, inputs=(None, {"steps": []}, read))
-    assert (
-        check_output(artifact_dir, force=True, inputs=(tmp_path, "default", artifact_dir.parent / "outs"))
-        == artifact_dir
-    )
+    monkeypatch.chdir(artifact_dir)
+    for other in (tmp_path, "default", "org/model"):  # names of what is elsewhere look like paths of what is here
+        assert check_output(artifact_dir, force=True, inputs=(other,)) == artifact_dir
 
 
 def test_an_empty_directory_may_be_filled(tmp_path, content):

@@ -99,7 +99,7 @@ def check_output(path: str | os.PathLike[str], *, force: bool, inputs: Iterable[
     Args:
         path: the output directory.
         force: an existing model directory may be replaced.
-        inputs: what the work reads; the paths among them (others are passed over) must not be replaced.
+        inputs: what the work reads; paths among them that exist must not be replaced.
 
     Returns:
         The absolute path.
@@ -127,7 +127,9 @@ def check_output(path: str | os.PathLike[str], *, force: bool, inputs: Iterable[
             hint="choose another output",
         )
     for each in inputs:
-        if isinstance(each, str | os.PathLike) and target in (read := Path(os.path.realpath(each)), *read.parents):
+        if not isinstance(each, str | os.PathLike) or not os.access(each, os.F_OK):
+            continue  # the name of a recipe or of a model on the hub, for one
+        if target in (read := Path(os.path.realpath(each)), *read.parents):
             raise PathError(
                 str(target), f"{os.fspath(each)} is read; --force will not delete it", hint="choose another output"
             )
