@@ -55,7 +55,7 @@ def compress(
         typer.Option(help="What calibration computes in; auto: bfloat16 where the CPU multiplies it in hardware."),
     ] = ComputeDtype.AUTO,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace OUT if it is a model directory, and start anew.")
+        bool, typer.Option("--force", help="Replace OUT if it is a model directory that is not read, and start anew.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; nothing is written.")] = False,
     measure: Annotated[
